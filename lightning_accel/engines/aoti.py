@@ -1,0 +1,192 @@
+"""The compiled program: AOTInductor, with the project's int8 kernel linked in.
+
+The package that AOTInductor writes is reduced to its shared library, which torch opens in about a millisecond
+without a compiler, an archive to unpack or further imports. Its constants are left out and given at load: tensors
+mapped from the folder's weights, not copied. Where float layers carry most of the work, Inductor's freezing packs their weights
+into the library instead (20 % faster fp32 decoding was measured), and they are stored there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..capture import Capture
+
+_KERNELS = Path(__file__).parent / "kernels"
+_ISA = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "popcnt", "avx512_f", "avx512_bw", "avx512_cd", "avx512_dq",
+        "avx512_vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx512_vbmi", "avx512_vbmi2", "avx512_ifma",
+        "avx512_bitalg", "avx512_vpopcntdq", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "sha", "aes", "sse4a")
+
+
+class CompilerMissing(RuntimeError):
+    """There is no C++ compiler; only the portable program can be built."""
+
+
+# --- build side ------------------------------------------------------------------------------------------------------
+
+
+def lower(model: torch.nn.Module) -> torch.nn.Module:
+    """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer."""
+    from ..quantize.converted import Int8Embedding, Int8Linear
+    from ..quantize.ops import int8_embedding_tiled, int8_linear_tiled, tile
+
+    tiles: dict[int, tuple[Tensor, Tensor]] = {}  # the plain weight is kept too, so that its id stays its own
+    for module in model.modules():
+        if isinstance(module, Int8Linear | Int8Embedding):
+            plain = module.weight
+            if id(plain) not in tiles:
+                tiles[id(plain)] = plain, tile(plain)
+            module.weight = tiles[id(plain)][1]
+            linear = isinstance(module, Int8Linear)
+            module.function = int8_linear_tiled if linear else int8_embedding_tiled(plain.shape[1])
+    return model
+
+
+def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
+    """Exports and compiles the captured module and writes `NAME.aoti.so`.
+
+    Raises:
+        CompilerMissing: no C++ compiler was found.
+    """
+    from ..quantize.converted import Int8Linear
+
+    compiler = _compiler()
+    freeze = not any(isinstance(module, Int8Linear) for module in capture.module.modules())
+    program = capture.export(capture.module)
+    file = f"{name}.aoti.so"
+    with tempfile.TemporaryDirectory() as temporary:
+        _build_kernels(compiler, Path(temporary))
+        package = _compile(program, Path(temporary), freeze)
+        _extract(package, directory / file)
+    weights = {} if freeze else _constants(directory / file, program, capture)
+    return {"file": file, "isa": isa(), "arch": platform.machine(), "weights": weights}
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompilerMissing("no C++ compiler was found; install one (Debian: apt-get install g++)") from error
+    if shutil.which(compiler) is None:
+        raise CompilerMissing(f"the C++ compiler {compiler!r} was not found; install it (Debian: apt-get install g++)")
+    return compiler
+
+
+def _build_kernels(compiler: str, directory: Path) -> None:
+    """Compiles the kernels for this machine into a static library in `directory`."""
+    include = Path(torch.__file__).parent / "include"
+    source, target = _KERNELS / "int8_linear.cpp", directory / "int8_linear.o"
+    # no contraction: outputs are equal bit by bit to the reference in aten operators
+    flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags += ["-march=native"] if platform.machine() in ("x86_64", "AMD64") else []
+    subprocess.run([compiler, *flags, f"-I{include}", "-c", str(source), "-o", str(target)], check=True)
+    subprocess.run(["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), str(target)], check=True)
+
+
+def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: bool) -> Path:
+    from torch._inductor import aoti_compile_and_package
+
+    from ..quantize import ops  # noqa: F401  registers the operators
+
+    shim = ("AOTITorchError aoti_torch_cpu_int8_linear_tiled(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
+            "AtenTensorHandle*, AtenTensorHandle*)")
+    configs: dict[str, Any] = {
+        "freezing": freeze,
+        "cpp.dynamic_threads": True,  # torch.set_num_threads at run time, not the number at export
+        "aot_inductor.package_constants_in_so": freeze,
+        "aot_inductor.custom_ops_to_c_shims": {torch.ops.lightning_accel.int8_linear_tiled.default: [shim]},
+        "aot_inductor.custom_op_libs": ["lightning_accel_kernels"],
+    }
+    before = os.environ.get("LIBRARY_PATH")
+    os.environ["LIBRARY_PATH"] = os.pathsep.join([str(directory), *([before] if before else [])])
+    try:
+        with torch.no_grad():
+            package = aoti_compile_and_package(program, package_path=str(directory / "program.pt2"),
+                                               inductor_configs=configs)
+    finally:
+        os.environ.pop("LIBRARY_PATH")
+        if before:
+            os.environ["LIBRARY_PATH"] = before
+    return Path(package)
+
+
+def _extract(package: Path, target: Path) -> None:
+    """Takes the shared library out of AOTInductor's package and strips it."""
+    with zipfile.ZipFile(package) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        assert len(libraries) == 1, libraries
+        target.write_bytes(archive.read(libraries[0]))
+        nodes = libraries[0].removesuffix(".so") + ".json"
+        if nodes in archive.namelist():
+            target.with_suffix(".json").write_bytes(archive.read(nodes))
+    target.chmod(0o755)
+    if shutil.which("strip"):
+        subprocess.run(["strip", "-s", str(target)], check=True)
+
+
+def _constants(library: Path, program: torch.export.ExportedProgram, capture: Capture) -> dict[str, str]:
+    """Name of each constant in the library -> name of the tensor in the folder's weights."""
+    names = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).get_constant_names_to_original_fqns()
+    weights, aliases = capture.weights(), capture.aliases()
+    constants = {}
+    for constant, name in names.items():
+        name = aliases.get(name, name)
+        if name not in weights:  # a constant that the export lifted out of the code
+            capture.extra[name] = program.constants[name]
+        constants[constant] = name
+    return constants
+
+
+# --- run side: torch only --------------------------------------------------------------------------------------------
+
+
+def isa() -> list[str]:
+    """The instruction sets of this CPU that a compiler may use."""
+    capabilities = torch.cpu.get_capabilities()
+    return [name for name in _ISA if capabilities.get(name)]
+
+
+def unusable(entry: dict[str, Any]) -> str | None:
+    """Why the program cannot run here."""
+    if entry["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        return f"it was compiled for torch {entry['torch']}, this is {torch.__version__}"
+    if entry["arch"] != platform.machine():
+        return f"it was compiled for {entry['arch']}, this is {platform.machine()}"
+    missing = sorted(set(entry["isa"]) - set(isa()))
+    return f"it was compiled for a CPU with {', '.join(missing)}, which this one lacks" if missing else None
+
+
+def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:  # noqa: A001
+    """Opens the library and gives it the folder's tensors as constants, without copying them."""
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    constants = {constant: weights[name] for constant, name in entry["weights"].items()}
+    dtypes = runner.get_constant_names_to_dtypes() if constants else {}
+    if constants and set(constants) != set(dtypes):
+        raise ValueError(f"{path.name} and the manifest name different constants; export the model again")
+    if constants:
+        runner.update_constant_buffer(constants, False, False, True)
+    caches = len(entry["cache"]["shapes"]) if entry.get("cache") else 0
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        # a compiled residual was seen to write its sum into the input, so float inputs are copied
+        plain = inputs[: len(inputs) - caches]
+        plain = [x.clone() if x.is_floating_point() else x for x in plain]
+        return runner.run([*plain, *inputs[len(plain):]])
+
+    run.constants = constants  # type: ignore[attr-defined]  # keeps the mapped memory alive
+    return run

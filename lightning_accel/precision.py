@@ -1,0 +1,89 @@
+"""Mixed precision: which number format trains fastest here, measured, and whether its gradients stay finite."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+GAIN = 1.05  # auto leaves fp32 only for a step at least this much faster
+
+
+@dataclass
+class PrecisionChoice:
+    """The chosen precision, the seconds of a training step in each candidate, and why."""
+
+    precision: str
+    reason: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast context of a precision (`nullcontext` for fp32)."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """Precisions worth timing on a device; fp16 on a CPU is not (no fast kernels, and a scaler beside)."""
+    if device.type == "cuda":
+        return ("fp32", "bf16", "fp16") if torch.cuda.is_bf16_supported() else ("fp32", "fp16")
+    return ("fp32", "bf16")
+
+
+def choose_precision(
+    model: nn.Module,
+    step: Callable[[nn.Module], torch.Tensor],
+    device: torch.device,
+    names: Sequence[str] | None = None,
+    repeats: int = 3,
+) -> PrecisionChoice:
+    """Times forward and backward of `step(copy of model)` in each candidate, in turns, and chooses the fastest.
+
+    The model and the random state stay what they were. fp32 is kept unless another is 5 % faster.
+
+    Args:
+        step: computes the loss of one real batch.
+    """
+    names = tuple(names or candidates(device))
+    trial = copy.deepcopy(model)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for repeat in range(repeats + 1):
+            for name in names:
+                start = time.perf_counter()
+                with autocast(name, device):
+                    loss = step(trial)
+                loss.backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                elapsed = time.perf_counter() - start
+                trial.zero_grad(set_to_none=True)
+                if repeat:  # the first round warms up
+                    seconds[name].append(elapsed)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    best = min(medians, key=lambda name: medians[name])
+    if best != "fp32" and medians["fp32"] / medians[best] < GAIN:
+        best = "fp32"
+    others = ", ".join(f"{n} {medians['fp32'] / s:.2f} x" for n, s in medians.items() if n != "fp32")
+    verb = "stays in fp32" if best == "fp32" else f"trains in {best}"
+    return PrecisionChoice(best, f"{verb}: speed of a training step over fp32, measured here: {others}", medians)
+
+
+def first_nonfinite_gradient(model: nn.Module) -> str | None:
+    """Name of the first parameter, in module order, whose gradient holds an infinity or a NaN."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if not named:
+        return None
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([g for _, g in named], float("inf"))])
+    bad = (~torch.isfinite(norms)).nonzero()
+    return named[int(bad[0])][0] if len(bad) else None

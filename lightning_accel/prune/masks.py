@@ -1,0 +1,201 @@
+"""Saliency and masks: which weights or neurons go, and keeping them at zero.
+
+Masks are plain boolean tensors keyed by parameter name, broadcastable to the parameter; they live outside the
+model, so that its state_dict never changes (no `weight_orig`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import select
+from .._quiet import Conv1D
+from ..select import Coverage, Entry
+from .groups import Group, find_groups
+
+if TYPE_CHECKING:
+    from .groups import ExampleInputs
+
+Masks = dict[str, Tensor]  # parameter name -> bool, broadcastable to the parameter; True keeps
+
+STRUCTURES = ("unstructured", "neurons")
+_PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What is pruned and how much; the same object goes to the functions and to the callback.
+
+    Args:
+        structure: `"unstructured"` (single weights, by |w|: zeros, no speed on a CPU) or `"neurons"` (the inner
+            width of feed-forward blocks, by the L2 norm of all that belongs to a neuron: physically smaller).
+        amount: share in [0, 1) of the selected weights or neurons that is gone at the end, never a share of what
+            is left.
+        scope: `"uniform"` takes `amount` from each layer, `"global"` from all together.
+        overrides: glob pattern over module names -> the amount there, or `None` to leave the module alone; the
+            first pattern that matches wins. For neurons the name is that of the group's first layer.
+
+    Raises:
+        ValueError: unknown structure or scope, or an amount outside [0, 1).
+    """
+
+    structure: str = "unstructured"
+    amount: float = 0.5
+    scope: str = "uniform"
+    overrides: Mapping[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.structure not in STRUCTURES:
+            raise ValueError(f"unknown structure {self.structure!r}; write one of {STRUCTURES}")
+        if self.scope not in ("uniform", "global"):
+            raise ValueError(f"unknown scope {self.scope!r}; write 'uniform' or 'global'")
+        for amount in (self.amount, *self.overrides.values()):
+            if amount is not None and not 0.0 <= amount < 1.0:
+                raise ValueError(f"amount={amount} is outside [0, 1): it is a share, write amount=0.5 for half")
+
+
+def prune_model_(
+    model: nn.Module, config: PruneConfig, *, example_inputs: ExampleInputs | None = None
+) -> Masks:
+    """Sets the least salient weights or neurons of `model` to zero, in place, and returns the masks.
+
+    `example_inputs` are needed for `structure="neurons"`: the model is traced to find what belongs together.
+
+    Raises:
+        ValueError: nothing to prune, or `example_inputs` missing.
+
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> masks = prune_model_(model, PruneConfig("neurons", 0.75), example_inputs=(torch.randn(2, 8),))
+    >>> int(masks["0.bias"].sum()), int((model[2].weight.abs().sum(0) > 0).sum())
+    (8, 8)
+    """
+    targets = find_targets(model, config, example_inputs)
+    masks = compute_masks(model, targets, config)
+    apply_masks_(model, masks)
+    return masks
+
+
+def find_targets(
+    model: nn.Module, config: PruneConfig, example_inputs: ExampleInputs | None = None
+) -> list[Group]:
+    """What `config` may prune in `model`: a group for each feed-forward width, or for each weight tensor.
+
+    Raises:
+        ValueError: nothing to prune, or `example_inputs` missing.
+    """
+    if config.structure == "unstructured":
+        parameters = select.named_parameters(model)
+        found = [Group(name, parameters[f"{name}.weight"].numel(), ((f"{name}.weight", -1),))
+                 for name, module in select.named_modules(model)
+                 if isinstance(module, _PRUNABLE) and f"{name}.weight".lstrip(".") in parameters and name]
+    elif example_inputs is None:
+        raise ValueError("structure='neurons' needs example_inputs=(x,) (or a dict of keyword inputs)")
+    else:
+        found = find_groups(model, example_inputs)
+    if not found:
+        raise ValueError(f"{config.structure} pruning found nothing to prune in {type(model).__name__}; "
+                         "it needs linear or convolution layers (for neurons: two with only activations between)")
+    amounts = select.assign([g.name for g in found], config.overrides, config.amount)
+    found = [g for g in found if amounts[g.name] is not None]
+    if not found:
+        raise ValueError("every module is excluded by overrides; remove one of the `None` patterns")
+    return found
+
+
+def compute_masks(model: nn.Module, targets: list[Group], config: PruneConfig, share: float = 1.0) -> Masks:
+    """Masks for `share` in [0, 1] of the amounts of `config`, from the magnitudes of the weights as they are now.
+
+    Saliency of a weight: |w|. Of a neuron: the L2 norm of every weight and bias that belongs to it, so that zeroed
+    neurons stay the least salient. Ties are decided by position; a layer keeps at least one neuron.
+    """
+    parameters = dict(_all_parameters(model))
+    saliencies = [saliency(target, parameters) for target in targets]
+    amounts = select.assign([t.name for t in targets], config.overrides, config.amount)
+    kept = _keep(saliencies, [share * amounts[t.name] for t in targets], config.scope == "global")
+    masks: Masks = {}
+    for target, keep in zip(targets, kept, strict=True):
+        for name, dim in target.members:
+            shape = [1] * parameters[name].dim()
+            if dim < 0:
+                mask = keep.view(parameters[name].shape)
+            else:
+                shape[dim] = target.width
+                mask = keep.view(shape)
+            masks[name] = masks[name] & mask if name in masks else mask
+    return masks
+
+
+def saliency(target: Group, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Saliency [width] of the weights or neurons of one target, in float32.
+
+    Weights: |w|. Neurons: sqrt(sum of w^2 over all of the neuron's weights and biases).
+    """
+    if target.members[0][1] < 0:
+        return parameters[target.members[0][0]].detach().float().abs().flatten()
+    squares = torch.zeros(target.width, device=parameters[target.members[0][0]].device)
+    for name, dim in target.members:
+        parameter = parameters[name].detach().float()
+        squares += parameter.square().movedim(dim, 0).flatten(1).sum(1) if parameter.dim() > 1 else parameter.square()
+    return squares.sqrt()
+
+
+def _keep(saliencies: list[Tensor], amounts: list[float], together: bool) -> list[Tensor]:
+    if together:
+        number = sum(round(a * len(s)) for a, s in zip(amounts, saliencies, strict=True))
+        order = torch.cat(saliencies).sort(stable=True).indices
+        keep = torch.ones(len(order), dtype=torch.bool, device=order.device)
+        keep[order[:number]] = False
+        kept = list(keep.split([len(s) for s in saliencies]))
+    else:
+        kept = []
+        for values, amount in zip(saliencies, amounts, strict=True):
+            keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
+            keep[values.sort(stable=True).indices[: round(amount * len(values))]] = False
+            kept.append(keep)
+    for keep, values in zip(kept, saliencies, strict=True):
+        if not keep.any():
+            keep[values.argmax()] = True
+    return kept
+
+
+@torch.no_grad()
+def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -> None:
+    """Zeroes what the masks drop, in place; `only` limits it to these `id(parameter)`.
+
+    Raises:
+        ValueError: a mask names a parameter that the model does not have, or has another shape.
+    """
+    parameters = dict(_all_parameters(model))
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"the masks name {name!r}, which {type(model).__name__} does not have; "
+                             "they were made for another model")
+        parameter = parameters[name]
+        if only is None or id(parameter) in only:
+            try:
+                parameter.mul_(mask.to(parameter.device))
+            except RuntimeError as error:
+                raise ValueError(f"the mask of {name!r} has shape {tuple(mask.shape)}, "
+                                 f"the parameter {tuple(parameter.shape)}") from error
+
+
+def pruning_coverage(model: nn.Module, masks: Masks) -> Coverage:
+    """Which parameters of `model` the masks reach, with the share of each that is zeroed."""
+    coverage = Coverage("pruning")
+    parameters = select.named_parameters(model)
+    for name, parameter in parameters.items():
+        if name in masks:
+            gone = 1.0 - masks[name].float().mean().item()
+            coverage.entries.append(Entry(name, "parameter", parameter.numel(), done=f"{gone:.1%} zero"))
+        else:
+            coverage.entries.append(Entry(name, "parameter", parameter.numel(), reason="not selected"))
+    return coverage
+
+
+def _all_parameters(model: nn.Module):
+    return ((select.canonical_name(n), p) for n, p in model.named_parameters(remove_duplicate=False))

@@ -1,0 +1,138 @@
+"""Fake quantization: training sees the rounding that the deployed kernel will do (Jacob et al. 2018).
+
+`prepare_` changes the *class* of each module it touches and adds torchao fake quantizers without state, so that
+Parameters, state_dict keys, hooks, shared modules and train/eval state stay what they were (contract 1); torchao's
+own swap makes new modules and loses some of these. torchao has no symmetric per-token fake quantizer (it refuses
+that configuration), so ours is written under its base class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import select
+from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
+from ..select import Coverage, Entry
+from .config import QuantConfig
+from .ops import row_codes, row_scales
+
+
+class _RoundRows(torch.autograd.Function):
+    """codes * scale, with the gradient passed straight through (Bengio et al. 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scales = row_scales(x)
+        return (row_codes(x, scales) * scales).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Int8RowFakeQuantizer(FakeQuantizerBase):
+    """Symmetric int8, one scale a row (last dimension), computed as `ops.int8_linear` computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RoundRows.apply(x) if self.enabled else x
+
+    def __repr__(self) -> str:
+        return "Int8RowFakeQuantizer()"
+
+
+class FakeQuantizedConv1D(Conv1D):
+    """transformers' Conv1D (GPT-2's linear layer, weight [in, out]) with fake-quantized activations and weights."""
+
+    activation_fake_quantizer: nn.Module
+    weight_fake_quantizer: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_fake_quantizer(self.weight.t())
+        return F.linear(self.activation_fake_quantizer(x), weight, self.bias)
+
+
+_FAKE = {nn.Linear: FakeQuantizedLinear, nn.Embedding: FakeQuantizedEmbedding, Conv1D: FakeQuantizedConv1D}
+_PLAIN = {fake: plain for plain, fake in _FAKE.items()}
+_QUANTIZERS = {
+    FakeQuantizedLinear: ("activation_fake_quantizer", "weight_fake_quantizer"),
+    FakeQuantizedConv1D: ("activation_fake_quantizer", "weight_fake_quantizer"),
+    FakeQuantizedEmbedding: ("weight_fake_quantizer",),
+}
+
+
+def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
+    """Fake-quantizes `model` in place and returns what was touched, what was skipped and why.
+
+    Preparing twice with the same exceptions changes nothing.
+
+    Raises:
+        ValueError: nothing in the model can be quantized, or an override matches nothing.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> print(prepare_(model, QuantConfig("int8", overrides={"2": None})))
+    int8 fake quantization: 80.0% of parameters
+      skipped 2 (Linear, 18 parameters): excluded by overrides
+    """
+    modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
+    chosen = select.assign(list(modules), config.overrides, config.scheme)
+    inside_attention = {id(child) for m in modules.values() if isinstance(m, nn.MultiheadAttention)
+                        for child in m.modules()}
+    coverage = Coverage(f"{config.scheme} fake quantization")
+    for name, module in modules.items():
+        reason = _why_not(module, chosen[name], id(module) in inside_attention)
+        if reason is None and type(module) in _FAKE:
+            _swap_class(module, _FAKE[type(module)])
+        coverage.entries.append(Entry(name, _kind(module), count_own(module),
+                                      done=chosen[name] if reason is None else None, reason=reason))
+    return coverage.require_any("the int8 scheme needs nn.Linear, nn.Embedding or transformers' Conv1D")
+
+
+def unprepare_(model: nn.Module) -> nn.Module:
+    """Takes the fake quantizers out again, in place; the weights are the trained ones, not rounded."""
+    for module in model.modules():
+        if type(module) in _PLAIN:
+            for quantizer in _QUANTIZERS[type(module)]:
+                delattr(module, quantizer)
+            module.__class__ = _PLAIN[type(module)]
+    return model
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether any module of `model` is fake-quantized."""
+    return any(type(module) in _PLAIN for module in model.modules())
+
+
+def count_own(module: nn.Module) -> int:
+    """Parameters that belong to the module itself, not to its children."""
+    return select.count_parameters(module, recurse=False)
+
+
+def _kind(module: nn.Module) -> str:
+    return _PLAIN.get(type(module), type(module)).__name__
+
+
+def _why_not(module: nn.Module, scheme: str | None, inside_attention: bool) -> str | None:
+    if scheme is None:
+        return "excluded by overrides"
+    if inside_attention:
+        return "nn.MultiheadAttention calls a fused function with raw weights, so a quantized child would not run"
+    if type(module) not in _FAKE and type(module) not in _PLAIN:
+        parent = next((plain.__name__ for plain in _FAKE if isinstance(module, plain)), None)
+        return f"a subclass of {parent} may compute something else" if parent else "no int8 form of this module"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return "an embedding with max_norm or sparse gradients is not supported"
+    return None
+
+
+def _swap_class(module: nn.Module, fake: type[nn.Module]) -> None:
+    module.__class__ = fake
+    for quantizer in _QUANTIZERS[fake]:
+        setattr(module, quantizer, Int8RowFakeQuantizer().train(module.training))
