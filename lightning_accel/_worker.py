@@ -1,0 +1,97 @@
+"""A process that times one target: `python -m lightning_accel._worker`, spoken to by `measure.compare`.
+
+One JSON object a line: first the target and the number of threads, then `{"run": workload, "repeat": n}`, at last
+`{"close": true}`. An artifact is loaded with torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Workloads = dict[str, Callable[[], float]]
+
+
+def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, Any]) -> Workloads:
+    """Prefill and decode of a causal LM, or forward on the golden inputs of any other model.
+
+    The decode workload gives seconds a token.
+    """
+    from . import artifact, generate
+
+    model = artifact.load(directory, engine=engine)
+    if model.entry["cache"] is None:
+        golden = artifact.load_weights(model.directory / model.manifest["golden"]["file"])
+        inputs = [golden[f"input.{spec['name']}"].clone() for spec in model.entry["inputs"]]
+        return {"forward": lambda: _timed(lambda: model(*inputs))}
+    prompt, new = arguments.get("prompt", 64), arguments.get("new", 64)
+    ids = torch.arange(prompt)[None] % model.entry["cache"]["vocabulary"]
+
+    def prefill() -> float:
+        cache = generate.Cache(model, 1, prompt)
+        valid, last = torch.ones_like(ids, dtype=torch.bool), torch.tensor([[prompt - 1]])
+        return _timed(lambda: cache.step(ids, valid, last))
+
+    def decode() -> float:
+        tokens = model.generate(ids, new + 1, stream=True)
+        next(tokens)
+        return _timed(lambda: list(tokens)) / new
+
+    return {"prefill": prefill, "decode": decode}
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _open(message: dict[str, Any]) -> Workloads:
+    arguments = dict(message.get("arguments") or {})
+    module, colon, function = message["source"].partition(":")
+    if colon and not os.path.isdir(message["source"]):
+        return getattr(importlib.import_module(module), function)(**arguments)
+    return artifact_workloads(message["source"], message.get("engine"), arguments)
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process in bytes (0 where the platform does not say)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Answers on the real standard output; whatever the target prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    first = json.loads(sys.stdin.readline())
+    torch.set_num_threads(first["threads"])
+    start = time.perf_counter()
+    workloads = _open(first)
+    answer({"load_s": time.perf_counter() - start, "workloads": list(workloads)})
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message.get("close"):
+            answer({"peak_rss_bytes": peak_rss()})
+            return
+        answer({"seconds": [workloads[message["run"]]() for _ in range(message["repeat"])]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,464 @@
+"""From a trained model to an artifact: finalize -> capture -> engines build -> verify -> measure -> save.
+
+The live model is never touched. Everything is written into a sibling folder, and renamed when the programs have been
+verified against the trained model and timed against the float model; a failure leaves the last good artifact.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import artifact, engines, select
+from .capture import call_example, capture, is_causal_lm
+from .distill import without_labels
+from .engines.aoti import CompilerMissing
+from .measure import Measurement, Target, compare, machine, size_on_disk, versions
+from .prune import Masks, apply_masks_, pruning_coverage, shrink_model
+from .prune.groups import ExampleInputs, split_inputs
+from .quantize import QuantConfig, convert_, is_prepared, prepare_, quantization_coverage, unprepare_
+from .verify import Verification, verify
+
+Metric = Callable[[Any, Sequence[Any]], float]  # (model, batches) -> float; lower is better unless it says so
+METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from the trained model's
+
+
+class ExportError(RuntimeError):
+    """The export failed; nothing was replaced, and the message says how to go on."""
+
+
+@dataclass
+class Finalized:
+    """Copies of the model: as float and dense, as it was trained, and as it is deployed."""
+
+    plain: nn.Module
+    trained: nn.Module
+    deployed: nn.Module
+    quantized: bool
+
+
+@dataclass
+class ExportReport:
+    """What was written, and what it gives and costs here."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    speedup: dict[str, float] = field(default_factory=dict)  # workload -> float model's time / artifact's, same engine
+    over_eager: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        slower = [f"{w} {1 / s:.2f} x" for w, s in self.speedup.items() if s < 1]
+        if slower:
+            lines.append(f"SLOWER than the float model on this machine: {', '.join(slower)} its time")
+        sizes = self.manifest["sizes"]
+        lines.append(f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
+                     + (f", {sizes['portable_bytes'] / 1e6:.2f} MB more for the portable program"
+                        if "portable_bytes" in sizes else ""))
+        engine = self.manifest["programs"][0]["engine"]
+        for workload, gain in self.speedup.items():
+            lines.append(f"{workload}: {gain:.2f} x the float model through {engine}, "
+                         f"{self.over_eager[workload]:.2f} x the float model run eagerly")
+        if not self.speedup:
+            lines.append("speed: not measured")
+        for metric in self.manifest["metrics"]:
+            lines.append(f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "
+                         f"{metric['direction']} is better)")
+        lines += [_coverage_line(c) for c in self.manifest["coverage"]]
+        return "\n".join(lines)
+
+
+def _coverage_line(coverage: Mapping[str, Any]) -> str:
+    flops = coverage["share_of_flops"]
+    return f"{coverage['technique']}: {coverage['share_of_parameters']:.1%} of parameters" + (
+        f", {flops:.1%} of FLOPs" if flops is not None else "")
+
+
+def export_model(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    dynamic_shapes: Any = None,
+    checkpoint: str | Path | None = None,
+    module: str | None = None,
+    quantize: QuantConfig | None = None,
+    masks: Masks | None = None,
+    engines: Sequence[str] = ("aoti", "portable"),
+    data: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    reference: str | Path | None = None,
+    measure: bool = True,
+    min_speedup: float | None = None,
+    assets: Mapping[str, str | Path] | None = None,
+    configs: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Exports a model for inference and says what it gives and costs.
+
+    Args:
+        model: trained; plain, masked, or fake-quantized by QAT.
+        directory: written as a whole; an older artifact there is replaced.
+        example_inputs: a tuple of positional or a dict of keyword inputs; a causal LM needs none.
+        dynamic_shapes: as torch.export takes them; by default batch and length are free.
+        checkpoint: a Lightning checkpoint whose weights, masks and quantization are put into `model` first.
+        module: the name that the model had in the LightningModule of the checkpoint.
+        quantize: quantizes after training (a model that QAT prepared needs none).
+        masks: from `prune_model_`; structured ones are cut out.
+        engines: programs to build, the default first.
+        data: held-out batches for verification and `metric`: mappings of keyword inputs, tensors, or tuples whose
+            first item is the input.
+        metric: (model, batches) -> float; lower is better unless it has `higher_is_better = True`.
+        reference: an artifact of the float model to be measured against; built for the purpose by default.
+        measure: time the artifact against the float model through the same engine, and against eager.
+        min_speedup: raises unless each workload is this much faster than the float model.
+        assets: files that travel with the model, by name (`{"tokenizer.json": path}`).
+        configs: written to the manifest.
+
+    Raises:
+        ValueError: the model rejects the inputs, cannot be captured, or holds NaN.
+        verify.DriftError: the program does not compute what was trained.
+        ExportError: slower than `min_speedup`, or no engine could be built.
+    """
+    directory = Path(directory)
+    artifact.check_destination(directory)
+    model = select.unwrap(model)
+    if checkpoint is not None:
+        restored = restore_(copy.deepcopy(model), checkpoint, module)
+        model, masks = restored[0], masks or restored[1]
+    inputs = _example_inputs(model, example_inputs)
+    batches = list(data) if data is not None else []
+    final = finalize(model, inputs, masks, quantize)
+    held_out = [_inputs_of_batch(final.trained, batch) for batch in batches] or [inputs]
+    with artifact.staging(directory) as path:
+        manifest = _write(path, final, inputs, dynamic_shapes, engines, assets or {})
+        manifest["coverage"] = _coverage(final, inputs, masks)
+        manifest["configs"] = dict(configs or {})
+        _verify_all(path, manifest, final, held_out)
+        manifest["metrics"] = _metrics(path, final, metric, batches)
+        report = ExportReport(directory, manifest)
+        if measure:
+            _measure(path, report, final, inputs, dynamic_shapes, reference)
+        manifest["sizes"] = {"default_load_bytes": 0}  # its own size is part of it
+        artifact.write_manifest(path, manifest)
+        manifest["sizes"] = size_on_disk(path, manifest)
+        artifact.write_manifest(path, manifest)
+        slow = {w: s for w, s in report.speedup.items() if min_speedup is not None and s < min_speedup}
+        if slow:
+            raise ExportError(f"the artifact is not {min_speedup} x as fast as the float model: "
+                              + ", ".join(f"{w} {s:.2f} x" for w, s in slow.items()))
+    return report
+
+
+# --- finalize ----------------------------------------------------------------------------------------------------------
+
+
+def finalize(
+    model: nn.Module, example_inputs: ExampleInputs, masks: Masks | None, quantize: QuantConfig | None
+) -> Finalized:
+    """Copies of the model for deployment: masks applied, neurons cut out, fake quantization turned into integers.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinite values; the training diverged, export an earlier checkpoint")
+    trained = _copy(model)
+    if masks:
+        apply_masks_(trained, masks)
+    plain = unprepare_(_copy(trained))
+    deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _copy(trained)
+    if quantize is not None and not is_prepared(trained):
+        prepare_(trained, quantize)
+        prepare_(deployed, quantize)
+    quantized = is_prepared(deployed)
+    if quantized:
+        deployed = convert_(deployed) if list(deployed.children()) else convert_(nn.Sequential(deployed))
+    return Finalized(plain, trained, deployed, quantized)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+
+def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> tuple[nn.Module, Masks | None]:
+    """Puts a Lightning checkpoint's weights and quantization into `model` and returns it with the masks.
+
+    Raises:
+        ValueError: the checkpoint's names do not fit the model.
+    """
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    weights = {select.canonical_name(name): tensor for name, tensor in saved["state_dict"].items()}
+    own = set(model.state_dict())
+    prefixes = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
+    prefix = next((p for p in prefixes if own <= {n.removeprefix(p) for n in weights if n.startswith(p)}), None)
+    if prefix is None:
+        raise ValueError(f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "
+                         f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})")
+    model.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}, strict=False)
+    masks: Masks = {}
+    for state in saved.get("callbacks", {}).values():
+        if not isinstance(state, dict) or (state.get("module") or "") not in (prefix.rstrip("."), module or ""):
+            continue
+        if state.get("technique") == "pruning":
+            masks.update(state["masks"])
+        elif state.get("technique") == "quantization" and state["prepared"]:
+            prepare_(model, QuantConfig(**state["config"]))
+    return model, masks or None
+
+
+def _example_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> ExampleInputs:
+    if example_inputs is None:
+        if not is_causal_lm(model):
+            raise ValueError("give example_inputs=(x,) or example_inputs={'name': x}, as the model is called")
+        return {"input_ids": torch.arange(16)[None].repeat(2, 1) % model.config.vocab_size}
+    args, kwargs = split_inputs(example_inputs)
+    kwargs = {k: v for k, v in without_labels(kwargs).items() if v is not None}
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
+    if is_causal_lm(model):  # the program makes its own masks and positions
+        kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
+    return kwargs if not args else args if not kwargs else _by_name(model, args, kwargs)
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    import inspect
+
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+
+
+def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
+    """The module's inputs in a batch: keyword inputs of a mapping, or the first item of a tuple."""
+    import inspect
+
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        batch = {k: v for k, v in without_labels(batch).items() if v is not None and (k in parameters or open_ended)}
+        return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")} if is_causal_lm(model) else batch
+    return (batch,) if isinstance(batch, Tensor) else (batch[0],)
+
+
+# --- build -------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    path: Path, final: Finalized, inputs: ExampleInputs, dynamic_shapes: Any, names: Sequence[str],
+    assets: Mapping[str, str | Path],
+) -> dict[str, Any]:
+    """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
+    call_example(final.trained, inputs)
+    stored: dict[str, Tensor] = {}
+    programs = []
+    for name in names:
+        engine = engines.get(name)
+        role = "decoder" if is_causal_lm(final.deployed) else "forward"
+        captured = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
+        try:
+            entry = engine.build(captured, path, role)
+        except CompilerMissing as error:
+            warnings.warn(f"{error}; the {name} program is left out", stacklevel=3)
+            continue
+        weights = captured.weights()
+        entry["layouts"] = {}
+        for index, weight in entry["weights"].items():
+            if weight in stored and stored[weight].shape != weights[weight].shape:
+                entry["layouts"][index] = list(weights[weight].shape)
+            else:
+                stored.setdefault(weight, weights[weight])
+        programs.append({"role": role, "engine": name, **entry, "sha256": artifact.sha256(path / entry["file"]),
+                         "torch": torch.__version__, "inputs": captured.inputs, "outputs": captured.outputs,
+                         "cache": captured.cache})
+    if not programs:
+        raise ExportError("none of the engines could be built; write engines=('portable',)")
+    manifest: dict[str, Any] = {"programs": programs, "versions": versions(), "machine": machine()}
+    if stored:
+        artifact.save_weights(stored, path / artifact.WEIGHTS)
+        manifest["weights"] = _file(path / artifact.WEIGHTS)
+    manifest["golden"] = _golden(path, final, inputs, programs[0])
+    manifest["assets"] = [{"name": name, **_file(Path(shutil.copy(source, path / Path(name).name)))}
+                          for name, source in assets.items()]
+    return manifest
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": artifact.sha256(path)}
+
+
+def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str, Any]) -> dict[str, str]:
+    """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
+    from .capture import flatten_output
+
+    named = _by_name(final.deployed, *split_inputs(inputs))
+    output = call_example(final.deployed, inputs)
+    outputs = [output.logits] if entry["cache"] else flatten_output(output)[0]
+    tensors = {f"input.{spec['name']}": named[spec["name"]] for spec in entry["inputs"] if spec["name"] in named}
+    tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
+    artifact.save_weights({n: t.contiguous() for n, t in tensors.items()}, path / "golden.safetensors")
+    return _file(path / "golden.safetensors")
+
+
+def _coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> list[dict[str, Any]]:
+    args, kwargs = split_inputs(inputs)
+    coverage = []
+    if masks:
+        coverage.append(pruning_coverage(final.plain, masks).as_dict())
+    if final.quantized:
+        shrunk = unprepare_(copy.deepcopy(final.plain))
+        if masks:
+            shrunk = shrink_model(shrunk, masks, example_inputs=inputs)
+        coverage.append(quantization_coverage(final.deployed, select.count_flops(shrunk, args, kwargs)).as_dict())
+    return coverage
+
+
+# --- verify ------------------------------------------------------------------------------------------------------------
+
+
+def caller(model: Any) -> Callable[[ExampleInputs], Any]:
+    """A function from example inputs to a model's output, for a module or a loaded artifact."""
+    def call(inputs: ExampleInputs) -> Any:
+        args, kwargs = split_inputs(inputs)
+        return model(*args, **kwargs)
+
+    return call
+
+
+def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out: Sequence[ExampleInputs]) -> None:
+    artifact.write_manifest(path, manifest)
+    for entry in manifest["programs"]:
+        loaded = artifact.load(path, engine=entry["engine"])
+        plain = caller(final.plain) if final.quantized else None
+        figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"])
+        entry["verification"] = figures.as_dict()
+        one = [_one_row(inputs) for inputs in held_out[:1]]
+        if plain is None:  # a program that mistakes a batch of one shows it here
+            verify(one, caller(loaded), caller(final.trained), None, f"{entry['engine']} (batch of 1)")
+        else:
+            verify(one, caller(loaded), caller(final.deployed), plain, f"{entry['engine']} (batch of 1)")
+
+
+def _one_row(inputs: ExampleInputs) -> ExampleInputs:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, inputs)
+
+
+def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Sequence[Any]) -> list[dict[str, Any]]:
+    """The task metric of the float model, the trained model and the artifact, on the same batches."""
+    if metric is None or not batches:
+        return []
+    loaded = artifact.load(path)
+    name = getattr(metric, "__name__", type(metric).__name__)
+    direction = "higher" if getattr(metric, "higher_is_better", False) else "lower"
+    with torch.no_grad():
+        values = {"float": metric(final.plain, batches), "trained": metric(final.trained, batches),
+                  "artifact": metric(loaded, batches)}
+    values = {which: float(value) for which, value in values.items()}
+    allowed = METRIC_TOLERANCE * max(abs(values["trained"]), 0.1)
+    worse = values["artifact"] - values["trained"]
+    if (worse if direction == "lower" else -worse) > allowed:
+        from .verify import DriftError
+
+        raise DriftError(f"{name} of the artifact is {values['artifact']:.4f}, of the trained model "
+                         f"{values['trained']:.4f}: more than {METRIC_TOLERANCE:.0%} worse")
+    return [{"name": f"{name} ({which})", "value": value, "direction": direction, "split": "held-out",
+             "n": len(batches)} for which, value in values.items()]
+
+
+# --- measure -----------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    path: Path, report: ExportReport, final: Finalized, inputs: ExampleInputs, dynamic_shapes: Any,
+    reference: str | Path | None,
+) -> None:
+    """Times the artifact against the float model through the same engine, and run eagerly."""
+    entry = report.manifest["programs"][0]
+    artifact.write_manifest(path, report.manifest)
+    with tempfile.TemporaryDirectory() as temporary:
+        if reference is None:
+            reference = Path(temporary) / "reference"
+            reference.mkdir()
+            names = dict.fromkeys((entry["engine"], "portable"))
+            plain = Finalized(final.plain, final.plain, final.plain, quantized=False)
+            artifact.write_manifest(reference, _write(reference, plain, inputs, dynamic_shapes, list(names), {}))
+        built = {p["engine"] for p in artifact.read_manifest(reference)["programs"]}
+        targets = {"artifact": Target(str(path)), "float": Target(str(reference), engine=entry["engine"])}
+        if "portable" in built and entry["engine"] != "portable":
+            targets["eager"] = Target(str(reference), engine="portable")
+        measured = compare(targets)
+    ours, plain_ = measured["artifact"], measured["float"]
+    eager = measured.get("eager", plain_)
+    for workload, spread in ours.seconds.items():
+        report.speedup[workload] = plain_.seconds[workload].median / spread.median
+        report.over_eager[workload] = eager.seconds[workload].median / spread.median
+    report.manifest["timings"] = [row for name, m in measured.items() for row in _timings(name, m, entry["engine"])]
+    report.manifest["speedup"] = {"over_float_same_engine": report.speedup, "over_eager": report.over_eager}
+
+
+def _timings(name: str, measured: Measurement, engine: str) -> list[dict[str, Any]]:
+    engine = "eager" if name == "eager" else engine
+    return [{"name": f"{name}.{workload}", "seconds": spread.median, "spread": asdict(spread), "shape": "golden",
+             "threads": torch.get_num_threads(), "engine": engine, "load_s": measured.load_s,
+             "peak_rss_bytes": measured.peak_rss_bytes} for workload, spread in measured.seconds.items()]
+
+
+def verify_artifact(directory: str | Path) -> list[str]:
+    """Checks every file and runs the golden inputs through every program again; returns a line for each check.
+
+    Raises:
+        artifact.ArtifactError: damaged.
+        verify.DriftError: a program computes something else than when it was exported.
+    """
+    directory = Path(directory)
+    manifest = artifact.read_manifest(directory)
+    golden = artifact.load_weights(artifact.check_file(directory, **_digest(manifest["golden"])))
+    for item in (*manifest.get("assets", ()), *([manifest["weights"]] if "weights" in manifest else [])):
+        artifact.check_file(directory, **_digest(item))
+    lines = [f"files: {len(list(directory.iterdir()))}, hashes as written"]
+    expected = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
+    for entry in manifest["programs"]:
+        reason = engines.get(entry["engine"]).unusable(entry)
+        if reason is not None:
+            lines.append(f"{entry['engine']}: not run: {reason}")
+            continue
+        loaded = artifact.load(directory, engine=entry["engine"])
+        inputs = {n.removeprefix("input."): t.clone() for n, t in golden.items() if n.startswith("input.")}
+        quantized = any("quantization" in c["technique"] for c in manifest.get("coverage", ()))
+        figures = verify([inputs], caller(loaded), lambda _: expected, None, entry["engine"]) if not quantized else None
+        if figures is None:
+            figures = verify([inputs], caller(loaded), lambda _: expected, lambda _: expected, entry["engine"])
+        lines.append(f"{entry['engine']}: golden inputs again, relative error {figures.error_trained:.2g}")
+    return lines
+
+
+def _digest(item: Mapping[str, Any]) -> dict[str, str]:
+    return {"name": item["file"], "digest": item["sha256"]}
+
+
+def describe(directory: str | Path) -> str:
+    """The manifest in words: programs, sizes, coverage and figures."""
+    manifest = artifact.read_manifest(directory)
+    lines = [f"{directory}: format {manifest['format']}, written on {manifest['machine']['cpu']}, "
+             f"torch {manifest['versions']['torch']}"]
+    for entry in manifest["programs"]:
+        inputs = ", ".join(f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
+                           for i in entry["inputs"])
+        lines.append(f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}")
+        if entry["cache"]:
+            lines.append(f"    cache: {len(entry['cache']['shapes'])} tensors, up to {entry['cache']['max_length']} positions")
+        lines.append(f"    verification: {json.dumps(entry.get('verification'))}")
+    report = ExportReport(Path(directory), manifest, **{
+        "speedup": manifest.get("speedup", {}).get("over_float_same_engine", {}),
+        "over_eager": manifest.get("speedup", {}).get("over_eager", {})})
+    for coverage in manifest["coverage"]:
+        lines += [f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
+                  f"{e['reason']}" for e in coverage["entries"] if not e["done"]]
+    return "\n".join([*lines, str(report)])

@@ -1,0 +1,167 @@
+"""Is it faster here? Targets are timed in separate worker processes that take turns, and compared as ratios.
+
+Two multi-threaded engines in one process were seen to reverse a ranking, and the speed of a machine drifts; so each
+target has its own process (`lightning_accel._worker`), one works at a time, and the rounds are interleaved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a worker loads: the directory of an artifact, or `"module:function"`.
+
+    The function gets `arguments` and returns a dict from workload names to functions that do the work once and
+    return the seconds that it took.
+    """
+
+    source: str
+    arguments: Mapping[str, Any] | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one workload: median, least and most of `n` runs."""
+
+    median: float
+    least: float
+    most: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One target: its workloads, seconds to load, and peak resident memory of its process in bytes."""
+
+    seconds: dict[str, Spread]
+    load_s: float
+    peak_rss_bytes: int
+
+
+def compare(
+    targets: Mapping[str, Target],
+    *,
+    threads: int | None = None,
+    rounds: int = 5,
+    repeat: int = 3,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Measurement]:
+    """Times every workload of every target, in turns.
+
+    Args:
+        targets: name -> what to load.
+        threads: of torch in each worker; default torch.get_num_threads().
+        rounds: interleaved rounds; in each, every target runs every workload `repeat` times, the first round is
+            warm-up and does not count.
+
+    Raises:
+        RuntimeError: a worker failed; the message holds what it printed.
+    """
+    threads = threads or torch.get_num_threads()
+    workers: dict[str, _Worker] = {}
+    try:
+        for name, target in targets.items():
+            if progress:
+                progress(f"loading {name}")
+            workers[name] = _Worker(target, threads)
+        times: dict[str, dict[str, list[float]]] = {
+            name: {w: [] for w in worker.workloads} for name, worker in workers.items()}
+        for turn in range(rounds + 1):
+            for name, worker in workers.items():
+                if progress:
+                    progress(f"measuring {name}, round {turn} of {rounds}")
+                for workload in worker.workloads:
+                    seconds = worker.ask({"run": workload, "repeat": repeat})["seconds"]
+                    if turn:
+                        times[name][workload] += seconds
+        return {name: Measurement({w: _spread(t) for w, t in times[name].items()}, worker.load_s,
+                                  worker.ask({"close": True})["peak_rss_bytes"])
+                for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _spread(seconds: list[float]) -> Spread:
+    return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+class _Worker:
+    """A worker process and its conversation: one JSON object a line each way."""
+
+    def __init__(self, target: Target, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        self.process = subprocess.Popen([sys.executable, "-m", "lightning_accel._worker"], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=environment)
+        self.target = target
+        ready = self.ask({**asdict(target), "threads": threads})
+        self.load_s: float = ready["load_s"]
+        self.workloads: list[str] = ready["workloads"]
+
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the worker for {self.target.source} stopped:\n{self.process.stderr.read()[-4000:]}")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """The machine, as it belongs beside every figure."""
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "cpu": capabilities.get("cpu_name") or platform.processor(),
+        "architecture": platform.machine(),
+        "vnni": bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni")),
+        "amx": bool(capabilities.get("amx_int8")),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    names = ("torch", "torchao", "lightning", "transformers", "torchmetrics", "lightning-accel")
+    return {name: torch.__version__ if name == "torch" else version(name) for name in names}
+
+
+def size_on_disk(directory: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of all that the default load needs, and of the portable program beside it."""
+    files = {entry["engine"]: entry for entry in reversed(manifest["programs"])}
+    default = manifest["programs"][0]
+    needed = {"manifest.json", default["file"]} | {asset["file"] for asset in manifest.get("assets", ())}
+    if default.get("weights"):
+        needed.add(manifest["weights"]["file"])
+    sizes = {"default_load_bytes": sum((directory / name).stat().st_size for name in needed)}
+    if default["engine"] != "portable" and "portable" in files:
+        extra = {files["portable"]["file"]} | ({manifest["weights"]["file"]} - needed)
+        sizes["portable_bytes"] = sum((directory / name).stat().st_size for name in extra)
+    return sizes
