@@ -25,9 +25,18 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 Run = Callable[[list[Tensor]], list[Tensor]]
@@ -57,8 +66,11 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     offset = 0
     for name in names:
         tensor = tensors[name]
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + tensor.nbytes]}
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
@@ -82,7 +94,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             if length > size - 8:
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
         tensors = {}
         for name, entry in header.items():
             if name != "__metadata__":
@@ -163,8 +175,10 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     if not path.exists():
-        raise ArtifactError(f"{directory} is not an artifact: it has no {MANIFEST}; write load('DIR') with the "
-                            "directory that Export or export_model wrote")
+        raise ArtifactError(
+            f"{directory} is not an artifact: it has no {MANIFEST}; write load('DIR') with the "
+            "directory that Export or export_model wrote"
+        )
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
@@ -213,7 +227,9 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
     entries = [p for p in manifest["programs"] if engine in (None, p["engine"])]
     if not entries:
         built = sorted({p["engine"] for p in manifest["programs"]})
-        raise ArtifactError(f"the artifact has no {engine!r} program, only {built}; write load(dir, engine={built[0]!r})")
+        raise ArtifactError(
+            f"the artifact has no {engine!r} program, only {built}; write load(dir, engine={built[0]!r})"
+        )
     reasons: list[str] = []
     for entry in entries:
         reason = engines.get(entry["engine"]).unusable(entry)
@@ -222,8 +238,10 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
                 warnings.warn(f"{'; '.join(reasons)}; serving the {entry['engine']} program instead", stacklevel=2)
             return _open(directory, manifest, entry)
         reasons.append(f"the {entry['engine']} program cannot run here: {reason}")
-    raise ArtifactError("; ".join(reasons) + "; export the model on this kind of machine, with engines=('aoti', "
-                        "'portable') to have a program that runs anywhere")
+    raise ArtifactError(
+        "; ".join(reasons) + "; export the model on this kind of machine, with engines=('aoti', "
+        "'portable') to have a program that runs anywhere"
+    )
 
 
 def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> LoadedModel:
@@ -294,8 +312,9 @@ class LoadedModel:
         raise ValueError(f"no asset {name!r}; this artifact has {[a['name'] for a in self.manifest.get('assets', ())]}")
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{i['name']}{[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
-                           for i in self.entry["inputs"])
+        inputs = ", ".join(
+            f"{i['name']}{[d if isinstance(d, int) else d['name'] for d in i['shape']]}" for i in self.entry["inputs"]
+        )
         return f"LoadedModel({str(self.directory)!r}, engine={self.engine!r}, inputs=({inputs}))"
 
 
@@ -307,8 +326,9 @@ def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) ->
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name not in names or name in given:
-            raise ValueError(f"input {name!r} is {'given twice' if name in given else 'unknown'}; "
-                             f"the model takes {', '.join(names)}")
+            raise ValueError(
+                f"input {name!r} is {'given twice' if name in given else 'unknown'}; the model takes {', '.join(names)}"
+            )
         given[name] = value
     missing = [name for name in names if given.get(name) is None]
     if missing:

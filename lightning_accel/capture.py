@@ -93,8 +93,12 @@ def is_causal_lm(model: nn.Module) -> bool:
     """Whether `model` is a decoder-only language model from transformers, to be captured with a KV cache."""
     from transformers import PreTrainedModel
 
-    return (isinstance(model, PreTrainedModel) and model.can_generate()
-            and not model.config.is_encoder_decoder and model.get_output_embeddings() is not None)
+    return (
+        isinstance(model, PreTrainedModel)
+        and model.can_generate()
+        and not model.config.is_encoder_decoder
+        and model.get_output_embeddings() is not None
+    )
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any = None) -> Capture:
@@ -124,8 +128,10 @@ def call_example(model: nn.Module, example_inputs: ExampleInputs) -> Any:
             return model(*args, **kwargs)
     except Exception as error:
         shapes = [list(x.shape) if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
-        raise ValueError(f"{type(model).__name__} rejects the example inputs {shapes}: {type(error).__name__}: {error}; "
-                         "give example_inputs=(x,) or example_inputs={'name': x} as the model is called") from error
+        raise ValueError(
+            f"{type(model).__name__} rejects the example inputs {shapes}: {type(error).__name__}: {error}; "
+            "give example_inputs=(x,) or example_inputs={'name': x} as the model is called"
+        ) from error
 
 
 # --- any module --------------------------------------------------------------------------------------------------------
@@ -185,12 +191,16 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_sha
         kwargs = {k: tensors.get(k, v) for k, v in kwargs.items()}
         shapes = tuple(_default_dims(t) for t in tensors.values())
     else:
-        given = dynamic_shapes if isinstance(dynamic_shapes, Mapping) else dict(zip(names, dynamic_shapes, strict=False))
+        given = (
+            dynamic_shapes if isinstance(dynamic_shapes, Mapping) else dict(zip(names, dynamic_shapes, strict=False))
+        )
         shapes = tuple(given.get(name) for name in tensors)
     result = Capture(_Flat(model, args, kwargs), tuple(tensors.values()), shapes, [], structure)
     ranges = _ranges(result)
-    result.inputs = [{"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": dims}
-                     for (n, t), dims in zip(tensors.items(), ranges, strict=True)]
+    result.inputs = [
+        {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": dims}
+        for (n, t), dims in zip(tensors.items(), ranges, strict=True)
+    ]
     return result
 
 
@@ -244,8 +254,16 @@ def _ranges(result: Capture) -> list[list[Any]]:
 # --- causal language models --------------------------------------------------------------------------------------------
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-            scaling: float | None = None, dropout: float = 0.0, **_: Any) -> tuple[Tensor, None]:
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Attention over the filled slots; key and value heads are shared by groups of query heads, not copied."""
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
@@ -262,8 +280,8 @@ def _sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
             self.keys, self.values, self.is_initialized = keys, values, True
 
         def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys[:, filled - new:filled].copy_(keys.transpose(1, 2))
-            self.values[:, filled - new:filled].copy_(values.transpose(1, 2))
+            self.keys[:, filled - new : filled].copy_(keys.transpose(1, 2))
+            self.values[:, filled - new : filled].copy_(values.transpose(1, 2))
             return self.keys[:, :filled].transpose(1, 2), self.values[:, :filled].transpose(1, 2)
 
         def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
@@ -293,7 +311,9 @@ class _CausalLM(nn.Module):
         assert wanted_BK is not None
         return (hidden_BTE.gather(1, wanted_BK[..., None].expand(-1, -1, hidden_BTE.shape[-1])),)
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, cache: list[Tensor]) -> list[Tensor]:
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, cache: list[Tensor]
+    ) -> list[Tensor]:
         new, filled = ids.shape[1], mask.shape[1]
         slots_S = torch.arange(filled)
         seen_TS = slots_S[None] <= torch.arange(filled - new, filled)[:, None]
@@ -301,8 +321,13 @@ class _CausalLM(nn.Module):
         # a finite minimum: a row of padding sees nothing, and its unused result must not be NaN
         bias = torch.where(allowed_BTS[:, None], 0.0, torch.finfo(torch.float32).min)
         self._wanted = wanted
-        output = self.model(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=True,
-                            past_key_values=_sliced_cache(cache, filled, new))
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=bias,
+            use_cache=True,
+            past_key_values=_sliced_cache(cache, filled, new),
+        )
         self._wanted = None
         return [output.logits]
 
@@ -313,16 +338,27 @@ def _capture_causal_lm(model: Any) -> Capture:
     vocabulary = model.get_output_embeddings()(torch.zeros(1, model.get_input_embeddings().embedding_dim)).shape[-1]
     batch, new, filled, capacity, wanted = 2, 5, 9, 16, 3
     cache = [torch.zeros(batch, capacity, *shape) for shape in shapes]
-    example = (torch.zeros(batch, new, dtype=torch.int64),
-               torch.arange(filled - new, filled).expand(batch, new).contiguous(),
-               torch.ones(batch, filled, dtype=torch.bool), torch.zeros(batch, wanted, dtype=torch.int64), cache)
-    b, c, t, s, k = (Dim(n, max=m) for n, m in (("batch", MAX_BATCH), ("capacity", limit), ("new", limit),
-                                                ("filled", limit), ("wanted", limit)))
+    example = (
+        torch.zeros(batch, new, dtype=torch.int64),
+        torch.arange(filled - new, filled).expand(batch, new).contiguous(),
+        torch.ones(batch, filled, dtype=torch.bool),
+        torch.zeros(batch, wanted, dtype=torch.int64),
+        cache,
+    )
+    b, c, t, s, k = (
+        Dim(n, max=m)
+        for n, m in (("batch", MAX_BATCH), ("capacity", limit), ("new", limit), ("filled", limit), ("wanted", limit))
+    )
     dynamic = ({0: b, 1: t}, {0: b, 1: t}, {0: b, 1: s}, {0: b, 1: k}, [{0: b, 1: c}] * len(cache))
     dims = {"b": {"name": "batch", "min": 1, "max": MAX_BATCH}, "t": {"name": "length", "min": 1, "max": limit}}
     inputs = [{"name": "input_ids", "dtype": "int64", "shape": [dims["b"], dims["t"]]}]
-    spec = {"shapes": [list(shape) for shape in shapes], "dtype": "float32", "max_length": limit,
-            "max_batch": MAX_BATCH, "vocabulary": vocabulary}
+    spec = {
+        "shapes": [list(shape) for shape in shapes],
+        "dtype": "float32",
+        "max_length": limit,
+        "max_batch": MAX_BATCH,
+        "vocabulary": vocabulary,
+    }
     return Capture(_CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
 
 

@@ -62,18 +62,27 @@ class ExportReport:
         if slower:
             lines.append(f"SLOWER than the float model on this machine: {', '.join(slower)} its time")
         sizes = self.manifest["sizes"]
-        lines.append(f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
-                     + (f", {sizes['portable_bytes'] / 1e6:.2f} MB more for the portable program"
-                        if "portable_bytes" in sizes else ""))
+        lines.append(
+            f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
+            + (
+                f", {sizes['portable_bytes'] / 1e6:.2f} MB more for the portable program"
+                if "portable_bytes" in sizes
+                else ""
+            )
+        )
         engine = self.manifest["programs"][0]["engine"]
         for workload, gain in self.speedup.items():
-            lines.append(f"{workload}: {gain:.2f} x the float model through {engine}, "
-                         f"{self.over_eager[workload]:.2f} x the float model run eagerly")
+            lines.append(
+                f"{workload}: {gain:.2f} x the float model through {engine}, "
+                f"{self.over_eager[workload]:.2f} x the float model run eagerly"
+            )
         if not self.speedup:
             lines.append("speed: not measured")
         for metric in self.manifest["metrics"]:
-            lines.append(f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "
-                         f"{metric['direction']} is better)")
+            lines.append(
+                f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "
+                f"{metric['direction']} is better)"
+            )
         lines += [_coverage_line(c) for c in self.manifest["coverage"]]
         return "\n".join(lines)
 
@@ -81,7 +90,8 @@ class ExportReport:
 def _coverage_line(coverage: Mapping[str, Any]) -> str:
     flops = coverage["share_of_flops"]
     return f"{coverage['technique']}: {coverage['share_of_parameters']:.1%} of parameters" + (
-        f", {flops:.1%} of FLOPs" if flops is not None else "")
+        f", {flops:.1%} of FLOPs" if flops is not None else ""
+    )
 
 
 def export_model(
@@ -154,8 +164,10 @@ def export_model(
         artifact.write_manifest(path, manifest)
         slow = {w: s for w, s in report.speedup.items() if min_speedup is not None and s < min_speedup}
         if slow:
-            raise ExportError(f"the artifact is not {min_speedup} x as fast as the float model: "
-                              + ", ".join(f"{w} {s:.2f} x" for w, s in slow.items()))
+            raise ExportError(
+                f"the artifact is not {min_speedup} x as fast as the float model: "
+                + ", ".join(f"{w} {s:.2f} x" for w, s in slow.items())
+            )
     return report
 
 
@@ -172,7 +184,9 @@ def finalize(
     """
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or infinite values; the training diverged, export an earlier checkpoint")
+            raise ValueError(
+                f"{name} holds NaN or infinite values; the training diverged, export an earlier checkpoint"
+            )
     trained = _copy(model)
     if masks:
         apply_masks_(trained, masks)
@@ -203,8 +217,10 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> tu
     prefixes = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
     prefix = next((p for p in prefixes if own <= {n.removeprefix(p) for n in weights if n.startswith(p)}), None)
     if prefix is None:
-        raise ValueError(f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "
-                         f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})")
+        raise ValueError(
+            f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "
+            f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})"
+        )
     model.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}, strict=False)
     masks: Masks = {}
     for state in saved.get("callbacks", {}).values():
@@ -244,7 +260,9 @@ def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         batch = {k: v for k, v in without_labels(batch).items() if v is not None and (k in parameters or open_ended)}
-        return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")} if is_causal_lm(model) else batch
+        return (
+            {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")} if is_causal_lm(model) else batch
+        )
     return (batch,) if isinstance(batch, Tensor) else (batch[0],)
 
 
@@ -252,7 +270,11 @@ def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
 
 
 def _write(
-    path: Path, final: Finalized, inputs: ExampleInputs, dynamic_shapes: Any, names: Sequence[str],
+    path: Path,
+    final: Finalized,
+    inputs: ExampleInputs,
+    dynamic_shapes: Any,
+    names: Sequence[str],
     assets: Mapping[str, str | Path],
 ) -> dict[str, Any]:
     """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
@@ -275,9 +297,18 @@ def _write(
                 entry["layouts"][index] = list(weights[weight].shape)
             else:
                 stored.setdefault(weight, weights[weight])
-        programs.append({"role": role, "engine": name, **entry, "sha256": artifact.sha256(path / entry["file"]),
-                         "torch": torch.__version__, "inputs": captured.inputs, "outputs": captured.outputs,
-                         "cache": captured.cache})
+        programs.append(
+            {
+                "role": role,
+                "engine": name,
+                **entry,
+                "sha256": artifact.sha256(path / entry["file"]),
+                "torch": torch.__version__,
+                "inputs": captured.inputs,
+                "outputs": captured.outputs,
+                "cache": captured.cache,
+            }
+        )
     if not programs:
         raise ExportError("none of the engines could be built; write engines=('portable',)")
     manifest: dict[str, Any] = {"programs": programs, "versions": versions(), "machine": machine()}
@@ -285,8 +316,9 @@ def _write(
         artifact.save_weights(stored, path / artifact.WEIGHTS)
         manifest["weights"] = _file(path / artifact.WEIGHTS)
     manifest["golden"] = _golden(path, final, inputs, programs[0])
-    manifest["assets"] = [{"name": name, **_file(Path(shutil.copy(source, path / Path(name).name)))}
-                          for name, source in assets.items()]
+    manifest["assets"] = [
+        {"name": name, **_file(Path(shutil.copy(source, path / Path(name).name)))} for name, source in assets.items()
+    ]
     return manifest
 
 
@@ -325,6 +357,7 @@ def _coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> l
 
 def caller(model: Any) -> Callable[[ExampleInputs], Any]:
     """A function from example inputs to a model's output, for a module or a loaded artifact."""
+
     def call(inputs: ExampleInputs) -> Any:
         args, kwargs = split_inputs(inputs)
         return model(*args, **kwargs)
@@ -358,25 +391,36 @@ def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Seque
     name = getattr(metric, "__name__", type(metric).__name__)
     direction = "higher" if getattr(metric, "higher_is_better", False) else "lower"
     with torch.no_grad():
-        values = {"float": metric(final.plain, batches), "trained": metric(final.trained, batches),
-                  "artifact": metric(loaded, batches)}
+        values = {
+            "float": metric(final.plain, batches),
+            "trained": metric(final.trained, batches),
+            "artifact": metric(loaded, batches),
+        }
     values = {which: float(value) for which, value in values.items()}
     allowed = METRIC_TOLERANCE * max(abs(values["trained"]), 0.1)
     worse = values["artifact"] - values["trained"]
     if (worse if direction == "lower" else -worse) > allowed:
         from .verify import DriftError
 
-        raise DriftError(f"{name} of the artifact is {values['artifact']:.4f}, of the trained model "
-                         f"{values['trained']:.4f}: more than {METRIC_TOLERANCE:.0%} worse")
-    return [{"name": f"{name} ({which})", "value": value, "direction": direction, "split": "held-out",
-             "n": len(batches)} for which, value in values.items()]
+        raise DriftError(
+            f"{name} of the artifact is {values['artifact']:.4f}, of the trained model "
+            f"{values['trained']:.4f}: more than {METRIC_TOLERANCE:.0%} worse"
+        )
+    return [
+        {"name": f"{name} ({which})", "value": value, "direction": direction, "split": "held-out", "n": len(batches)}
+        for which, value in values.items()
+    ]
 
 
 # --- measure -----------------------------------------------------------------------------------------------------------
 
 
 def _measure(
-    path: Path, report: ExportReport, final: Finalized, inputs: ExampleInputs, dynamic_shapes: Any,
+    path: Path,
+    report: ExportReport,
+    final: Finalized,
+    inputs: ExampleInputs,
+    dynamic_shapes: Any,
     reference: str | Path | None,
 ) -> None:
     """Times the artifact against the float model through the same engine, and run eagerly."""
@@ -405,9 +449,19 @@ def _measure(
 
 def _timings(name: str, measured: Measurement, engine: str) -> list[dict[str, Any]]:
     engine = "eager" if name == "eager" else engine
-    return [{"name": f"{name}.{workload}", "seconds": spread.median, "spread": asdict(spread), "shape": "golden",
-             "threads": torch.get_num_threads(), "engine": engine, "load_s": measured.load_s,
-             "peak_rss_bytes": measured.peak_rss_bytes} for workload, spread in measured.seconds.items()]
+    return [
+        {
+            "name": f"{name}.{workload}",
+            "seconds": spread.median,
+            "spread": asdict(spread),
+            "shape": "golden",
+            "threads": torch.get_num_threads(),
+            "engine": engine,
+            "load_s": measured.load_s,
+            "peak_rss_bytes": measured.peak_rss_bytes,
+        }
+        for workload, spread in measured.seconds.items()
+    ]
 
 
 def verify_artifact(directory: str | Path) -> list[str]:
@@ -446,19 +500,34 @@ def _digest(item: Mapping[str, Any]) -> dict[str, str]:
 def describe(directory: str | Path) -> str:
     """The manifest in words: programs, sizes, coverage and figures."""
     manifest = artifact.read_manifest(directory)
-    lines = [f"{directory}: format {manifest['format']}, written on {manifest['machine']['cpu']}, "
-             f"torch {manifest['versions']['torch']}"]
+    lines = [
+        f"{directory}: format {manifest['format']}, written on {manifest['machine']['cpu']}, "
+        f"torch {manifest['versions']['torch']}"
+    ]
     for entry in manifest["programs"]:
-        inputs = ", ".join(f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
-                           for i in entry["inputs"])
+        inputs = ", ".join(
+            f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
+            for i in entry["inputs"]
+        )
         lines.append(f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}")
         if entry["cache"]:
-            lines.append(f"    cache: {len(entry['cache']['shapes'])} tensors, up to {entry['cache']['max_length']} positions")
+            lines.append(
+                f"    cache: {len(entry['cache']['shapes'])} tensors, up to {entry['cache']['max_length']} positions"
+            )
         lines.append(f"    verification: {json.dumps(entry.get('verification'))}")
-    report = ExportReport(Path(directory), manifest, **{
-        "speedup": manifest.get("speedup", {}).get("over_float_same_engine", {}),
-        "over_eager": manifest.get("speedup", {}).get("over_eager", {})})
+    report = ExportReport(
+        Path(directory),
+        manifest,
+        **{
+            "speedup": manifest.get("speedup", {}).get("over_float_same_engine", {}),
+            "over_eager": manifest.get("speedup", {}).get("over_eager", {}),
+        },
+    )
     for coverage in manifest["coverage"]:
-        lines += [f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
-                  f"{e['reason']}" for e in coverage["entries"] if not e["done"]]
+        lines += [
+            f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
+            f"{e['reason']}"
+            for e in coverage["entries"]
+            if not e["done"]
+        ]
     return "\n".join([*lines, str(report)])

@@ -33,11 +33,14 @@ class Cache:
     def __init__(self, model: LoadedModel, batch: int, capacity: int) -> None:
         spec = model.entry["cache"]
         if capacity > spec["max_length"]:
-            raise ValueError(f"{capacity} tokens are asked for, the model has {spec['max_length']} positions; "
-                             "shorten the prompt or max_new_tokens")
+            raise ValueError(
+                f"{capacity} tokens are asked for, the model has {spec['max_length']} positions; "
+                "shorten the prompt or max_new_tokens"
+            )
         self.model, self.capacity, self.filled = model, capacity, 0
-        self.tensors = [torch.zeros(batch, capacity, *shape, dtype=getattr(torch, spec["dtype"]))
-                        for shape in spec["shapes"]]
+        self.tensors = [
+            torch.zeros(batch, capacity, *shape, dtype=getattr(torch, spec["dtype"])) for shape in spec["shapes"]
+        ]
         self.mask_BS = torch.zeros(batch, 0, dtype=torch.bool)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64)
 
@@ -164,8 +167,10 @@ def _prompt(model: LoadedModel, input_ids: Any, attention_mask: Any) -> tuple[Te
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         attention_mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [batch, length], both at least 1; "
-                         "for one prompt write input_ids[None]")
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}, expected [batch, length], both at least 1; "
+            "for one prompt write input_ids[None]"
+        )
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.device.type != "cpu":
         raise ValueError(f"input_ids is {input_ids.dtype} on {input_ids.device}, expected torch.int64 on the CPU")
     spec = model.entry["cache"]

@@ -80,7 +80,8 @@ def compare(
                 progress(f"loading {name}")
             workers[name] = _Worker(target, threads)
         times: dict[str, dict[str, list[float]]] = {
-            name: {w: [] for w in worker.workloads} for name, worker in workers.items()}
+            name: {w: [] for w in worker.workloads} for name, worker in workers.items()
+        }
         for turn in range(rounds + 1):
             for name, worker in workers.items():
                 if progress:
@@ -89,9 +90,14 @@ def compare(
                     seconds = worker.ask({"run": workload, "repeat": repeat})["seconds"]
                     if turn:
                         times[name][workload] += seconds
-        return {name: Measurement({w: _spread(t) for w, t in times[name].items()}, worker.load_s,
-                                  worker.ask({"close": True})["peak_rss_bytes"])
-                for name, worker in workers.items()}
+        return {
+            name: Measurement(
+                {w: _spread(t) for w, t in times[name].items()},
+                worker.load_s,
+                worker.ask({"close": True})["peak_rss_bytes"],
+            )
+            for name, worker in workers.items()
+        }
     finally:
         for worker in workers.values():
             worker.stop()
@@ -107,9 +113,14 @@ class _Worker:
     def __init__(self, target: Target, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        self.process = subprocess.Popen([sys.executable, "-m", "lightning_accel._worker"], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_accel._worker"],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
         self.target = target
         ready = self.ask({**asdict(target), "threads": threads})
         self.load_s: float = ready["load_s"]

@@ -86,9 +86,7 @@ def assign(names: list[str], overrides: Mapping[str, Any], default: Any) -> dict
             f"the pattern {unused[0]!r} matches no module; names are relative to module=, "
             f"for example {', '.join(repr(n) for n in names[:8])}"
         )
-    return {
-        name: next((value for p, value in overrides.items() if fnmatchcase(name, p)), default) for name in names
-    }
+    return {name: next((value for p, value in overrides.items() if fnmatchcase(name, p)), default) for name in names}
 
 
 @dataclass
@@ -144,8 +142,11 @@ class Coverage:
         flops = self.share_of_flops
         head = f"{self.technique}: {self.share_of_parameters:.1%} of parameters"
         head += f", {flops:.1%} of FLOPs" if flops is not None else ""
-        skipped = [f"  skipped {e.name} ({e.kind}, {e.parameters:,} parameters): {e.reason}"
-                   for e in self.entries if not e.done]
+        skipped = [
+            f"  skipped {e.name} ({e.kind}, {e.parameters:,} parameters): {e.reason}"
+            for e in self.entries
+            if not e.done
+        ]
         return "\n".join([head, *skipped])
 
 
@@ -169,5 +170,5 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
         if name == "Global":
             counts[""] = sum(by_operator.values())
         elif name.startswith(prefix + "."):
-            counts[canonical_name(name[len(prefix) + 1:])] = sum(by_operator.values())
+            counts[canonical_name(name[len(prefix) + 1 :])] = sum(by_operator.values())
     return counts

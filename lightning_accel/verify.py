@@ -76,22 +76,28 @@ def verify(inputs: Sequence[Any], artifact: Call, trained: Call, plain: Call | N
     result = Verification(sum(b[0].shape[:-1].numel() for b in ours), _error(ours, fake), _error(ours, full))
     if plain is None:
         if result.error_trained > ROUNDING:
-            raise DriftError(f"the {name} program drifted: relative error {result.error_trained:.2g} of its outputs, "
-                             f"float rounding explains {ROUNDING:g}")
+            raise DriftError(
+                f"the {name} program drifted: relative error {result.error_trained:.2g} of its outputs, "
+                f"float rounding explains {ROUNDING:g}"
+            )
         return result
     with torch.no_grad():
         has_logits = all(logits_of(call(inputs[0])) is not None for call in (trained, plain))
     if not has_logits:
         allowed = max(ERROR_FRACTION * result.error_plain, ROUNDING)
         if result.error_trained > allowed:
-            raise DriftError(f"the {name} program drifted: relative error {result.error_trained:.2g} against the trained "
-                             f"model, {allowed:.2g} allowed ({ERROR_FRACTION} of its error against the float model)")
+            raise DriftError(
+                f"the {name} program drifted: relative error {result.error_trained:.2g} against the trained "
+                f"model, {allowed:.2g} allowed ({ERROR_FRACTION} of its error against the float model)"
+            )
         return result
     ours_PV, fake_PV, full_PV = (torch.cat([b[0].flatten(0, -2) for b in o]) for o in outputs)
     result.kl_trained, result.kl_plain = _kl(fake_PV, ours_PV), _kl(full_PV, ours_PV)
     if result.kl_trained > max(KL_FRACTION * result.kl_plain, SMALL_KL):
-        raise DriftError(f"the {name} program drifted: KL(trained || artifact) is {result.kl_trained:.2g} nats, more than "
-                         f"{KL_FRACTION} of KL(float || artifact), {result.kl_plain:.2g}")
+        raise DriftError(
+            f"the {name} program drifted: KL(trained || artifact) is {result.kl_trained:.2g} nats, more than "
+            f"{KL_FRACTION} of KL(float || artifact), {result.kl_plain:.2g}"
+        )
     _compare_predictions(result, ours_PV, fake_PV, name)
     return result
 
@@ -107,8 +113,10 @@ def _compare_predictions(result: Verification, ours_PV: Tensor, trained_PV: Tens
     result.agreement = same.float().mean().item()
     result.agreement_over_margin = same[over].float().mean().item() if over.any() else 1.0
     if result.agreement_over_margin < 1.0:
-        raise DriftError(f"the {name} program predicts otherwise than the trained model at {1 - result.agreement_over_margin:.1%} "
-                         f"of the positions whose margin exceeds {result.margin:.2g}")
+        raise DriftError(
+            f"the {name} program predicts otherwise than the trained model at {1 - result.agreement_over_margin:.1%} "
+            f"of the positions whose margin exceeds {result.margin:.2g}"
+        )
 
 
 def _floats(output: Any) -> list[Tensor]:
@@ -122,7 +130,9 @@ def _floats(output: Any) -> list[Tensor]:
 
 
 def _error(ours: list[list[Tensor]], others: list[list[Tensor]]) -> float:
-    difference = sum(float((a - b).square().sum()) for x, y in zip(ours, others, strict=True) for a, b in zip(x, y, strict=True))
+    difference = sum(
+        float((a - b).square().sum()) for x, y in zip(ours, others, strict=True) for a, b in zip(x, y, strict=True)
+    )
     size = sum(float(b.square().sum()) for y in others for b in y)
     return (difference / max(size, 1e-30)) ** 0.5
 

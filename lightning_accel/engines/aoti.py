@@ -25,9 +25,35 @@ if TYPE_CHECKING:
     from ..capture import Capture
 
 _KERNELS = Path(__file__).parent / "kernels"
-_ISA = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "popcnt", "avx512_f", "avx512_bw", "avx512_cd", "avx512_dq",
-        "avx512_vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx512_vbmi", "avx512_vbmi2", "avx512_ifma",
-        "avx512_bitalg", "avx512_vpopcntdq", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "sha", "aes", "sse4a")
+_ISA = (
+    "avx2",
+    "fma3",
+    "f16c",
+    "bmi",
+    "bmi2",
+    "lzcnt",
+    "popcnt",
+    "avx512_f",
+    "avx512_bw",
+    "avx512_cd",
+    "avx512_dq",
+    "avx512_vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vbmi",
+    "avx512_vbmi2",
+    "avx512_ifma",
+    "avx512_bitalg",
+    "avx512_vpopcntdq",
+    "avx_vnni",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "sha",
+    "aes",
+    "sse4a",
+)
 
 
 class CompilerMissing(RuntimeError):
@@ -103,8 +129,10 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
 
     from ..quantize import ops  # noqa: F401  registers the operators
 
-    shim = ("AOTITorchError aoti_torch_cpu_int8_linear_tiled(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
-            "AtenTensorHandle*, AtenTensorHandle*)")
+    shim = (
+        "AOTITorchError aoti_torch_cpu_int8_linear_tiled(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
+        "AtenTensorHandle*, AtenTensorHandle*)"
+    )
     configs: dict[str, Any] = {
         "freezing": freeze,
         "cpp.dynamic_threads": True,  # torch.set_num_threads at run time, not the number at export
@@ -116,8 +144,9 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
     os.environ["LIBRARY_PATH"] = os.pathsep.join([str(directory), *([before] if before else [])])
     try:
         with torch.no_grad():
-            package = aoti_compile_and_package(program, package_path=str(directory / "program.pt2"),
-                                               inductor_configs=configs)
+            package = aoti_compile_and_package(
+                program, package_path=str(directory / "program.pt2"), inductor_configs=configs
+            )
     finally:
         os.environ.pop("LIBRARY_PATH")
         if before:
@@ -171,7 +200,7 @@ def unusable(entry: dict[str, Any]) -> str | None:
     return f"it was compiled for a CPU with {', '.join(missing)}, which this one lacks" if missing else None
 
 
-def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:  # noqa: A001
+def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
     """Opens the library and gives it the folder's tensors as constants, without copying them."""
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     constants = {constant: weights[name] for constant, name in entry["weights"].items()}
@@ -186,7 +215,7 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
         # a compiled residual was seen to write its sum into the input, so float inputs are copied
         plain = inputs[: len(inputs) - caches]
         plain = [x.clone() if x.is_floating_point() else x for x in plain]
-        return runner.run([*plain, *inputs[len(plain):]])
+        return runner.run([*plain, *inputs[len(plain) :]])
 
     run.constants = constants  # type: ignore[attr-defined]  # keeps the mapped memory alive
     return run

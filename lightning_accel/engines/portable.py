@@ -63,7 +63,7 @@ def unusable(entry: dict[str, Any]) -> str | None:
     return f"it was written by torch {entry['torch']}, later than this {torch.__version__}" if written > here else None
 
 
-def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:  # noqa: A001
+def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
     """Loads the program; its weights stay mapped from the folder's one file."""
     _refuse_pickle(path)
     program = torch.export.load(path).module()

@@ -22,8 +22,16 @@ from .. import select
 ExampleInputs = tuple | Mapping[str, Any]
 
 aten = torch.ops.aten
-_SAME_SHAPE = {aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
-               aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.feature_dropout.default}
+_SAME_SHAPE = {
+    aten.dropout.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.feature_dropout.default,
+}
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
@@ -89,8 +97,11 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
             "check example_inputs=, or use PruneConfig(structure='unstructured')"
         ) from error
     names = program.graph_signature.inputs_to_parameters
-    return program.graph, {node: select.canonical_name(names[node.name]) for node in program.graph.nodes
-                           if node.op == "placeholder" and node.name in names}
+    return program.graph, {
+        node: select.canonical_name(names[node.name])
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names
+    }
 
 
 @dataclass(frozen=True)

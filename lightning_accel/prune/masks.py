@@ -59,9 +59,7 @@ class PruneConfig:
                 raise ValueError(f"amount={amount} is outside [0, 1): it is a share, write amount=0.5 for half")
 
 
-def prune_model_(
-    model: nn.Module, config: PruneConfig, *, example_inputs: ExampleInputs | None = None
-) -> Masks:
+def prune_model_(model: nn.Module, config: PruneConfig, *, example_inputs: ExampleInputs | None = None) -> Masks:
     """Sets the least salient weights or neurons of `model` to zero, in place, and returns the masks.
 
     `example_inputs` are needed for `structure="neurons"`: the model is traced to find what belongs together.
@@ -80,9 +78,7 @@ def prune_model_(
     return masks
 
 
-def find_targets(
-    model: nn.Module, config: PruneConfig, example_inputs: ExampleInputs | None = None
-) -> list[Group]:
+def find_targets(model: nn.Module, config: PruneConfig, example_inputs: ExampleInputs | None = None) -> list[Group]:
     """What `config` may prune in `model`: a group for each feed-forward width, or for each weight tensor.
 
     Raises:
@@ -90,16 +86,20 @@ def find_targets(
     """
     if config.structure == "unstructured":
         parameters = select.named_parameters(model)
-        found = [Group(name, parameters[f"{name}.weight"].numel(), ((f"{name}.weight", -1),))
-                 for name, module in select.named_modules(model)
-                 if isinstance(module, _PRUNABLE) and f"{name}.weight".lstrip(".") in parameters and name]
+        found = [
+            Group(name, parameters[f"{name}.weight"].numel(), ((f"{name}.weight", -1),))
+            for name, module in select.named_modules(model)
+            if isinstance(module, _PRUNABLE) and f"{name}.weight".lstrip(".") in parameters and name
+        ]
     elif example_inputs is None:
         raise ValueError("structure='neurons' needs example_inputs=(x,) (or a dict of keyword inputs)")
     else:
         found = find_groups(model, example_inputs)
     if not found:
-        raise ValueError(f"{config.structure} pruning found nothing to prune in {type(model).__name__}; "
-                         "it needs linear or convolution layers (for neurons: two with only activations between)")
+        raise ValueError(
+            f"{config.structure} pruning found nothing to prune in {type(model).__name__}; "
+            "it needs linear or convolution layers (for neurons: two with only activations between)"
+        )
     amounts = select.assign([g.name for g in found], config.overrides, config.amount)
     found = [g for g in found if amounts[g.name] is not None]
     if not found:
@@ -173,15 +173,17 @@ def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -
     parameters = dict(_all_parameters(model))
     for name, mask in masks.items():
         if name not in parameters:
-            raise ValueError(f"the masks name {name!r}, which {type(model).__name__} does not have; "
-                             "they were made for another model")
+            raise ValueError(
+                f"the masks name {name!r}, which {type(model).__name__} does not have; they were made for another model"
+            )
         parameter = parameters[name]
         if only is None or id(parameter) in only:
             try:
                 parameter.mul_(mask.to(parameter.device))
             except RuntimeError as error:
-                raise ValueError(f"the mask of {name!r} has shape {tuple(mask.shape)}, "
-                                 f"the parameter {tuple(parameter.shape)}") from error
+                raise ValueError(
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
+                ) from error
 
 
 def pruning_coverage(model: nn.Module, masks: Masks) -> Coverage:

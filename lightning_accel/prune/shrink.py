@@ -30,8 +30,7 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
     >>> shrink_model(model, masks, example_inputs=inputs)[0]
     Linear(in_features=8, out_features=8, bias=True)
     """
-    cuts = [(group, keep) for group in find_groups(model, example_inputs)
-            if (keep := _kept(group, masks)) is not None]
+    cuts = [(group, keep) for group in find_groups(model, example_inputs) if (keep := _kept(group, masks)) is not None]
     model = copy.deepcopy(select.unwrap(model))
     for group, keep in cuts:
         for layer in {name.rpartition(".")[0] for name, _ in group.members}:

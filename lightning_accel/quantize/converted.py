@@ -134,20 +134,37 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
         tensors = [t for t in module._parameters.values() if t is not None]
         tensors += [t for t in module._buffers.values() if t is not None and t.dtype == torch.int8]
         quantized = isinstance(module, Int8Linear | Int8Embedding) or type(module) in (
-            FakeQuantizedLinear, FakeQuantizedConv1D, FakeQuantizedEmbedding)
+            FakeQuantizedLinear,
+            FakeQuantizedConv1D,
+            FakeQuantizedEmbedding,
+        )
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
         seen.update(id(t) for t in tensors)
         own = flops.get(name, 0) if flops is not None and not list(_children_with_weights(module)) else None
         if tensors and (parameters or own):
-            coverage.entries.append(Entry(name, type(module).__name__, parameters, flops=own,
-                                          done="int8" if quantized else None,
-                                          reason=None if quantized else "not quantized"))
+            coverage.entries.append(
+                Entry(
+                    name,
+                    type(module).__name__,
+                    parameters,
+                    flops=own,
+                    done="int8" if quantized else None,
+                    reason=None if quantized else "not quantized",
+                )
+            )
     if flops is not None:
         counted = sum(e.flops or 0 for e in coverage.entries)
         rest = flops.get("", 0) - counted
         if rest > 0:
-            coverage.entries.append(Entry("(attention and other products without weights)", "function", 0,
-                                          reason="between activations: runs in float", flops=rest))
+            coverage.entries.append(
+                Entry(
+                    "(attention and other products without weights)",
+                    "function",
+                    0,
+                    reason="between activations: runs in float",
+                    flops=rest,
+                )
+            )
     return coverage
 
 

@@ -83,15 +83,17 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     """
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
-    inside_attention = {id(child) for m in modules.values() if isinstance(m, nn.MultiheadAttention)
-                        for child in m.modules()}
+    inside_attention = {
+        id(child) for m in modules.values() if isinstance(m, nn.MultiheadAttention) for child in m.modules()
+    }
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
         reason = _why_not(module, chosen[name], id(module) in inside_attention)
         if reason is None and type(module) in _FAKE:
             _swap_class(module, _FAKE[type(module)])
-        coverage.entries.append(Entry(name, _kind(module), count_own(module),
-                                      done=chosen[name] if reason is None else None, reason=reason))
+        coverage.entries.append(
+            Entry(name, _kind(module), count_own(module), done=chosen[name] if reason is None else None, reason=reason)
+        )
     return coverage.require_any("the int8 scheme needs nn.Linear, nn.Embedding or transformers' Conv1D")
 
 

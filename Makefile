@@ -1,0 +1,32 @@
+# `make demo` and `make test`; both create the environment first. INDEX_URL takes another build of torch, for example
+#   make demo INDEX_URL=https://download.pytorch.org/whl/cu128
+PYTHON ?= python3
+VENV ?= .venv
+INDEX_URL ?=
+OUT ?= out/demo
+RUN = $(VENV)/bin
+PIP = $(RUN)/python -m pip install --quiet --disable-pip-version-check
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test lint install benchmarks clean
+
+demo: install
+	$(RUN)/lightning-accel run recipes/gpt.py --out $(OUT)
+
+test: lint
+	$(RUN)/python -m pytest
+
+lint: install
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(INDEX_URL),--index-url $(INDEX_URL) --extra-index-url https://pypi.org/simple 'torch>=2.13',--constraint constraints.txt torch)
+	$(PIP) $(if $(INDEX_URL),,--constraint constraints.txt) --editable '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,162 @@
+"""When to choose the precision: before the first step, by timing real steps; and watching its gradients."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from ..precision import PRECISIONS, PrecisionChoice, choose_precision, first_nonfinite_gradient
+from .base import AccelCallback, random_state, set_random_state
+
+
+class AutoMixedPrecision(AccelCallback):
+    """Trains in the precision that is fastest here, says why, and stops where gradients stay non-finite.
+
+    Autocast and loss scaling are Lightning's own plugins. `"auto"` times one real training step on a copy of the module in
+    each candidate; on a CPU without AMX, bf16 is usually slower, and then it stays in fp32 and says so. The choice is
+    saved and reused on resume. Logs `accel/precision/skipped_steps`, and `accel/precision/loss_scale` with fp16.
+
+    Args:
+        precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`. fp16 on a CPU is real fp16 with a loss scaler, for tests;
+            Lightning's own `precision="16-mixed"` silently becomes bf16 there.
+        patience: optimizer steps in a row with non-finite gradients after which training stops, naming the module.
+
+    Raises:
+        ValueError: unknown precision; or `Trainer(precision=...)` is set as well.
+
+    Example:
+        >>> from lightning_accel import AutoMixedPrecision
+        >>> AutoMixedPrecision("auto").precision
+        'auto'
+    """
+
+    technique = "precision"
+
+    def __init__(self, precision: str = "auto", patience: int = 20) -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; write one of {PRECISIONS}")
+        self.precision, self.patience = precision, patience
+        self.choice: PrecisionChoice | None = None
+        self.skipped = 0
+        self._in_a_row = 0
+        self._nonfinite: str | None = None
+
+    @property
+    def state_key(self) -> str:
+        """One precision a fit."""
+        return "AutoMixedPrecision"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Sets a fixed precision; refuses a second opinion of the Trainer's."""
+        if stage != "fit":
+            return
+        plugin = trainer.strategy.precision_plugin
+        if not getattr(plugin, "_set_by_lightning_accel", False) and plugin.precision != "32-true":
+            raise ValueError(
+                f"Trainer(precision={plugin.precision!r}) and AutoMixedPrecision({self.precision!r}) both set the "
+                "precision; leave one out"
+            )
+        if self.precision != "auto":
+            self.choice = PrecisionChoice(self.precision, f"trains in {self.precision}, as asked for")
+            self._set(trainer, self.precision)
+        elif self.choice is not None:
+            self._set(trainer, self.choice.precision)
+
+    def _set(self, trainer: pl.Trainer, precision: str) -> None:
+        device = trainer.strategy.root_device.type
+        plugin: Precision = Precision()
+        if precision == "bf16":
+            plugin = MixedPrecision("bf16-mixed", device)
+        elif precision == "fp16":
+            plugin = MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device))
+            if device == "cpu":
+                rank_zero_warn("fp16 on a CPU is slow and for tests; write AutoMixedPrecision('bf16') or 'fp32'")
+        plugin._set_by_lightning_accel = True  # type: ignore[attr-defined]
+        trainer.strategy.precision_plugin = plugin  # type: ignore[misc]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Sets the saved choice before the loss scaler's state is restored."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None and self.precision == "auto" and state["choice"] is not None:
+            self.choice = PrecisionChoice(**state["choice"])
+            self._set(trainer, self.choice.precision)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Times the candidates on one real batch, on a copy; rank 0 decides."""
+        if self.choice is None:
+            choice = self._time(trainer, pl_module) if trainer.is_global_zero else None
+            self.choice = trainer.strategy.broadcast(choice)
+            assert self.choice is not None
+            self._set(trainer, self.choice.precision)
+        rank_zero_info(f"AutoMixedPrecision: {self.choice.reason}")
+
+    def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PrecisionChoice:
+        state = random_state()
+        device = trainer.strategy.root_device
+        try:
+            trainer.fit_loop.setup_data()
+            batch = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
+            batch = pl_module.transfer_batch_to_device(batch, device, 0)
+            with warnings.catch_warnings():  # the copy has no trainer to log to
+                warnings.simplefilter("ignore")
+                return choose_precision(copy.deepcopy(pl_module), lambda trial: _loss(trial, batch), device)
+        except Exception as error:
+            return PrecisionChoice(
+                "fp32",
+                f"stays in fp32: a step could not be timed ({type(error).__name__}: {error}); write "
+                "AutoMixedPrecision('bf16') to have it anyway",
+            )
+        finally:
+            set_random_state(state)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Looks for non-finite gradients; stops after `patience` steps with them in a row."""
+        self._nonfinite = first_nonfinite_gradient(pl_module)
+        if self._nonfinite is None:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.patience:
+            raise FloatingPointError(
+                f"the gradient of {self._nonfinite!r} was not finite for {self._in_a_row} optimizer steps in a "
+                "row; lower the learning rate, clip gradients, or write AutoMixedPrecision('fp32')"
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Logs the steps with non-finite gradients and the loss scale."""
+        self.log_value("skipped_steps", self.skipped)
+        scaler = getattr(trainer.strategy.precision_plugin, "scaler", None)
+        if scaler is not None:
+            self.log_value("loss_scale", scaler.get_scale())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The choice, its timings, and the number of skipped steps."""
+        choice = vars(self.choice) if self.choice is not None and self.precision == "auto" else None
+        return self.saved(choice=choice, skipped=self.skipped)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues counting; the choice was set in `on_load_checkpoint`."""
+        self.skipped = state_dict["skipped"]
+
+
+def _loss(module: pl.LightningModule, batch: Any) -> torch.Tensor:
+    """The loss of the class's own `training_step`, without what callbacks wrapped around it."""
+    output = type(module).training_step(module, batch, 0)
+    loss = output["loss"] if isinstance(output, dict) else output
+    if loss is None:
+        raise ValueError("training_step returned no loss")
+    return loss

@@ -1,0 +1,96 @@
+"""When to train with quantization: from `begin` on, the forward pass rounds as the exported kernel will."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from ..quantize import QuantConfig, prepare_
+from ..schedule import check_position, position
+from ..select import Coverage
+from .base import AccelCallback, total_steps
+
+
+class QuantizationAwareTraining(AccelCallback):
+    """Fake-quantizes a module from `begin` on; Export turns it into integers.
+
+    Parameters and state_dict keys stay what they were. Logs `accel/quantization/active`, 0 or 1.
+
+    Args:
+        config: the scheme and its exceptions.
+        begin: an int is an optimizer step, a float a fraction of training.
+        module: submodule to quantize, default the whole LightningModule.
+
+    Example:
+        >>> from lightning_accel import QuantConfig, QuantizationAwareTraining
+        >>> qat = QuantizationAwareTraining(QuantConfig("int8", overrides={"*.lm_head": None}), begin=0.6)
+    """
+
+    technique = "quantization"
+
+    def __init__(self, config: QuantConfig | None = None, begin: int | float = 0.0, module: str | None = None) -> None:
+        super().__init__(config if config is not None else QuantConfig(), module)
+        check_position(begin, "QuantizationAwareTraining(begin=...)")
+        self.begin = begin
+        self.total: float | None = None
+        self.prepared = False
+        self.coverage: Coverage | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether fake quantization has begun."""
+        return self.prepared
+
+    def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fails now, not at `begin`, where nothing could be quantized."""
+        import copy
+
+        same = [
+            c
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(c, QuantizationAwareTraining) and c.module == self.module
+        ]
+        if len(same) > 1:
+            raise ValueError(
+                f"two QuantizationAwareTraining callbacks on module={self.module!r}; keep one, with "
+                "overrides={'pattern': scheme} for the exceptions"
+            )
+        self.coverage = prepare_(copy.deepcopy(self.target(pl_module)), self.config)
+        if self.prepared:  # a second fit with the same callback
+            prepare_(self.target(pl_module), self.config)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After a resume past `begin`, quantizes before anything runs."""
+        if self.prepared:
+            prepare_(self.target(pl_module), self.config)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks `begin` against the length of training."""
+        super().on_train_start(trainer, pl_module)
+        if self.total is None:
+            self.total = total_steps(trainer, pl_module)
+            if position(self.begin, self.total) >= self.total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"QuantizationAwareTraining(begin={self.begin}) is past the end of training "
+                    f"({self.total:g} optimizer steps); write begin=0.6, or train longer"
+                )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Swaps the classes when `begin` is reached."""
+        assert self.total is not None
+        if not self.prepared and trainer.global_step >= position(self.begin, self.total):
+            self.coverage = prepare_(self.target(pl_module), self.config)
+            self.prepared = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Logs whether quantization is simulated."""
+        self.log_value("active", float(self.prepared))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it has begun, and the length of training that fractions refer to."""
+        return self.saved(prepared=self.prepared, total=self.total, complete=self.complete)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.prepared, self.total = state_dict["prepared"], state_dict["total"]
