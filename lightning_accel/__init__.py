@@ -36,7 +36,31 @@ _WHERE = {
     "shrink_model": "prune",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = [
+    "AccelModule",
+    "ArtifactError",
+    "AutoMixedPrecision",
+    "Constant",
+    "Cubic",
+    "DistillConfig",
+    "Distillation",
+    "DriftError",
+    "Export",
+    "ExportError",
+    "Linear",
+    "PruneConfig",
+    "Pruning",
+    "QuantConfig",
+    "QuantizationAwareTraining",
+    "apply_masks_",
+    "distillation_loss",
+    "export_model",
+    "load",
+    "prepare_",
+    "prune_model_",
+    "quantize_model",
+    "shrink_model",
+]
 
 if TYPE_CHECKING:
     from .artifact import ArtifactError, load

@@ -78,7 +78,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            file.write(memoryview(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ class LoadedModel:
         self._run = run
         self._lock = threading.Lock()
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
         """Outputs in the structure that the model had: a tensor, a tuple, or named outputs (`Output`).
 
         A causal language model takes `input_ids` [batch, length] and optionally `attention_mask` [batch, length]
@@ -289,7 +289,7 @@ class LoadedModel:
             from . import generate
 
             return generate.forward(self, *args, **kwargs)
-        return _structure(self.entry["outputs"], self.run(bind(self.entry["inputs"], args, kwargs)))
+        return structure(self.entry["outputs"], self.run(bind(self.entry["inputs"], args, kwargs)))
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, **options: Any) -> Any:
         """Continues token ids with a KV cache; see `lightning_accel.generate.generate`."""
@@ -363,13 +363,14 @@ def check_input(spec: dict[str, Any], value: Any, sizes: dict[str, int]) -> Tens
     return value.detach().contiguous()
 
 
-def _structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
+def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """Flat outputs in the structure that the manifest describes."""
     kind = spec["type"]
     if kind == "tensor":
         return tensors[spec["index"]]
     if kind == "dict":
-        return Output({name: _structure(item, tensors) for name, item in spec["items"].items()})
+        return Output({name: structure(item, tensors) for name, item in spec["items"].items()})
     if kind == "none":
         return None
-    items = [_structure(item, tensors) for item in spec["items"]]
+    items = [structure(item, tensors) for item in spec["items"]]
     return tuple(items) if kind == "tuple" else items

@@ -134,7 +134,7 @@ def call_example(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         ) from error
 
 
-# --- any module --------------------------------------------------------------------------------------------------------
+# --- any module -------------------------------------------------------------------------------------------------------
 
 
 class _Flat(nn.Module):
@@ -177,8 +177,9 @@ def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> Capture:
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        model.config.use_cache = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
     args, kwargs = split_inputs(example_inputs)
     structure = flatten_output(call_example(model, example_inputs))[1]
     names = _input_names(model, args, kwargs)
@@ -251,7 +252,7 @@ def _ranges(result: Capture) -> list[list[Any]]:
     return shapes
 
 
-# --- causal language models --------------------------------------------------------------------------------------------
+# --- causal language models -------------------------------------------------------------------------------------------
 
 
 def _attend(
@@ -275,13 +276,16 @@ def _sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
     from transformers.cache_utils import Cache, StaticLayer
 
     class Sliced(StaticLayer):
+        keys: Tensor
+        values: Tensor
+
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__(max_cache_len=filled)
             self.keys, self.values, self.is_initialized = keys, values, True
 
-        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys[:, filled - new : filled].copy_(keys.transpose(1, 2))
-            self.values[:, filled - new : filled].copy_(values.transpose(1, 2))
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.keys[:, filled - new : filled].copy_(key_states.transpose(1, 2))
+            self.values[:, filled - new : filled].copy_(value_states.transpose(1, 2))
             return self.keys[:, :filled].transpose(1, 2), self.values[:, :filled].transpose(1, 2)
 
         def get_mask_sizes(self, *_: Any) -> tuple[int, int]:

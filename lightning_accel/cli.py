@@ -48,14 +48,14 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(read_manifest(options.directory), indent=1))
         return 0
-    from .export import describe
+    from .report import describe
 
     print(describe(options.directory))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .export import verify_artifact
+    from .verify import verify_artifact
 
     print("\n".join(verify_artifact(options.directory)))
     return 0

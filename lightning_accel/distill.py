@@ -75,7 +75,7 @@ def combine(task_loss: Tensor, teacher_loss: Tensor, config: DistillConfig) -> T
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in a module's output: `.logits`, `["logits"]`, or the output itself if it is a float tensor [.., n]."""
+    """The logits in an output: `.logits`, `["logits"]`, or the output itself if it is a float tensor [.., n]."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif not isinstance(output, Tensor):

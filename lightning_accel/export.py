@@ -7,12 +7,12 @@ verified against the trained model and timed against the float model; a failure 
 from __future__ import annotations
 
 import copy
-import json
+import inspect
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, engines, select
-from .capture import call_example, capture, is_causal_lm
+from .capture import call_example, capture, flatten_output, is_causal_lm
 from .distill import without_labels
 from .engines.aoti import CompilerMissing
+from .finalize import Finalized, finalize, restore_
 from .measure import Measurement, Target, compare, machine, size_on_disk, versions
-from .prune import Masks, apply_masks_, pruning_coverage, shrink_model
+from .prune import Masks, pruning_coverage, shrink_model
 from .prune.groups import ExampleInputs, split_inputs
-from .quantize import QuantConfig, convert_, is_prepared, prepare_, quantization_coverage, unprepare_
-from .verify import Verification, verify
+from .quantize import QuantConfig, quantization_coverage, unprepare_
+from .report import ExportReport
+from .verify import DriftError, Verification, verify
 
 Metric = Callable[[Any, Sequence[Any]], float]  # (model, batches) -> float; lower is better unless it says so
 METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from the trained model's
@@ -35,63 +37,6 @@ METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from 
 
 class ExportError(RuntimeError):
     """The export failed; nothing was replaced, and the message says how to go on."""
-
-
-@dataclass
-class Finalized:
-    """Copies of the model: as float and dense, as it was trained, and as it is deployed."""
-
-    plain: nn.Module
-    trained: nn.Module
-    deployed: nn.Module
-    quantized: bool
-
-
-@dataclass
-class ExportReport:
-    """What was written, and what it gives and costs here."""
-
-    directory: Path
-    manifest: dict[str, Any]
-    speedup: dict[str, float] = field(default_factory=dict)  # workload -> float model's time / artifact's, same engine
-    over_eager: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = []
-        slower = [f"{w} {1 / s:.2f} x" for w, s in self.speedup.items() if s < 1]
-        if slower:
-            lines.append(f"SLOWER than the float model on this machine: {', '.join(slower)} its time")
-        sizes = self.manifest["sizes"]
-        lines.append(
-            f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
-            + (
-                f", {sizes['portable_bytes'] / 1e6:.2f} MB more for the portable program"
-                if "portable_bytes" in sizes
-                else ""
-            )
-        )
-        engine = self.manifest["programs"][0]["engine"]
-        for workload, gain in self.speedup.items():
-            lines.append(
-                f"{workload}: {gain:.2f} x the float model through {engine}, "
-                f"{self.over_eager[workload]:.2f} x the float model run eagerly"
-            )
-        if not self.speedup:
-            lines.append("speed: not measured")
-        for metric in self.manifest["metrics"]:
-            lines.append(
-                f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "
-                f"{metric['direction']} is better)"
-            )
-        lines += [_coverage_line(c) for c in self.manifest["coverage"]]
-        return "\n".join(lines)
-
-
-def _coverage_line(coverage: Mapping[str, Any]) -> str:
-    flops = coverage["share_of_flops"]
-    return f"{coverage['technique']}: {coverage['share_of_parameters']:.1%} of parameters" + (
-        f", {flops:.1%} of FLOPs" if flops is not None else ""
-    )
 
 
 def export_model(
@@ -171,69 +116,7 @@ def export_model(
     return report
 
 
-# --- finalize ----------------------------------------------------------------------------------------------------------
-
-
-def finalize(
-    model: nn.Module, example_inputs: ExampleInputs, masks: Masks | None, quantize: QuantConfig | None
-) -> Finalized:
-    """Copies of the model for deployment: masks applied, neurons cut out, fake quantization turned into integers.
-
-    Raises:
-        ValueError: a weight is NaN or infinite.
-    """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"{name} holds NaN or infinite values; the training diverged, export an earlier checkpoint"
-            )
-    trained = _copy(model)
-    if masks:
-        apply_masks_(trained, masks)
-    plain = unprepare_(_copy(trained))
-    deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _copy(trained)
-    if quantize is not None and not is_prepared(trained):
-        prepare_(trained, quantize)
-        prepare_(deployed, quantize)
-    quantized = is_prepared(deployed)
-    if quantized:
-        deployed = convert_(deployed) if list(deployed.children()) else convert_(nn.Sequential(deployed))
-    return Finalized(plain, trained, deployed, quantized)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-
-
-def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> tuple[nn.Module, Masks | None]:
-    """Puts a Lightning checkpoint's weights and quantization into `model` and returns it with the masks.
-
-    Raises:
-        ValueError: the checkpoint's names do not fit the model.
-    """
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    weights = {select.canonical_name(name): tensor for name, tensor in saved["state_dict"].items()}
-    own = set(model.state_dict())
-    prefixes = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
-    prefix = next((p for p in prefixes if own <= {n.removeprefix(p) for n in weights if n.startswith(p)}), None)
-    if prefix is None:
-        raise ValueError(
-            f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "
-            f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})"
-        )
-    model.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}, strict=False)
-    masks: Masks = {}
-    for state in saved.get("callbacks", {}).values():
-        if not isinstance(state, dict) or (state.get("module") or "") not in (prefix.rstrip("."), module or ""):
-            continue
-        if state.get("technique") == "pruning":
-            masks.update(state["masks"])
-        elif state.get("technique") == "quantization" and state["prepared"]:
-            prepare_(model, QuantConfig(**state["config"]))
-    return model, masks or None
-
-
-def _example_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> ExampleInputs:
+def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> ExampleInputs:
     if example_inputs is None:
         if not is_causal_lm(model):
             raise ValueError("give example_inputs=(x,) or example_inputs={'name': x}, as the model is called")
@@ -247,15 +130,11 @@ def _example_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> E
 
 
 def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    import inspect
-
     return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
 def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
     """The module's inputs in a batch: keyword inputs of a mapping, or the first item of a tuple."""
-    import inspect
-
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -266,7 +145,7 @@ def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
     return (batch,) if isinstance(batch, Tensor) else (batch[0],)
 
 
-# --- build -------------------------------------------------------------------------------------------------------------
+# --- build ------------------------------------------------------------------------------------------------------------
 
 
 def _write(
@@ -328,8 +207,6 @@ def _file(path: Path) -> dict[str, str]:
 
 def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str, Any]) -> dict[str, str]:
     """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
-    from .capture import flatten_output
-
     named = _by_name(final.deployed, *split_inputs(inputs))
     output = call_example(final.deployed, inputs)
     outputs = [output.logits] if entry["cache"] else flatten_output(output)[0]
@@ -352,7 +229,7 @@ def _coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> l
     return coverage
 
 
-# --- verify ------------------------------------------------------------------------------------------------------------
+# --- verify -----------------------------------------------------------------------------------------------------------
 
 
 def caller(model: Any) -> Callable[[ExampleInputs], Any]:
@@ -400,8 +277,6 @@ def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Seque
     allowed = METRIC_TOLERANCE * max(abs(values["trained"]), 0.1)
     worse = values["artifact"] - values["trained"]
     if (worse if direction == "lower" else -worse) > allowed:
-        from .verify import DriftError
-
         raise DriftError(
             f"{name} of the artifact is {values['artifact']:.4f}, of the trained model "
             f"{values['trained']:.4f}: more than {METRIC_TOLERANCE:.0%} worse"
@@ -412,7 +287,7 @@ def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Seque
     ]
 
 
-# --- measure -----------------------------------------------------------------------------------------------------------
+# --- measure ----------------------------------------------------------------------------------------------------------
 
 
 def _measure(
@@ -462,72 +337,3 @@ def _timings(name: str, measured: Measurement, engine: str) -> list[dict[str, An
         }
         for workload, spread in measured.seconds.items()
     ]
-
-
-def verify_artifact(directory: str | Path) -> list[str]:
-    """Checks every file and runs the golden inputs through every program again; returns a line for each check.
-
-    Raises:
-        artifact.ArtifactError: damaged.
-        verify.DriftError: a program computes something else than when it was exported.
-    """
-    directory = Path(directory)
-    manifest = artifact.read_manifest(directory)
-    golden = artifact.load_weights(artifact.check_file(directory, **_digest(manifest["golden"])))
-    for item in (*manifest.get("assets", ()), *([manifest["weights"]] if "weights" in manifest else [])):
-        artifact.check_file(directory, **_digest(item))
-    lines = [f"files: {len(list(directory.iterdir()))}, hashes as written"]
-    expected = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
-    for entry in manifest["programs"]:
-        reason = engines.get(entry["engine"]).unusable(entry)
-        if reason is not None:
-            lines.append(f"{entry['engine']}: not run: {reason}")
-            continue
-        loaded = artifact.load(directory, engine=entry["engine"])
-        inputs = {n.removeprefix("input."): t.clone() for n, t in golden.items() if n.startswith("input.")}
-        quantized = any("quantization" in c["technique"] for c in manifest.get("coverage", ()))
-        figures = verify([inputs], caller(loaded), lambda _: expected, None, entry["engine"]) if not quantized else None
-        if figures is None:
-            figures = verify([inputs], caller(loaded), lambda _: expected, lambda _: expected, entry["engine"])
-        lines.append(f"{entry['engine']}: golden inputs again, relative error {figures.error_trained:.2g}")
-    return lines
-
-
-def _digest(item: Mapping[str, Any]) -> dict[str, str]:
-    return {"name": item["file"], "digest": item["sha256"]}
-
-
-def describe(directory: str | Path) -> str:
-    """The manifest in words: programs, sizes, coverage and figures."""
-    manifest = artifact.read_manifest(directory)
-    lines = [
-        f"{directory}: format {manifest['format']}, written on {manifest['machine']['cpu']}, "
-        f"torch {manifest['versions']['torch']}"
-    ]
-    for entry in manifest["programs"]:
-        inputs = ", ".join(
-            f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
-            for i in entry["inputs"]
-        )
-        lines.append(f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}")
-        if entry["cache"]:
-            lines.append(
-                f"    cache: {len(entry['cache']['shapes'])} tensors, up to {entry['cache']['max_length']} positions"
-            )
-        lines.append(f"    verification: {json.dumps(entry.get('verification'))}")
-    report = ExportReport(
-        Path(directory),
-        manifest,
-        **{
-            "speedup": manifest.get("speedup", {}).get("over_float_same_engine", {}),
-            "over_eager": manifest.get("speedup", {}).get("over_eager", {}),
-        },
-    )
-    for coverage in manifest["coverage"]:
-        lines += [
-            f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
-            f"{e['reason']}"
-            for e in coverage["entries"]
-            if not e["done"]
-        ]
-    return "\n".join([*lines, str(report)])

@@ -46,7 +46,7 @@ class Cache:
 
     def step(self, ids_BT: Tensor, valid_BT: Tensor, wanted_BK: Tensor) -> Tensor:
         """Feeds tokens and returns logits [B, K, V] at the wanted indices in [0, T)."""
-        batch, new = ids_BT.shape
+        new = ids_BT.shape[1]
         if self.filled + new > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens and has {self.filled}; {new} more do not fit")
         positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def candidates(device: torch.device) -> tuple[str, ...]:
 
 def choose_precision(
     model: nn.Module,
-    step: Callable[[nn.Module], torch.Tensor],
+    step: Callable[[Any], torch.Tensor],
     device: torch.device,
     names: Sequence[str] | None = None,
     repeats: int = 3,

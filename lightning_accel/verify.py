@@ -12,13 +12,15 @@ quantized must agree to float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import artifact, engines
 from .distill import logits_of
 
 KL_FRACTION = 0.1
@@ -140,3 +142,47 @@ def _error(ours: list[list[Tensor]], others: list[list[Tensor]]) -> float:
 def _kl(p_PV: Tensor, q_PV: Tensor) -> float:
     p, q = torch.log_softmax(p_PV, -1), torch.log_softmax(q_PV, -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+# --- an artifact on disk ----------------------------------------------------------------------------------------------
+
+
+def verify_artifact(directory: str | Path) -> list[str]:
+    """Checks every file and runs the golden inputs through every program again; returns a line for each check.
+
+    Raises:
+        artifact.ArtifactError: damaged.
+        verify.DriftError: a program computes something else than when it was exported.
+    """
+    directory = Path(directory)
+    manifest = artifact.read_manifest(directory)
+    golden = artifact.load_weights(artifact.check_file(directory, **_digest(manifest["golden"])))
+    for item in (*manifest.get("assets", ()), *([manifest["weights"]] if "weights" in manifest else [])):
+        artifact.check_file(directory, **_digest(item))
+    lines = [f"files: {len(list(directory.iterdir()))}, hashes as written"]
+    quantized = any("quantization" in c["technique"] for c in manifest.get("coverage", ()))
+    for entry in manifest["programs"]:
+        reason = engines.get(entry["engine"]).unusable(entry)
+        if reason is not None:
+            lines.append(f"{entry['engine']}: not run: {reason}")
+            continue
+        figures = _golden_again(directory, entry, golden, quantized)
+        lines.append(f"{entry['engine']}: golden inputs again, relative error {figures.error_trained:.2g}")
+    return lines
+
+
+def _golden_again(
+    directory: Path, entry: dict[str, Any], golden: Mapping[str, Tensor], quantized: bool
+) -> Verification:
+    loaded = artifact.load(directory, engine=entry["engine"])
+    inputs = {n.removeprefix("input."): t.clone() for n, t in golden.items() if n.startswith("input.")}
+    outputs = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
+
+    def expected(_: Any) -> Any:
+        return artifact.structure(entry["outputs"], outputs)
+
+    return verify([inputs], lambda x: loaded(**x), expected, expected if quantized else None, entry["engine"])
+
+
+def _digest(item: Mapping[str, Any]) -> dict[str, str]:
+    return {"name": item["file"], "digest": item["sha256"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +27,7 @@ class AccelCallback(Callback):
     """
 
     technique: str
+    log: Callable[..., None]  # Lightning puts the module's own here
 
     def __init__(self, config: Any = None, module: str | None = None) -> None:
         self.config = config
@@ -58,13 +59,13 @@ class AccelCallback(Callback):
         def configure_model() -> None:
             pl_module.__dict__.pop("configure_model", None)
             if before is not None:
-                pl_module.configure_model = before
+                pl_module.configure_model = before  # type: ignore[method-assign]
             configure()
             self.bind(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
-    def log_value(self, name: str, value: float) -> None:
+    def log_value(self, name: str, value: float | Tensor) -> None:
         """Logs `accel/<technique>/<name>`, with the module's name between where the fit has two of a kind."""
         where = f"{self.module}/" if self._log_module and self.module else ""
         self.log(f"accel/{self.technique}/{where}{name}", float(value))
@@ -126,7 +127,8 @@ def _plain(value: Any) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's generators, in plain types and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

@@ -130,8 +130,8 @@ class Export(AccelCallback):
         if failed is not None:
             raise ExportError(
                 f"the export failed: {failed}\nThe training is saved. To export again:\n"
-                f"    lightning_accel.export_model(model, {str(self.directory)!r}, checkpoint={str(self.checkpoint)!r}, "
-                f"module={self.module!r}, example_inputs=...)"
+                f"    lightning_accel.export_model(model, {str(self.directory)!r}, "
+                f"checkpoint={str(self.checkpoint)!r}, module={self.module!r}, example_inputs=...)"
             ) from error
         rank_zero_info(str(self.report))
 

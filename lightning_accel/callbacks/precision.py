@@ -19,9 +19,9 @@ from .base import AccelCallback, random_state, set_random_state
 class AutoMixedPrecision(AccelCallback):
     """Trains in the precision that is fastest here, says why, and stops where gradients stay non-finite.
 
-    Autocast and loss scaling are Lightning's own plugins. `"auto"` times one real training step on a copy of the module in
-    each candidate; on a CPU without AMX, bf16 is usually slower, and then it stays in fp32 and says so. The choice is
-    saved and reused on resume. Logs `accel/precision/skipped_steps`, and `accel/precision/loss_scale` with fp16.
+    Autocast and loss scaling are Lightning's own plugins. `"auto"` times one real training step on a copy of the module
+    in each candidate; on a CPU without AMX, bf16 is usually slower, and then it stays in fp32 and says so. The choice
+    is saved and reused on resume. Logs `accel/precision/skipped_steps`, and `accel/precision/loss_scale` with fp16.
 
     Args:
         precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`. fp16 on a CPU is real fp16 with a loss scaler, for tests;
@@ -80,7 +80,7 @@ class AutoMixedPrecision(AccelCallback):
             if device == "cpu":
                 rank_zero_warn("fp16 on a CPU is slow and for tests; write AutoMixedPrecision('bf16') or 'fp32'")
         plugin._set_by_lightning_accel = True  # type: ignore[attr-defined]
-        trainer.strategy.precision_plugin = plugin  # type: ignore[misc]
+        trainer.strategy.precision_plugin = plugin
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -155,7 +155,7 @@ class AutoMixedPrecision(AccelCallback):
 
 def _loss(module: pl.LightningModule, batch: Any) -> torch.Tensor:
     """The loss of the class's own `training_step`, without what callbacks wrapped around it."""
-    output = type(module).training_step(module, batch, 0)
+    output: Any = type(module).training_step(module, batch, 0)
     loss = output["loss"] if isinstance(output, dict) else output
     if loss is None:
         raise ValueError("training_step returned no loss")

@@ -73,11 +73,8 @@ class Pruning(AccelCallback):
         module = self.target(pl_module)
         others = [
             c
-            for c in trainer.callbacks
-            if type(c) is Pruning
-            and c is not self  # type: ignore[attr-defined]
-            and c.module == self.module
-            and c.config == self.config
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+            if type(c) is Pruning and c is not self and c.module == self.module and c.config == self.config
         ]
         if others:
             raise ValueError(f"two equal Pruning callbacks on module={self.module!r}; remove one")

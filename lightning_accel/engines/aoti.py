@@ -2,8 +2,8 @@
 
 The package that AOTInductor writes is reduced to its shared library, which torch opens in about a millisecond
 without a compiler, an archive to unpack or further imports. Its constants are left out and given at load: tensors
-mapped from the folder's weights, not copied. Where float layers carry most of the work, Inductor's freezing packs their weights
-into the library instead (20 % faster fp32 decoding was measured), and they are stored there.
+mapped from the folder's weights, not copied. Where float layers carry most of the work, Inductor's freezing packs
+their weights into the library instead (20 % faster fp32 decoding was measured), and they are stored there.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def find_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
         ValueError: the model rejects the example inputs, or cannot be exported.
     """
     graph, parameters = _graph(model, example_inputs)
-    groups, seen = [], set()
+    groups: list[Group] = []
+    seen: set[tuple[str, int]] = set()
     for node in graph.nodes:
         layer = _linear(node, parameters)
         if layer is not None and layer.member(True, parameters)[0] not in seen:
@@ -84,8 +85,9 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
     from ..quantize import unprepare_
 
     model = unprepare_(copy.deepcopy(select.unwrap(model))).cpu().float().eval()
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        model.config.use_cache = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
     args, kwargs = split_inputs(example_inputs)
     args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))
     try:
@@ -122,12 +124,13 @@ class _Linear:
 def _linear(node: Node, parameters: Mapping[Node, str]) -> _Linear | None:
     if node.op != "call_function":
         return None
+    args: Any = node.args
     if node.target is aten.linear.default:
-        x, weight, bias, transposed = node.args[0], node.args[1], (*node.args, None)[2], False
+        x, weight, bias, transposed = args[0], args[1], (*args, None)[2], False
     elif node.target is aten.addmm.default:
-        bias, x, weight, transposed = *node.args[:3], True
+        (bias, x, weight), transposed = args[:3], True
     elif node.target in (aten.mm.default, aten.matmul.default):
-        x, weight, bias, transposed = *node.args[:2], None, True
+        (x, weight), bias, transposed = args[:2], None, True
     else:
         return None
     if weight not in parameters or (bias is not None and bias not in parameters):
@@ -168,10 +171,10 @@ def _neurons(start: Node, width: int, parameters: Mapping[Node, str]) -> Group |
                 visit([user])
     if not consumers or any(len(parameter.users) != count for parameter, count in users.items()):
         return None
-    return Group(parameters[_linear(start, parameters).weight].rpartition(".")[0], width, tuple(dict.fromkeys(members)))
+    return Group(members[0][0].rpartition(".")[0], width, tuple(dict.fromkeys(members)))
 
 
-def _has_width(node: Node, width: int) -> bool:
+def _has_width(node: Any, width: int) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == width and width > 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ def _record_widths(model: nn.Module, widths: list[int], groups: list[Group]) -> 
     for field in ("intermediate_size", "n_inner", "ffn_dim"):
         if getattr(config, field, None) in (old | ({None} if field == "n_inner" else set())) and hasattr(config, field):
             setattr(config, field, widths[0])
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if getattr(module, "intermediate_size", None) in old:
             module.intermediate_size = widths[0]

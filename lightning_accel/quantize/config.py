@@ -15,7 +15,7 @@ class QuantConfig:
 
     | scheme | activations | weights |
     |---|---|---|
-    | `int8` | dynamic, one scale a token (the last dimension), symmetric int8 | one scale an output channel, symmetric int8 |
+    | `int8` | int8, symmetric, dynamic, one scale a token (last dimension) | int8, symmetric, one scale a channel |
 
     Embeddings are quantized too, one scale a row; a tied head shares its embedding's codes.
 

@@ -131,7 +131,7 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
     coverage = Coverage("int8 quantization")
     seen: set[int] = set()
     for name, module in select.named_modules(model):
-        tensors = [t for t in module._parameters.values() if t is not None]
+        tensors: list[Tensor] = [t for t in module._parameters.values() if t is not None]
         tensors += [t for t in module._buffers.values() if t is not None and t.dtype == torch.int8]
         quantized = isinstance(module, Int8Linear | Int8Embedding) or type(module) in (
             FakeQuantizedLinear,

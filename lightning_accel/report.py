@@ -1,0 +1,94 @@
+"""What an export gave and what it costs, in words: after the export, and again from the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import artifact
+
+
+@dataclass
+class ExportReport:
+    """What was written, and what it gives and costs here."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    speedup: dict[str, float] = field(default_factory=dict)  # workload -> float model's time / artifact's, same engine
+    over_eager: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        slower = [f"{w} {1 / s:.2f} x" for w, s in self.speedup.items() if s < 1]
+        if slower:
+            lines.append(f"SLOWER than the float model on this machine: {', '.join(slower)} its time")
+        sizes = self.manifest["sizes"]
+        lines.append(
+            f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
+            + (
+                f", {sizes['portable_bytes'] / 1e6:.2f} MB more for the portable program"
+                if "portable_bytes" in sizes
+                else ""
+            )
+        )
+        engine = self.manifest["programs"][0]["engine"]
+        for workload, gain in self.speedup.items():
+            lines.append(
+                f"{workload}: {gain:.2f} x the float model through {engine}, "
+                f"{self.over_eager[workload]:.2f} x the float model run eagerly"
+            )
+        if not self.speedup:
+            lines.append("speed: not measured")
+        for metric in self.manifest["metrics"]:
+            lines.append(
+                f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "
+                f"{metric['direction']} is better)"
+            )
+        lines += [_coverage_line(c) for c in self.manifest["coverage"]]
+        return "\n".join(lines)
+
+
+def _coverage_line(coverage: Mapping[str, Any]) -> str:
+    flops = coverage["share_of_flops"]
+    return f"{coverage['technique']}: {coverage['share_of_parameters']:.1%} of parameters" + (
+        f", {flops:.1%} of FLOPs" if flops is not None else ""
+    )
+
+
+def describe(directory: str | Path) -> str:
+    """The manifest in words: programs, sizes, coverage and figures."""
+    manifest = artifact.read_manifest(directory)
+    lines = [
+        f"{directory}: format {manifest['format']}, written on {manifest['machine']['cpu']}, "
+        f"torch {manifest['versions']['torch']}"
+    ]
+    for entry in manifest["programs"]:
+        inputs = ", ".join(
+            f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
+            for i in entry["inputs"]
+        )
+        lines.append(f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}")
+        if entry["cache"]:
+            lines.append(
+                f"    cache: {len(entry['cache']['shapes'])} tensors, up to {entry['cache']['max_length']} positions"
+            )
+        lines.append(f"    verification: {json.dumps(entry.get('verification'))}")
+    report = ExportReport(
+        Path(directory),
+        manifest,
+        **{
+            "speedup": manifest.get("speedup", {}).get("over_float_same_engine", {}),
+            "over_eager": manifest.get("speedup", {}).get("over_eager", {}),
+        },
+    )
+    for coverage in manifest["coverage"]:
+        lines += [
+            f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
+            f"{e['reason']}"
+            for e in coverage["entries"]
+            if not e["done"]
+        ]
+    return "\n".join([*lines, str(report)])
