@@ -8,7 +8,7 @@ optimizer steps 100 and 500, however long training is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Schedule:
 class Constant(Schedule):
     """0 before `begin`, the whole amount from then on."""
 
+    end: int | float = field(init=False, repr=False, default=0.0)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.begin)
         super().__post_init__()
@@ -85,7 +87,7 @@ def check_position(value: int | float, where: str) -> None:
     if isinstance(value, int) and value < 0:
         raise ValueError(f"{where} got {value}: an optimizer step is at least 0")
     if isinstance(value, float) and not 0.0 <= value <= 1.0:
-        hint = f"; write {int(value)} for the optimizer step" if value > 1 else ""
+        hint = f"; write {int(value)} for the optimizer step" if 1 < value < math.inf else ""
         raise ValueError(f"{where} got {value}: a fraction of training lies in [0, 1]{hint}")
 
 

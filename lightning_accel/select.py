@@ -9,12 +9,14 @@ the model is wrapped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -86,7 +88,12 @@ def assign(names: list[str], overrides: Mapping[str, Any], default: Any) -> dict
             f"the pattern {unused[0]!r} matches no module; names are relative to module=, "
             f"for example {', '.join(repr(n) for n in names[:8])}"
         )
-    return {name: next((value for p, value in overrides.items() if fnmatchcase(name, p)), default) for name in names}
+    return {name: first_match(name, overrides, default) for name in names}
+
+
+def first_match(name: str, overrides: Mapping[str, Any], default: Any) -> Any:
+    """Value of the first pattern of `overrides` that matches `name`, else `default`."""
+    return next((value for p, value in overrides.items() if fnmatchcase(name, p)), default)
 
 
 @dataclass
@@ -162,7 +169,7 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), _unfused():
         model(*args, **kwargs)
     counts: dict[str, int] = {}
     prefix = type(model).__name__
@@ -172,3 +179,18 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
         elif name.startswith(prefix + "."):
             counts[canonical_name(name[len(prefix) + 1 :])] = sum(by_operator.values())
     return counts
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Attention and recurrent layers as the products that they consist of: torch does not count the fused operators."""
+    mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
+    before = mha.get_fastpath_enabled(), mkldnn.enabled
+    mha.set_fastpath_enabled(False)
+    mkldnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(before[0])
+        mkldnn.enabled = before[1]

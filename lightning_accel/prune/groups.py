@@ -31,6 +31,8 @@ _SAME_SHAPE = {
     aten._to_copy.default,
     aten.alias.default,
     aten.feature_dropout.default,
+    aten.hardswish.default,
+    aten.hardswish_.default,
 }
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
@@ -80,6 +82,16 @@ def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
     return tuple(example_inputs), {}
 
 
+def explain_export(error: Exception) -> str:
+    """What torch.export says, without its advice for torch's own developers: the reason and the user's line."""
+    text = str(error).strip()
+    lines = text.splitlines()[:1]
+    _, marker, below = text.partition("The following call raised this error:\n")
+    if marker:
+        lines += below.strip("\n").split("\n\n")[0].splitlines()
+    return "\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:]])
+
+
 def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Graph, dict[Node, str]]:
     """The exported graph, and the canonical name of the parameter behind each placeholder."""
     from ..quantize import unprepare_
@@ -95,8 +107,9 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} could not be traced for structured pruning: {type(error).__name__}: {error}; "
-            "check example_inputs=, or use PruneConfig(structure='unstructured')"
+            f"{type(model).__name__} could not be traced for structured pruning: {explain_export(error)}\n"
+            "Check example_inputs=, rewrite the line with tensor operations such as torch.where, or use "
+            "PruneConfig(structure='unstructured')"
         ) from error
     names = program.graph_signature.inputs_to_parameters
     return program.graph, {
@@ -133,7 +146,9 @@ def _linear(node: Node, parameters: Mapping[Node, str]) -> _Linear | None:
         (x, weight), bias, transposed = args[:2], None, True
     else:
         return None
-    if weight not in parameters or (bias is not None and bias not in parameters):
+    if weight not in parameters or weight.meta["val"].dim() != 2:
+        return None
+    if bias is not None and (bias not in parameters or bias.meta["val"].shape != node.meta["val"].shape[-1:]):
         return None
     return _Linear(x, weight, bias, transposed, node.meta["val"].shape[-1])
 

@@ -86,11 +86,12 @@ def find_targets(model: nn.Module, config: PruneConfig, example_inputs: ExampleI
     """
     if config.structure == "unstructured":
         parameters = select.named_parameters(model)
-        found = [
-            Group(name, parameters[f"{name}.weight"].numel(), ((f"{name}.weight", -1),))
+        weights = {
+            name: f"{name}.weight".lstrip(".")
             for name, module in select.named_modules(model)
-            if isinstance(module, _PRUNABLE) and f"{name}.weight".lstrip(".") in parameters and name
-        ]
+            if isinstance(module, _PRUNABLE)
+        }
+        found = [Group(n, parameters[w].numel(), ((w, -1),)) for n, w in weights.items() if w in parameters]
     elif example_inputs is None:
         raise ValueError("structure='neurons' needs example_inputs=(x,) (or a dict of keyword inputs)")
     else:
@@ -115,8 +116,8 @@ def compute_masks(model: nn.Module, targets: list[Group], config: PruneConfig, s
     """
     parameters = dict(_all_parameters(model))
     saliencies = [saliency(target, parameters) for target in targets]
-    amounts = select.assign([t.name for t in targets], config.overrides, config.amount)
-    kept = _keep(saliencies, [share * amounts[t.name] for t in targets], config.scope == "global")
+    amounts = [share * select.first_match(t.name, config.overrides, config.amount) for t in targets]
+    kept = _keep(saliencies, amounts, config.scope == "global")
     masks: Masks = {}
     for target, keep in zip(targets, kept, strict=True):
         for name, dim in target.members:
