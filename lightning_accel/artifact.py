@@ -12,20 +12,22 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .loaded import LoadedModel
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
 _DTYPES = {
+    "C64": torch.complex64,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,21 +41,9 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
-Run = Callable[[list[Tensor]], list[Tensor]]
-
 
 class ArtifactError(ValueError):
     """An artifact is damaged, incomplete, of another version, or cannot run here; the message says what to do."""
-
-
-class Output(dict):
-    """Named outputs, as a dict whose keys are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no output {name!r}; this model has {', '.join(self)}") from None
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -66,6 +56,8 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     offset = 0
     for name in names:
         tensor = tensors[name]
+        if tensor.dtype not in _CODES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, which no artifact holds; convert it, as in x.float()")
         header[name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -100,7 +92,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 tensors[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is not a whole safetensors file ({error}); export the model again") from error
     return tensors
 
@@ -116,16 +108,19 @@ def sha256(path: Path) -> str:
 
 def check_destination(directory: Path) -> None:
     """Raises unless an artifact can be written at `directory`: absent, empty, or an older artifact."""
-    if directory.exists():
-        if not directory.is_dir():
-            raise FileExistsError(f"{directory} is a file; give Export another directory")
-        if any(directory.iterdir()) and not (directory / MANIFEST).exists():
-            raise FileExistsError(
-                f"{directory} exists and is not an artifact (it has no {MANIFEST}); give Export another directory"
-            )
-    parent = next(p for p in (directory, *directory.parents) if p.exists())
+    directory = directory.resolve()
+    file = next((p for p in (directory, *directory.parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise FileExistsError(f"{file} is a file; give Export another directory")
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+        raise FileExistsError(
+            f"{directory} exists and is not an artifact (it has no {MANIFEST}); give Export another directory"
+        )
+    parent = next(p for p in directory.parents if p.exists())  # where the new artifact is staged
     if not os.access(parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "the export directory cannot be written", str(parent))
+        raise PermissionError(
+            errno.EACCES, "an artifact cannot be written here, give Export another directory", str(parent)
+        )
 
 
 class staging:
@@ -135,8 +130,8 @@ class staging:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.path = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+        self.directory = directory.resolve()
+        self.path = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> Path:
         check_destination(self.directory)
@@ -144,14 +139,24 @@ class staging:
         self.path.mkdir(parents=True)
         return self.path
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise OSError(
+                    errno.ENOSPC, "the disk is full; free space or give Export another directory", str(self.directory)
+                ) from error
             return
         old = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.old")
         if self.directory.exists():
             self.directory.rename(old)
-        self.path.rename(self.directory)
+        try:
+            self.path.rename(self.directory)
+        except OSError:
+            if old.exists():
+                old.rename(self.directory)
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -171,7 +176,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of an artifact.
 
     Raises:
-        ArtifactError: none there, not readable, or written by a later version.
+        ArtifactError: none there, damaged, or written by a later version.
     """
     path = Path(directory) / MANIFEST
     if not path.exists():
@@ -182,11 +187,35 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); export the model again") from error
+        if version == FORMAT:
+            _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ArtifactError(f"{path} is damaged ({reason}); export the model again") from error
     if version != FORMAT:
         raise ArtifactError(f"{path} has format {version}, this version reads {FORMAT}; upgrade lightning_accel")
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises unless all that `load` and `verify` need is there; `manifest.schema.json` describes the whole."""
+    if not manifest["programs"]:
+        raise ValueError("it has no programs")
+    for entry in manifest["programs"]:
+        _check_types(entry, role=str, engine=str, torch=str, inputs=list, outputs=dict, weights=dict)
+        if entry["cache"] is not None:
+            _check_types(entry["cache"], shapes=list, dtype=str, max_length=int, max_batch=int, vocabulary=int)
+        for spec in entry["inputs"]:
+            _check_types(spec, name=str, dtype=str, shape=list)
+    weights = [manifest["weights"]] if any(entry["weights"] for entry in manifest["programs"]) else []
+    for file in (*manifest["programs"], *manifest["assets"], *weights, manifest["golden"]):
+        _check_types(file, file=str, sha256=str)
+
+
+def _check_types(item: dict[str, Any], **fields: type) -> None:
+    for name, kind in fields.items():
+        if not isinstance(item[name], kind):
+            raise TypeError(f"{name} is {item[name]!r}, expected {kind.__name__}")
 
 
 def check_file(directory: Path, name: str, digest: str) -> Path:
@@ -195,7 +224,7 @@ def check_file(directory: Path, name: str, digest: str) -> Path:
     Raises:
         ArtifactError: outside the folder, missing, truncated or changed.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise ArtifactError(f"the manifest names the file {name!r}, outside the artifact; do not load it")
     path = directory / name
     if not path.is_file():
@@ -209,6 +238,7 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
     """Loads an artifact with torch alone; nothing is compiled and nothing unpickled.
 
     The compiled program is used where this machine and torch can run it, else the portable one, with a warning.
+    A program is code: the hashes detect damage, not malice, so load artifacts from people whose code you would run.
 
     Args:
         directory: what Export or export_model wrote.
@@ -232,7 +262,8 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
         )
     reasons: list[str] = []
     for entry in entries:
-        reason = engines.get(entry["engine"]).unusable(entry)
+        known = entry["engine"] in engines.NAMES
+        reason = engines.get(entry["engine"]).unusable(entry) if known else "this version has no such engine"
         if reason is None:
             if reasons:
                 warnings.warn(f"{'; '.join(reasons)}; serving the {entry['engine']} program instead", stacklevel=2)
@@ -255,122 +286,10 @@ def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> L
         missing = set(entry["weights"].values()) - set(tensors)
         if missing:
             raise ArtifactError(f"{weights['file']} lacks {sorted(missing)[0]!r}; export the model again")
-    run = engines.get(entry["engine"]).open(path, entry, tensors)
+    try:
+        run = engines.get(entry["engine"]).open(path, entry, tensors)
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} cannot be opened ({type(error).__name__}: {error}); export it again") from error
     return LoadedModel(directory, manifest, entry, run)
-
-
-class LoadedModel:
-    """An exported model: call it with the inputs that the manifest lists, by position or by name.
-
-    Inputs are checked in Python before they reach the program, because compiled programs check nothing, and are never
-    written to. Calls from several threads take turns.
-
-    Attributes:
-        directory, manifest: the artifact.
-        engine: the engine that runs it.
-    """
-
-    def __init__(self, directory: Path, manifest: dict[str, Any], entry: dict[str, Any], run: Run) -> None:
-        self.directory, self.manifest, self.entry = directory, manifest, entry
-        self.engine: str = entry["engine"]
-        self._run = run
-        self._lock = threading.Lock()
-
-    def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
-        """Outputs in the structure that the model had: a tensor, a tuple, or named outputs (`Output`).
-
-        A causal language model takes `input_ids` [batch, length] and optionally `attention_mask` [batch, length]
-        and gives logits [batch, length, vocabulary].
-
-        Raises:
-            ValueError: inputs of another number, name, dtype, device or shape than the program takes.
-        """
-        if self.entry["cache"] is not None:
-            from . import generate
-
-            return generate.forward(self, *args, **kwargs)
-        return structure(self.entry["outputs"], self.run(bind(self.entry["inputs"], args, kwargs)))
-
-    def generate(self, input_ids: Any, max_new_tokens: int = 32, **options: Any) -> Any:
-        """Continues token ids with a KV cache; see `lightning_accel.generate.generate`."""
-        if self.entry["cache"] is None:
-            raise ValueError("this model has no KV cache, so it cannot generate; call it instead: model(input)")
-        from . import generate
-
-        return generate.generate(self, input_ids, max_new_tokens, **options)
-
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Runs the program on checked flat inputs; the lock is held meanwhile."""
-        with self._lock:
-            return self._run(inputs)
-
-    def asset(self, name: str) -> Path:
-        """Path of a file that travels with the model, such as `tokenizer.json`, after checking it."""
-        for asset in self.manifest.get("assets", ()):
-            if asset["name"] == name:
-                return check_file(self.directory, asset["file"], asset["sha256"])
-        raise ValueError(f"no asset {name!r}; this artifact has {[a['name'] for a in self.manifest.get('assets', ())]}")
-
-    def __repr__(self) -> str:
-        inputs = ", ".join(
-            f"{i['name']}{[d if isinstance(d, int) else d['name'] for d in i['shape']]}" for i in self.entry["inputs"]
-        )
-        return f"LoadedModel({str(self.directory)!r}, engine={self.engine!r}, inputs=({inputs}))"
-
-
-def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Flat, contiguous, checked inputs in the program's order."""
-    names = [spec["name"] for spec in specs]
-    if len(args) > len(names):
-        raise ValueError(f"{len(args)} inputs given, the model takes {len(names)}: {', '.join(names)}")
-    given = dict(zip(names, args, strict=False))
-    for name, value in kwargs.items():
-        if name not in names or name in given:
-            raise ValueError(
-                f"input {name!r} is {'given twice' if name in given else 'unknown'}; the model takes {', '.join(names)}"
-            )
-        given[name] = value
-    missing = [name for name in names if given.get(name) is None]
-    if missing:
-        raise ValueError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
-    sizes: dict[str, int] = {}
-    return [check_input(spec, given[spec["name"]], sizes) for spec in specs]
-
-
-def check_input(spec: dict[str, Any], value: Any, sizes: dict[str, int]) -> Tensor:
-    """The input, contiguous, after checking dtype, device and shape; `sizes` collects the named dimensions."""
-    name = spec["name"]
-    if not isinstance(value, Tensor):
-        raise ValueError(f"input {name!r} is a {type(value).__name__}; write torch.tensor(...)")
-    dtype = getattr(torch, spec["dtype"])
-    if value.dtype != dtype:
-        raise ValueError(f"input {name!r} has dtype {value.dtype}, expected {dtype}; write {name}.to({dtype})")
-    if value.device.type != "cpu":
-        raise ValueError(f"input {name!r} is on {value.device}, the program runs on the CPU; write {name}.cpu()")
-    shape = spec["shape"]
-    expected = "[" + ", ".join(str(d) if isinstance(d, int) else d["name"] for d in shape) + "]"
-    if value.dim() != len(shape):
-        raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {expected}")
-    for size, dim in zip(value.shape, shape, strict=True):
-        if isinstance(dim, int):
-            if size != dim:
-                raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {expected}")
-            continue
-        if not dim["min"] <= size <= dim["max"]:
-            raise ValueError(f"input {name!r} has {dim['name']} {size}, allowed is {dim['min']} to {dim['max']}")
-        if sizes.setdefault(dim["name"], size) != size:
-            raise ValueError(f"input {name!r} has {dim['name']} {size}, another input has {sizes[dim['name']]}")
-    return value.detach().contiguous()
-
-
-def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
-    """Flat outputs in the structure that the manifest describes."""
-    kind = spec["type"]
-    if kind == "tensor":
-        return tensors[spec["index"]]
-    if kind == "dict":
-        return Output({name: structure(item, tensors) for name, item in spec["items"].items()})
-    if kind == "none":
-        return None
-    items = [structure(item, tensors) for item in spec["items"]]
-    return tuple(items) if kind == "tuple" else items

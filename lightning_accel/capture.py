@@ -182,7 +182,7 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_sha
         config.use_cache = False
     args, kwargs = split_inputs(example_inputs)
     structure = flatten_output(call_example(model, example_inputs))[1]
-    names = _input_names(model, args, kwargs)
+    names = input_names(model, args, kwargs)
     tensors = {n: v for n, v in zip(names, (*args, *kwargs.values()), strict=True) if isinstance(v, Tensor)}
     if not tensors:
         raise ValueError("none of the example inputs is a tensor; give example_inputs=(x,)")
@@ -219,7 +219,8 @@ def _default_dims(tensor: Tensor) -> dict[int, Any] | None:
     return dims or None
 
 
-def _input_names(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+def input_names(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """The names under which the program takes positional and keyword inputs."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
     names += [f"input_{i}" for i in range(len(names), len(args))]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, engines, select
-from .capture import call_example, capture, flatten_output, is_causal_lm
+from .capture import call_example, capture, flatten_output, input_names, is_causal_lm
 from .distill import without_labels
 from .engines.aoti import CompilerMissing
 from .finalize import Finalized, finalize, restore_
@@ -103,10 +103,10 @@ def export_model(
         report = ExportReport(directory, manifest)
         if measure:
             _measure(path, report, final, inputs, dynamic_shapes, reference)
-        manifest["sizes"] = {"default_load_bytes": 0}  # its own size is part of it
         artifact.write_manifest(path, manifest)
-        manifest["sizes"] = size_on_disk(path, manifest)
-        artifact.write_manifest(path, manifest)
+        while (sizes := size_on_disk(path, manifest)) != manifest.get("sizes"):  # the manifest's own size counts
+            manifest["sizes"] = sizes
+            artifact.write_manifest(path, manifest)
         slow = {w: s for w, s in report.speedup.items() if min_speedup is not None and s < min_speedup}
         if slow:
             raise ExportError(
@@ -190,7 +190,7 @@ def _write(
         )
     if not programs:
         raise ExportError("none of the engines could be built; write engines=('portable',)")
-    manifest: dict[str, Any] = {"programs": programs, "versions": versions(), "machine": machine()}
+    manifest: dict[str, Any] = {"programs": programs, "timings": [], "versions": versions(), "machine": machine()}
     if stored:
         artifact.save_weights(stored, path / artifact.WEIGHTS)
         manifest["weights"] = _file(path / artifact.WEIGHTS)
@@ -207,10 +207,11 @@ def _file(path: Path) -> dict[str, str]:
 
 def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str, Any]) -> dict[str, str]:
     """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
-    named = _by_name(final.deployed, *split_inputs(inputs))
+    args, kwargs = split_inputs(inputs)
+    named = dict(zip(input_names(final.deployed, args, kwargs), (*args, *kwargs.values()), strict=True))
     output = call_example(final.deployed, inputs)
     outputs = [output.logits] if entry["cache"] else flatten_output(output)[0]
-    tensors = {f"input.{spec['name']}": named[spec["name"]] for spec in entry["inputs"] if spec["name"] in named}
+    tensors = {f"input.{name}": value for name, value in named.items() if isinstance(value, Tensor)}
     tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
     artifact.save_weights({n: t.contiguous() for n, t in tensors.items()}, path / "golden.safetensors")
     return _file(path / "golden.safetensors")
@@ -275,8 +276,8 @@ def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Seque
         }
     values = {which: float(value) for which, value in values.items()}
     allowed = METRIC_TOLERANCE * max(abs(values["trained"]), 0.1)
-    worse = values["artifact"] - values["trained"]
-    if (worse if direction == "lower" else -worse) > allowed:
+    worse = (values["artifact"] - values["trained"]) * (1 if direction == "lower" else -1)
+    if not worse <= allowed:  # NaN is worse
         raise DriftError(
             f"{name} of the artifact is {values['artifact']:.4f}, of the trained model "
             f"{values['trained']:.4f}: more than {METRIC_TOLERANCE:.0%} worse"

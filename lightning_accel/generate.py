@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .artifact import LoadedModel
+    from .loaded import LoadedModel
 
 
 class Cache:
@@ -157,9 +157,7 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | 
 def _prompt(model: LoadedModel, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
     """Ids [B, T] and their validity [B, T], checked against the model's vocabulary and positions."""
     if not isinstance(input_ids, Tensor):
-        rows = [torch.as_tensor(row, dtype=torch.int64) for row in input_ids]
-        if rows and rows[0].dim() == 0:
-            rows = [torch.as_tensor(input_ids, dtype=torch.int64)]
+        rows = _rows(input_ids)
         if not rows or min(len(row) for row in rows) == 0:
             raise ValueError("a prompt is empty; give at least one token, such as the beginning-of-text id")
         if attention_mask is not None:
@@ -180,9 +178,26 @@ def _prompt(model: LoadedModel, input_ids: Any, attention_mask: Any) -> tuple[Te
     if len(input_ids) > spec["max_batch"]:
         raise ValueError(f"a batch of {len(input_ids)} is over the limit of {spec['max_batch']}; split it")
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else torch.as_tensor(attention_mask)
+    if valid.is_floating_point() or valid.device.type != "cpu":
+        raise ValueError(f"attention_mask is {valid.dtype} on {valid.device}, expected torch.bool or int64 on the CPU")
     if valid.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {list(valid.shape)}, input_ids {list(input_ids.shape)}")
     valid = valid.bool()
     if not valid.any(1).all():
         raise ValueError("a row of attention_mask is all padding; give each row at least one token")
     return input_ids.to(torch.int64), valid
+
+
+def _rows(prompts: Any) -> list[Tensor]:
+    """One int64 tensor a prompt, of a list of prompts or of one prompt."""
+    try:
+        rows = [torch.as_tensor(row) for row in prompts]
+        rows = [torch.as_tensor(prompts)] if rows and rows[0].dim() == 0 else rows
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"input_ids is a {type(prompts).__name__} that holds no token ids; encode text first, "
+            "with the tokenizer among the artifact's assets"
+        ) from error
+    if any(len(row) and row.dtype not in (torch.int64, torch.int32) for row in rows):
+        raise ValueError(f"input_ids holds {rows[0].dtype} values; token ids are integers")
+    return [row.to(torch.int64) for row in rows]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import artifact, engines
 from .distill import logits_of
+from .loaded import structure
 
 KL_FRACTION = 0.1
 ERROR_FRACTION = 0.5
@@ -70,7 +71,7 @@ def verify(inputs: Sequence[Any], artifact: Call, trained: Call, plain: Call | N
         DriftError: the program computes something else; the message holds the figures.
     """
     with torch.no_grad():
-        outputs = [[_floats(call(x)) for x in inputs] for call in (artifact, trained, plain or trained)]
+        outputs = [[_floats(call(x), x) for x in inputs] for call in (artifact, trained, plain or trained)]
     ours, fake, full = outputs
     for batch in ours:
         if any(not torch.isfinite(t).all() for t in batch):
@@ -121,13 +122,15 @@ def _compare_predictions(result: Verification, ours_PV: Tensor, trained_PV: Tens
         )
 
 
-def _floats(output: Any) -> list[Tensor]:
-    """Float tensors of an output, logits first."""
+def _floats(output: Any, inputs: Any) -> list[Tensor]:
+    """The logits of an output, of padding none (what a model puts out there means nothing), or all float tensors."""
     from .capture import flatten_output
 
     logits = logits_of(output)
     if logits is not None:
-        return [logits.detach().float()]
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        padded = mask is not None and mask.shape == logits.shape[:-1]
+        return [(logits[mask.bool()] if padded else logits).detach().float()]
     return [t.detach().float() for t in flatten_output(output)[0] if t.is_floating_point()]
 
 
@@ -179,7 +182,7 @@ def _golden_again(
     outputs = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
 
     def expected(_: Any) -> Any:
-        return artifact.structure(entry["outputs"], outputs)
+        return structure(entry["outputs"], outputs)
 
     return verify([inputs], lambda x: loaded(**x), expected, expected if quantized else None, entry["engine"])
 

@@ -209,13 +209,9 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
         raise ValueError(f"{path.name} and the manifest name different constants; export the model again")
     if constants:
         runner.update_constant_buffer(constants, False, False, True)
-    caches = len(entry["cache"]["shapes"]) if entry.get("cache") else 0
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        # a compiled residual was seen to write its sum into the input, so float inputs are copied
-        plain = inputs[: len(inputs) - caches]
-        plain = [x.clone() if x.is_floating_point() else x for x in plain]
-        return runner.run([*plain, *inputs[len(plain) :]])
+        return runner.run(inputs)
 
     run.constants = constants  # type: ignore[attr-defined]  # keeps the mapped memory alive
     return run

@@ -1,0 +1,158 @@
+"""A loaded artifact: checks inputs in Python, runs the program, puts outputs into the structure that the model had.
+
+Imports torch and the standard library only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[list[Tensor]], list[Tensor]]
+
+
+class Output(dict):
+    """Named outputs, as a dict whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; this model has {', '.join(self)}") from None
+
+
+class LoadedModel:
+    """An exported model: call it with the inputs that the manifest lists, by position or by name.
+
+    Inputs are checked in Python before they reach the program, because compiled programs check nothing, and are never
+    written to. Calls from several threads take turns.
+
+    Attributes:
+        directory, manifest: the artifact.
+        engine: the engine that runs it.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], entry: dict[str, Any], run: Run) -> None:
+        self.directory, self.manifest, self.entry = directory, manifest, entry
+        self.engine: str = entry["engine"]
+        self._run = run
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
+        """Outputs in the structure that the model had: a tensor, a tuple, or named outputs (`Output`).
+
+        A causal language model takes `input_ids` [batch, length] and optionally `attention_mask` [batch, length]
+        and gives logits [batch, length, vocabulary].
+
+        Raises:
+            ValueError: inputs of another number, name, dtype, device or shape than the program takes.
+        """
+        if self.entry["cache"] is not None:
+            from . import generate
+
+            return generate.forward(self, **by_name(("input_ids", "attention_mask"), args, kwargs, optional=1))
+        return structure(self.entry["outputs"], self.run(bind(self.entry["inputs"], args, kwargs)))
+
+    def generate(self, input_ids: Any, max_new_tokens: int = 32, **options: Any) -> Any:
+        """Continues token ids with a KV cache; see `lightning_accel.generate.generate`."""
+        if self.entry["cache"] is None:
+            raise ValueError("this model has no KV cache, so it cannot generate; call it instead: model(input)")
+        from . import generate
+
+        return generate.generate(self, input_ids, max_new_tokens, **options)
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Runs the program on checked flat inputs; the lock is held meanwhile."""
+        with self._lock:
+            return self._run(inputs)
+
+    def asset(self, name: str) -> Path:
+        """Path of a file that travels with the model, such as `tokenizer.json`, after checking it."""
+        from .artifact import check_file
+
+        for asset in self.manifest["assets"]:
+            if asset["name"] == name:
+                return check_file(self.directory, asset["file"], asset["sha256"])
+        raise ValueError(f"no asset {name!r}; this artifact has {[a['name'] for a in self.manifest['assets']]}")
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(
+            f"{i['name']}{[d if isinstance(d, int) else d['name'] for d in i['shape']]}" for i in self.entry["inputs"]
+        )
+        return f"LoadedModel({str(self.directory)!r}, engine={self.engine!r}, inputs=({inputs}))"
+
+
+def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Flat, contiguous, checked copies of the inputs in the program's order."""
+    given = by_name([spec["name"] for spec in specs], args, kwargs)
+    sizes: dict[str, int] = {}
+    return [check_input(spec, given[spec["name"]], sizes) for spec in specs]
+
+
+def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], optional: int = 0) -> dict[str, Any]:
+    """Inputs by name; the last `optional` ones may be left out.
+
+    Raises:
+        ValueError: too many, unknown, given twice or missing.
+    """
+    if len(args) > len(names):
+        raise ValueError(f"{len(args)} inputs given, the model takes {len(names)}: {', '.join(names)}")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names or name in given:
+            raise ValueError(
+                f"input {name!r} is {'given twice' if name in given else 'unknown'}; the model takes {', '.join(names)}"
+            )
+        given[name] = value
+    missing = [name for name in names[: len(names) - optional] if given.get(name) is None]
+    if missing:
+        raise ValueError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
+    return given
+
+
+def check_input(spec: dict[str, Any], value: Any, sizes: dict[str, int]) -> Tensor:
+    """A contiguous copy of the input, after checking dtype, device and shape; `sizes` collects the named dimensions.
+
+    A copy, because programs write to their inputs: a model that begins with an in-place activation, and compiled
+    residuals.
+    """
+    name = spec["name"]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"input {name!r} is a {type(value).__name__}; write torch.tensor(...)")
+    dtype = getattr(torch, spec["dtype"])
+    if value.dtype != dtype:
+        raise ValueError(f"input {name!r} has dtype {value.dtype}, expected {dtype}; write {name}.to({dtype})")
+    if value.device.type != "cpu":
+        raise ValueError(f"input {name!r} is on {value.device}, the program runs on the CPU; write {name}.cpu()")
+    shape = spec["shape"]
+    expected = "[" + ", ".join(str(d) if isinstance(d, int) else d["name"] for d in shape) + "]"
+    if value.dim() != len(shape):
+        raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {expected}")
+    for size, dim in zip(value.shape, shape, strict=True):
+        if isinstance(dim, int):
+            if size != dim:
+                raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {expected}")
+            continue
+        if not dim["min"] <= size <= dim["max"]:
+            raise ValueError(f"input {name!r} has {dim['name']} {size}, allowed is {dim['min']} to {dim['max']}")
+        if sizes.setdefault(dim["name"], size) != size:
+            raise ValueError(f"input {name!r} has {dim['name']} {size}, another input has {sizes[dim['name']]}")
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """Flat outputs in the structure that the manifest describes."""
+    kind = spec["type"]
+    if kind == "tensor":
+        return tensors[spec["index"]]
+    if kind == "dict":
+        return Output({name: structure(item, tensors) for name, item in spec["items"].items()})
+    if kind == "none":
+        return None
+    items = [structure(item, tensors) for item in spec["items"]]
+    return tuple(items) if kind == "tuple" else items
