@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from .. import artifact, select
-from ..artifact import Output
 from ..export import ExportError, ExportReport, Metric, export_model
+from ..loaded import Output
 from ..prune import Masks
 from .base import AccelCallback, InputRecorder, example_of
 from .precision import _loss
