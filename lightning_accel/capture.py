@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from .distill import without_labels
 from .prune.groups import ExampleInputs, split_inputs
 
 MAX_BATCH = 1024
@@ -225,6 +226,15 @@ def input_names(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> lis
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
     names += [f"input_{i}" for i in range(len(names), len(args))]
     return [*names, *kwargs]
+
+
+def as_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> ExampleInputs:
+    """A call as example inputs: a tuple where it has one positional input, else by name; labels and None left out."""
+    kwargs = {name: value for name, value in without_labels(kwargs).items() if value is not None}
+    names = [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is not p.VAR_POSITIONAL]
+    if not kwargs and (len(args) == 1 or len(args) > len(names)):
+        return args
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _ranges(result: Capture) -> list[list[Any]]:

@@ -65,7 +65,8 @@ def export_model(
         directory: written as a whole; an older artifact there is replaced.
         example_inputs: a tuple of positional or a dict of keyword inputs; a causal LM needs none.
         dynamic_shapes: as torch.export takes them; by default batch and length are free.
-        checkpoint: a Lightning checkpoint whose weights, masks and quantization are put into `model` first.
+        checkpoint: a Lightning checkpoint whose weights, masks and quantization are put into `model` first; where the
+            Export callback was in the fit, it holds example inputs too.
         module: the name that the model had in the LightningModule of the checkpoint.
         quantize: quantizes after training (a model that QAT prepared needs none).
         masks: from `prune_model_`; structured ones are cut out.
@@ -89,7 +90,8 @@ def export_model(
     model = select.unwrap(model)
     if checkpoint is not None:
         restored = restore_(copy.deepcopy(model), checkpoint, module)
-        model, masks = restored[0], masks or restored[1]
+        model, masks = restored.model, masks or restored.masks
+        example_inputs = example_inputs if example_inputs is not None else restored.example_inputs
     inputs = _example_inputs(model, example_inputs)
     batches = list(data) if data is not None else []
     final = finalize(model, inputs, masks, quantize)
@@ -126,11 +128,7 @@ def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> Example
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     if is_causal_lm(model):  # the program makes its own masks and positions
         kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-    return kwargs if not args else args if not kwargs else _by_name(model, args, kwargs)
-
-
-def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    return args or kwargs
 
 
 def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import select
+from .capture import as_inputs
 from .prune import Masks, apply_masks_, shrink_model
 from .prune.groups import ExampleInputs
 from .quantize import QuantConfig, convert_, is_prepared, prepare_, unprepare_
+from .quantize.fake import count_own
 
 
 @dataclass
@@ -56,29 +59,50 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 
 
-def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> tuple[nn.Module, Masks | None]:
-    """Puts a Lightning checkpoint's weights and quantization into `model` and returns it with the masks.
+@dataclass
+class Restored:
+    """A model as a checkpoint holds it, its masks, and inputs it was called with, where Export was in the fit."""
+
+    model: nn.Module
+    masks: Masks | None
+    example_inputs: ExampleInputs | None
+
+
+def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Restored:
+    """Puts a Lightning checkpoint's weights and quantization into `model`.
+
+    What the callbacks worked on may lie above or below `module`: their state holds names in the LightningModule.
 
     Raises:
         ValueError: the checkpoint's names do not fit the model.
     """
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     weights = {select.canonical_name(name): tensor for name, tensor in saved["state_dict"].items()}
-    own = set(model.state_dict())
+    own = {select.canonical_name(name): name for name in model.state_dict()}
     prefixes = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
-    prefix = next((p for p in prefixes if own <= {n.removeprefix(p) for n in weights if n.startswith(p)}), None)
+    prefix = next((p for p in prefixes if own.keys() <= {n.removeprefix(p) for n in weights if n.startswith(p)}), None)
     if prefix is None:
         raise ValueError(
             f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "
             f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})"
         )
-    model.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}, strict=False)
+    model.load_state_dict({real: weights[prefix + name] for name, real in own.items()})
+    states = [s for s in saved.get("callbacks", {}).values() if isinstance(s, dict)]
     masks: Masks = {}
-    for state in saved.get("callbacks", {}).values():
-        if not isinstance(state, dict) or (state.get("module") or "") not in (prefix.rstrip("."), module or ""):
-            continue
-        if state.get("technique") == "pruning":
-            masks.update(state["masks"])
-        elif state.get("technique") == "quantization" and state["prepared"]:
-            prepare_(model, QuantConfig(**state["config"]))
-    return model, masks or None
+    for state in (s for s in states if s.get("technique") == "pruning"):
+        for name, mask in _below(prefix, {_join(state["module"], n): m for n, m in state["masks"].items()}).items():
+            masks[name] = masks[name] & mask if name in masks else mask
+    for state in (s for s in states if s.get("technique") == "quantization" and s["prepared"]):
+        if chosen := _below(prefix, dict.fromkeys(state["quantized"])):
+            others = [n for n, m in select.named_modules(model) if count_own(m) and n not in chosen]
+            prepare_(model, QuantConfig(state["config"]["scheme"], overrides=dict.fromkeys(others)))
+    calls = [s["call"] for s in states if s.get("technique") == "export" and _join(s["module"], "") == prefix]
+    return Restored(model, masks or None, as_inputs(model, *calls[0]) if calls and calls[0] else None)
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _below(prefix: str, named: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}

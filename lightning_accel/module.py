@@ -83,7 +83,7 @@ class AccelModule(pl.LightningModule):
         from .capture import is_causal_lm
         from .select import unwrap
 
-        return is_causal_lm(unwrap(self.model)) or type(self.model).__name__ == "_StandIn"
+        return is_causal_lm(unwrap(getattr(self.model, "stands_in_for", self.model)))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss, logged as `train_loss`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import select
 from ..distill import DistillConfig, combine, distillation_loss, guest, logits_of, without_labels
 from .base import AccelCallback
+from .patches import patch, unpatch
 
 _Call = tuple[str, tuple, dict[str, Any], Tensor]  # module name, args, kwargs, logits
 
@@ -65,21 +66,23 @@ class Distillation(AccelCallback):
                 f"the teacher is the submodule {inside[0]!r} of the LightningModule, so it would be trained and "
                 "saved with it; give Distillation a teacher of its own, such as copy.deepcopy(model)"
             )
-        self._unbind(pl_module)
+        if sum(isinstance(c, Distillation) for c in self.siblings(trainer)) > 1:
+            raise ValueError(
+                "two Distillation callbacks would weigh each other's loss by their order in the list; keep one, and "
+                "add lightning_accel.distillation_loss(student_logits, teacher_logits) to your loss for the other"
+            )
+        self.release(pl_module)
         names = [self.module] if self._named else ["", *(name for name, _ in pl_module.named_children())]
         self._handles = [self._hook(select.get_module(pl_module, name), name) for name in names]
-        step = pl_module.training_step
 
-        @functools.wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        def with_teacher(training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._calls = []
             try:
-                output = step(*args, **kwargs)
-                return self._add_teacher(output, pl_module)
+                return self._add_teacher(training_step(*args, **kwargs), pl_module)
             finally:
                 self._calls = None
 
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        patch(pl_module, "training_step", with_teacher)
 
     def _hook(self, module: nn.Module, name: str) -> Any:
         def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -146,17 +149,15 @@ class Distillation(AccelCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes hooks and wrapper off."""
-        self._unbind(pl_module)
+        self.release(pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes hooks and wrapper off after an interrupted fit, and frees the device."""
-        self._unbind(pl_module)
-        self.teacher.cpu()
-
-    def _unbind(self, pl_module: pl.LightningModule) -> None:
+    def release(self, pl_module: pl.LightningModule) -> None:
+        """Takes hooks and wrapper off, and the teacher from the device."""
+        if self._handles:
+            unpatch(pl_module, "training_step")
+            self.teacher.cpu()
         for handle in self._handles:
             handle.remove()
-            pl_module.__dict__.pop("training_step", None)
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:

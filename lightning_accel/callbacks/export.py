@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import artifact, select
+from .. import artifact
 from ..export import ExportError, ExportReport, Metric, export_model
-from ..loaded import Output
 from ..prune import Masks
-from .base import AccelCallback, InputRecorder, example_of
-from .precision import _loss
+from ..prune.groups import ExampleInputs
+from .base import AccelCallback
+from .checkpoints import best_checkpoint, monitored
+from .inputs import InputRecorder, example_of, held_out_batches
 from .pruning import Pruning
+from .random_state import random_state, set_random_state
+from .step import on_batches, reaching, training_loss
 
 _BATCHES = 8  # held-out batches for verification and the default metric
 
@@ -77,11 +77,12 @@ class Export(AccelCallback):
         self._options = {
             "engines": tuple(engines),
             "dynamic_shapes": dynamic_shapes,
-            "reference": reference,
+            "reference": None if reference is None else str(reference),
             "measure": measure,
             "min_speedup": min_speedup,
-            "assets": assets,
+            "assets": None if assets is None else {name: str(path) for name, path in assets.items()},
         }
+        self._source = self.checkpoint  # what is exported again after a failure
         self.report: ExportReport | None = None
         self._recorder: InputRecorder | None = None
 
@@ -98,16 +99,17 @@ class Export(AccelCallback):
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fails now, not after the fit, where the directory cannot be written or weights='best' has no checkpoints."""
         artifact.check_destination(self.directory)
-        if self.weights == "best" and not _checkpoint_callbacks(trainer):
-            raise ValueError("weights='best' needs a ModelCheckpoint(monitor=..., save_top_k=-1) among the callbacks")
+        if self.weights == "best":
+            monitored(trainer)
         self._recorder = InputRecorder(self.target(pl_module))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ctrl-C leaves a checkpoint; nothing is exported."""
-        if isinstance(exception, KeyboardInterrupt):
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers:
             self._save_checkpoint(trainer)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the recording hook off."""
         if self._recorder is not None:
             self._recorder.remove()
@@ -117,29 +119,44 @@ class Export(AccelCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn("fast_dev_run: nothing is exported")
             return
-        assert self._recorder is not None
-        self._recorder.remove()
+        self.release(pl_module)
+        for callback in self.siblings(trainer):
+            if isinstance(callback, Pruning):  # averaged weights are masked first, wherever it stands in the list
+                callback.on_fit_end(trainer, pl_module)
         self._save_checkpoint(trainer)
         error: Exception | None = None
         if trainer.is_global_zero:
+            state = random_state()
             try:
                 self.report = self._export(trainer, pl_module)
             except Exception as caught:
                 error = caught
-        failed = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+            set_random_state(state)
+        message = None if error is None else (f"{type(error).__name__}: {error}", self._again())
+        failed = trainer.strategy.broadcast(message)
         if failed is not None:
             raise ExportError(
-                f"the export failed: {failed}\nThe training is saved. To export again:\n"
-                f"    lightning_accel.export_model(model, {str(self.directory)!r}, "
-                f"checkpoint={str(self.checkpoint)!r}, module={self.module!r}, example_inputs=...)"
+                f"the export failed: {failed[0]}\nThe training is saved. To export again:\n    {failed[1]}"
             ) from error
         rank_zero_info(str(self.report))
 
+    def _again(self) -> str:
+        """The line that exports again."""
+        defaults = Export(self.directory)._options
+        options = {name: value for name, value in self._options.items() if value != defaults[name]}
+        arguments = {"checkpoint": str(self._source), "module": self.module or None, **options}
+        written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        return f"lightning_accel.export_model(model, {str(self.directory)!r}, {written})"
+
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         partial = self.checkpoint.with_name(f".{self.checkpoint.name}.partial")
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, self.checkpoint)
+        try:
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                os.replace(partial, self.checkpoint)
+        finally:
+            if trainer.is_global_zero:
+                partial.unlink(missing_ok=True)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExportReport:
         late = [
@@ -153,124 +170,63 @@ class Export(AccelCallback):
                 "Export(..., allow_incomplete=True)"
             )
         module = self.target(pl_module)
-        inputs = example_of(self._recorder, pl_module, self.example_inputs, not self.module)
-        if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[1], dict):
-            raise ExportError(
-                "the module is called with positional and keyword inputs; give example_inputs={'name': x, ...}"
-            )
-        best = self._best(trainer) if self.weights == "best" else None
+        best = best_checkpoint(trainer) if self.weights == "best" else None
+        self._source = Path(best or self.checkpoint)
         batches = self._batches(trainer)
+        held_out, metric = self._held_out(pl_module, batches)
         return export_model(
             module,
             self.directory,
-            example_inputs=inputs,
+            example_inputs=self._example(pl_module),
             checkpoint=best,
             module=self.module,
             masks=None if best else self._masks(trainer),
-            data=batches,
-            metric=self.metric or _training_loss(pl_module, self.module),
-            configs={
-                type(c).__name__: asdict(c.config)
-                for c in trainer.callbacks  # type: ignore[attr-defined]
-                if isinstance(c, AccelCallback) and c.config is not None
-            },
+            data=held_out,
+            metric=metric,
+            configs={type(c).__name__: asdict(c.config) for c in self.siblings(trainer) if c.config is not None},
             **self._options,
         )
+
+    def _example(self, pl_module: pl.LightningModule) -> ExampleInputs:
+        return example_of(self._recorder, pl_module, self.target(pl_module), self.example_inputs)
+
+    def _held_out(self, pl_module: pl.LightningModule, batches: list[Any]) -> tuple[list[Any], Metric | None]:
+        """What reaches the exported module in these batches, and the metric of a network on the batches."""
+        reason = "training_step does not call it"
+        try:
+            inputs = reaching(pl_module, self.module, batches)
+        except Exception as error:  # `data` need not be what training_step takes
+            inputs, reason = [], f"training_step cannot be run again ({type(error).__name__}: {error})"
+        metric = self.metric
+        if metric is None and inputs and pl_module.automatic_optimization:
+            metric = training_loss(pl_module, self.module)
+        elif metric is None:
+            reason = reason if pl_module.automatic_optimization else "a manual training_step has no loss to reuse"
+            rank_zero_warn(f"the artifact's quality is not reported: {reason}; write Export(..., metric=...)")
+        if not inputs:
+            inputs = batches if self.data is not None else [self._example(pl_module)]
+        return inputs, metric and on_batches(metric, batches)
 
     def _masks(self, trainer: pl.Trainer) -> Masks | None:
         prefix = f"{self.module}." if self.module else ""
         masks: Masks = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Pruning):
-                masks |= {
-                    name.removeprefix(prefix): mask
-                    for name, mask in callback.full_masks().items()
-                    if name.startswith(prefix)
-                }
+            for name, mask in callback.full_masks().items() if isinstance(callback, Pruning) else ():
+                if name.startswith(prefix):
+                    name = name.removeprefix(prefix)
+                    masks[name] = masks[name] & mask if name in masks else mask
         return masks or None
 
     def _batches(self, trainer: pl.Trainer) -> list[Any]:
-        if self.data is not None:
-            return list(self.data)
-        loaders = trainer.val_dataloaders or trainer.train_dataloader
-        loader = loaders[0] if isinstance(loaders, list) else loaders
-        return list(islice(iter(loader), _BATCHES)) if loader is not None else []
-
-    def _best(self, trainer: pl.Trainer) -> str:
-        """The best checkpoint written after every schedule had ended."""
-        for callback in _checkpoint_callbacks(trainer):
-            sign = 1.0 if callback.mode == "min" else -1.0
-            for path, _ in sorted(callback.best_k_models.items(), key=lambda item: sign * float(item[1])):
-                states = torch.load(path, map_location="cpu", weights_only=True)["callbacks"].values()
-                if all(s.get("complete", True) for s in states if isinstance(s, dict)):
-                    return path
-        raise ExportError(
-            "no checkpoint written after the schedules ended is left; write ModelCheckpoint(save_top_k=-1), "
-            "or Export(weights='last')"
-        )
+        return list(self.data) if self.data is not None else list(islice(held_out_batches(trainer), _BATCHES))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the artifact goes."""
-        return self.saved(directory=str(self.directory))
+        """Where the artifact goes, and inputs to export it with again."""
+        calls = self._recorder.calls if self._recorder is not None else []
+        return self.saved(directory=str(self.directory), call=_two_rows(calls[0]) if calls else None)
 
 
-def _checkpoint_callbacks(trainer: pl.Trainer) -> list[ModelCheckpoint]:
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-
-
-def _training_loss(pl_module: pl.LightningModule, name: str) -> Metric | None:
-    """The default metric: the mean loss of the module's own `training_step`, with another network in its place."""
-    if not pl_module.automatic_optimization:
-        rank_zero_warn(
-            "the artifact's quality is not reported: a manual training_step has no loss to reuse; "
-            "write Export(..., metric=...)"
-        )
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        host = copy.deepcopy(pl_module).cpu().eval()
-    original = select.get_module(host, name)
-
-    def loss(model: Callable[..., Any], batches: Sequence[Any]) -> float:
-        stand_in = _StandIn(model, original)
-        if name:
-            parent, _, child = name.rpartition(".")
-            setattr(host.get_submodule(parent), child, stand_in)
-        else:
-            host.forward = stand_in.forward  # type: ignore[method-assign]
-        with warnings.catch_warnings():  # there is no trainer to log to
-            warnings.simplefilter("ignore")
-            return sum(float(_loss(host, batch)) for batch in batches) / len(batches)
-
-    return loss
-
-
-class _StandIn(nn.Module):
-    """A network or an artifact where a LightningModule expects its own: labels are taken out, their loss put in."""
-
-    def __init__(self, model: Callable[..., Any], original: nn.Module) -> None:
-        super().__init__()
-        self._model, self._original = [model], [original]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, original = self._model[0], self._original[0]
-        if isinstance(model, nn.Module):
-            return model(*args, **kwargs)
-        labels = kwargs.pop("labels", None)
-        entry = model.entry  # type: ignore[attr-defined]
-        known = {"input_ids", "attention_mask"} if entry["cache"] else {spec["name"] for spec in entry["inputs"]}
-        output = model(*args, **{k: v for k, v in kwargs.items() if k in known and v is not None})
-        if entry["cache"]:
-            output = Output(logits=output)
-        if labels is not None and isinstance(output, dict):
-            config: Any = original.config
-            output["loss"] = original.loss_function(
-                logits=output["logits"], labels=labels, vocab_size=config.vocab_size
-            )  # type: ignore[operator]
-        return output
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_original"][0], name)
+def _two_rows(call: Any) -> Any:
+    """Two rows of a batch are enough to trace with; what has no common first dimension is kept as it is."""
+    rows = {t.shape[0] if t.dim() else 0 for t in tree_leaves(call) if isinstance(t, Tensor)}
+    return tree_map_only(Tensor, lambda t: t[:2].clone(), call) if len(rows) == 1 else call

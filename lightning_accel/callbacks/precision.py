@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from ..precision import PRECISIONS, PrecisionChoice, choose_precision, first_nonfinite_gradient
-from .base import AccelCallback, random_state, set_random_state
+from .base import AccelCallback
+from .random_state import random_state, set_random_state
+from .step import loss_of, muted
 
 
 class AutoMixedPrecision(AccelCallback):
@@ -93,24 +94,33 @@ class AutoMixedPrecision(AccelCallback):
             self._set(trainer, self.choice.precision)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Times the candidates on one real batch, on a copy; rank 0 decides."""
+        """Says what was chosen, where that is known."""
+        if self.choice is not None:
+            rank_zero_info(f"AutoMixedPrecision: {self.choice.reason}")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Times the candidates on the first batch, on a copy; rank 0 decides.
+
+        Here and not in `on_fit_start`: taking a batch from the loader there would move its order on.
+        """
         if self.choice is None:
-            choice = self._time(trainer, pl_module) if trainer.is_global_zero else None
+            choice = self._time(trainer, pl_module, batch) if trainer.is_global_zero else None
             self.choice = trainer.strategy.broadcast(choice)
             assert self.choice is not None
             self._set(trainer, self.choice.precision)
-        rank_zero_info(f"AutoMixedPrecision: {self.choice.reason}")
+            rank_zero_info(f"AutoMixedPrecision: {self.choice.reason}")
 
-    def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PrecisionChoice:
+    def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> PrecisionChoice:
         state = random_state()
-        device = trainer.strategy.root_device
+
+        def step(trial: Any) -> torch.Tensor:
+            with muted(trial, trainer):
+                return loss_of(trial, copy.deepcopy(batch))
+
         try:
-            trainer.fit_loop.setup_data()
-            batch = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
-            batch = pl_module.transfer_batch_to_device(batch, device, 0)
-            with warnings.catch_warnings():  # the copy has no trainer to log to
-                warnings.simplefilter("ignore")
-                return choose_precision(copy.deepcopy(pl_module), lambda trial: _loss(trial, batch), device)
+            return choose_precision(pl_module, step, trainer.strategy.root_device)
         except Exception as error:
             return PrecisionChoice(
                 "fp32",
@@ -128,7 +138,7 @@ class AutoMixedPrecision(AccelCallback):
         if self._nonfinite is None:
             self._in_a_row = 0
             return
-        self.skipped += 1
+        self.skipped += self._scaler(trainer) is not None  # without a scaler the step is taken all the same
         self._in_a_row += 1
         if self._in_a_row >= self.patience:
             raise FloatingPointError(
@@ -137,11 +147,13 @@ class AutoMixedPrecision(AccelCallback):
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Logs the steps with non-finite gradients and the loss scale."""
+        """Logs the skipped steps and the loss scale."""
         self.log_value("skipped_steps", self.skipped)
-        scaler = getattr(trainer.strategy.precision_plugin, "scaler", None)
-        if scaler is not None:
+        if (scaler := self._scaler(trainer)) is not None:
             self.log_value("loss_scale", scaler.get_scale())
+
+    def _scaler(self, trainer: pl.Trainer) -> Any:
+        return getattr(trainer.strategy.precision_plugin, "scaler", None)
 
     def state_dict(self) -> dict[str, Any]:
         """The choice, its timings, and the number of skipped steps."""
@@ -151,12 +163,3 @@ class AutoMixedPrecision(AccelCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues counting; the choice was set in `on_load_checkpoint`."""
         self.skipped = state_dict["skipped"]
-
-
-def _loss(module: pl.LightningModule, batch: Any) -> torch.Tensor:
-    """The loss of the class's own `training_step`, without what callbacks wrapped around it."""
-    output: Any = type(module).training_step(module, batch, 0)
-    loss = output["loss"] if isinstance(output, dict) else output
-    if loss is None:
-        raise ValueError("training_step returned no loss")
-    return loss

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from ..prune import Group, Masks, PruneConfig, apply_masks_, compute_masks
 from ..prune.masks import find_targets
 from ..schedule import Constant, Schedule
-from .base import AccelCallback, InputRecorder, example_of, total_steps
+from .base import AccelCallback
+from .inputs import InputRecorder, example_of
+from .length import total_steps
 
 
 class Pruning(AccelCallback):
@@ -57,6 +59,7 @@ class Pruning(AccelCallback):
         self._targets: list[Group] | None = None
         self._recorder: InputRecorder | None = None
         self._handles: list[Any] = []
+        self._resumed = False
 
     @property
     def state_key(self) -> str:
@@ -71,46 +74,55 @@ class Pruning(AccelCallback):
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds what unstructured masks reach; neurons need the inputs of a batch first."""
         module = self.target(pl_module)
-        others = [
-            c
-            for c in trainer.callbacks  # type: ignore[attr-defined]
-            if type(c) is Pruning and c is not self and c.module == self.module and c.config == self.config
-        ]
-        if others:
+        if any(c is not self and c.module == self.module and c.config == self.config for c in _prunings(trainer)):
             raise ValueError(f"two equal Pruning callbacks on module={self.module!r}; remove one")
+        self._targets = None
         if self.config.structure == "unstructured" or self.example_inputs is not None:
             self._targets = find_targets(module, self.config, self.example_inputs)
         else:
             self._recorder = InputRecorder(module)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.masks = {name: torch.as_tensor(mask) for name, mask in state_dict["masks"].items()}
+        self.share, self._updated, self.total = state_dict["share"], state_dict["updated"], state_dict["total"]
+        self._resumed = True
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the schedule against the length of training and hooks the optimizers."""
         super().on_train_start(trainer, pl_module)
-        if self.total is None:
+        if not (self._resumed or self.complete):
             self.total = total_steps(trainer, pl_module)
+            self._updated = min(self._updated, trainer.global_step)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self.schedule.check(self.total)
+        self._resumed = False
+        self.masks = {name: mask.to(pl_module.device) for name, mask in self.masks.items()}
+        prunings = _prunings(trainer)
+        if self is not prunings[-1]:
+            return  # the last one hooks the optimizers for all, so that the order in the list does not matter
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._after_step(trainer, pl_module, optimizer)
+            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for pruning in prunings:
+                apply_masks_(pruning.target(pl_module), pruning.masks, stepped)
+            for pruning in sorted(prunings, key=lambda p: p.state_key):
+                pruning._follow_schedule(trainer.global_step + 1, pl_module)  # Lightning counts it after its hooks
 
-        self._unhook()
         self._handles = [o.register_step_post_hook(after_step) for o in trainer.optimizers]
 
-    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        module = self.target(pl_module)
-        if self.masks:
-            apply_masks_(module, self.masks, {id(p) for group in optimizer.param_groups for p in group["params"]})
+    def _follow_schedule(self, step: int, pl_module: pl.LightningModule) -> None:
         assert self.total is not None
-        step = trainer.global_step + 1  # Lightning counts the step after its hooks
         share = self.schedule.value(step, self.total)
-        if share > self.share and (share == 1.0 or step - self._updated >= self.every):
-            if self._targets is None:
-                inputs = example_of(self._recorder, pl_module, self.example_inputs, not self.module)
-                self._targets = find_targets(module, self.config, inputs)
-            self.masks = compute_masks(module, self._targets, self.config, share)
-            self.share, self._updated = share, step
-            apply_masks_(module, self.masks)
+        if share <= self.share or (share < 1.0 and step - self._updated < self.every):
+            return
+        module = self.target(pl_module)
+        if self._targets is None:
+            inputs = example_of(self._recorder, pl_module, module, self.example_inputs)
+            self._targets = find_targets(module, self.config, inputs)
+        self.masks = compute_masks(module, self._targets, self.config, share)
+        self.share, self._updated = share, step
+        apply_masks_(module, self.masks)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs the share that is pruned."""
@@ -118,17 +130,14 @@ class Pruning(AccelCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the hooks off."""
-        self._unhook()
+        self.release(pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Applies the masks once more: averaged weights may have been put in place since."""
         apply_masks_(self.target(pl_module), self.masks)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the hooks off."""
-        self._unhook()
-
-    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -147,7 +156,6 @@ class Pruning(AccelCallback):
             masks=masks, share=self.share, updated=self._updated, total=self.total, complete=self.complete
         )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
-        self.masks = {name: torch.as_tensor(mask) for name, mask in state_dict["masks"].items()}
-        self.share, self._updated, self.total = state_dict["share"], state_dict["updated"], state_dict["total"]
+
+def _prunings(trainer: pl.Trainer) -> list[Pruning]:
+    return [c for c in trainer.callbacks if isinstance(c, Pruning)]  # type: ignore[attr-defined]

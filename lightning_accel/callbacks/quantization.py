@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,8 @@ import lightning.pytorch as pl
 from ..quantize import QuantConfig, prepare_
 from ..schedule import check_position, position
 from ..select import Coverage
-from .base import AccelCallback, total_steps
+from .base import AccelCallback
+from .length import total_steps
 
 
 class QuantizationAwareTraining(AccelCallback):
@@ -36,6 +38,7 @@ class QuantizationAwareTraining(AccelCallback):
         self.total: float | None = None
         self.prepared = False
         self.coverage: Coverage | None = None
+        self._resumed = False
 
     @property
     def complete(self) -> bool:
@@ -44,14 +47,8 @@ class QuantizationAwareTraining(AccelCallback):
 
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fails now, not at `begin`, where nothing could be quantized."""
-        import copy
-
-        same = [
-            c
-            for c in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(c, QuantizationAwareTraining) and c.module == self.module
-        ]
-        if len(same) > 1:
+        same = [c for c in self.siblings(trainer) if isinstance(c, QuantizationAwareTraining)]
+        if sum(c.module == self.module for c in same) > 1:
             raise ValueError(
                 f"two QuantizationAwareTraining callbacks on module={self.module!r}; keep one, with "
                 "overrides={'pattern': scheme} for the exceptions"
@@ -68,13 +65,14 @@ class QuantizationAwareTraining(AccelCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks `begin` against the length of training."""
         super().on_train_start(trainer, pl_module)
-        if self.total is None:
+        if not (self._resumed or self.prepared):
             self.total = total_steps(trainer, pl_module)
             if position(self.begin, self.total) >= self.total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise ValueError(
                     f"QuantizationAwareTraining(begin={self.begin}) is past the end of training "
                     f"({self.total:g} optimizer steps); write begin=0.6, or train longer"
                 )
+        self._resumed = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Swaps the classes when `begin` is reached."""
@@ -88,9 +86,12 @@ class QuantizationAwareTraining(AccelCallback):
         self.log_value("active", float(self.prepared))
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it has begun, and the length of training that fractions refer to."""
-        return self.saved(prepared=self.prepared, total=self.total, complete=self.complete)
+        """Whether it has begun, what it reaches, and the length of training that fractions refer to."""
+        prefix = f"{self.module}." if self.module else ""
+        names = [prefix + entry.name for entry in self.coverage.entries if entry.done] if self.coverage else []
+        return self.saved(prepared=self.prepared, quantized=names, total=self.total, complete=self.complete)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         self.prepared, self.total = state_dict["prepared"], state_dict["total"]
+        self._resumed = True

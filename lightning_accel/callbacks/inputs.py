@@ -1,0 +1,76 @@
+"""What a module is called with, recorded while it trains, for tracing and verification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..capture import as_inputs
+
+_Call = tuple[tuple, dict[str, Any]]
+
+
+class InputRecorder:
+    """Keeps the inputs of the first calls of a module, on the CPU.
+
+    The hook is a plain function, so that copying the module copies nothing else.
+    """
+
+    def __init__(self, module: nn.Module, keep: int = 1) -> None:
+        self.calls: list[_Call] = []
+        calls = self.calls
+
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if len(calls) < keep and not _is_redirected(module) and not _is_traced((args, kwargs)):
+                calls.append(tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), (args, kwargs)))
+
+        self._handle = module.register_forward_pre_hook(record, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Takes the hook off."""
+        self._handle.remove()
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether a LightningModule's `forward` is a stand-in for `training_step`, as under DDP."""
+    return getattr(module.__dict__.get("forward"), "__name__", "") == "wrapped_forward"
+
+
+def _is_traced(inputs: _Call) -> bool:
+    return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(inputs))
+
+
+def example_of(recorder: InputRecorder | None, pl_module: pl.LightningModule, module: nn.Module, given: Any) -> Any:
+    """Example inputs of `module`: given, else recorded, else the LightningModule's `example_input_array`.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if given is not None:
+        return given
+    if recorder is not None and recorder.calls:
+        return as_inputs(module, *recorder.calls[0])
+    array = pl_module.example_input_array
+    if module is pl_module and array is not None:
+        return array if isinstance(array, Mapping | tuple) else (array,)
+    raise ValueError(
+        f"the {type(module).__name__} was never called during training, so its inputs are unknown; give "
+        "module='name of the network', example_inputs=(x,), or set example_input_array"
+    )
+
+
+def held_out_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Batches of the (first) validation loader, else of the training loader."""
+    for loader in tree_leaves(trainer.val_dataloaders):
+        if loader is not None:
+            return iter(loader)
+    loaders = trainer.train_dataloader
+    if isinstance(loaders, Mapping | list | tuple):
+        return (batch for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"))
+    return iter(loaders or ())
