@@ -1,0 +1,76 @@
+"""Decode at GPT-2-small shape, random weights: the int8 artifact against transformers' `generate` and the float engine.
+
+    python benchmarks/gpt2_decode.py --threads 1 --out out/gpt2            # builds both artifacts once, then measures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_accel import QuantConfig, export_model
+from lightning_accel.artifact import MANIFEST, read_manifest
+from lightning_accel.measure import Target, compare, machine, size_on_disk, versions
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def build(out: Path) -> None:
+    """Writes the checkpoint and the two artifacts, unless they are there."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval()
+    if not (out / "checkpoint").exists():
+        model.save_pretrained(out / "checkpoint")
+    for name, quantize in (("float", None), ("int8", QuantConfig("int8"))):
+        if not (out / name / MANIFEST).exists():
+            export_model(model, out / name, quantize=quantize, engines=("aoti",), measure=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/gpt2"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    build(out)
+    sys.path.insert(0, str(RECIPES))
+    lengths = {"prompt": options.prompt, "new": options.new}
+    targets = {
+        "eager_fp32": Target("transformers_generate:workloads", {"checkpoint": str(out / "checkpoint"), **lengths}),
+        "engine_fp32": Target(str(out / "float"), lengths),
+        "int8": Target(str(out / "int8"), lengths),
+    }
+    measured = compare(targets, threads=options.threads, rounds=options.rounds, repeat=2)
+    eager = measured["eager_fp32"]
+    print(f"| GPT-2-small shape, prompt {options.prompt}, {options.new} new tokens | prefill ms (least-most) | x eager "
+          "| decode ms/token (least-most) | x eager | load s | peak RSS MB | default load MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, m in measured.items():
+        cells = []
+        for workload in ("prefill", "decode"):
+            spread = m.seconds[workload]
+            cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.least:.2f}-{1e3 * spread.most:.2f})")
+            cells.append(f"{eager.seconds[workload].median / spread.median:.2f}")
+        folder = out / ("float" if name == "engine_fp32" else "int8")
+        size = (out / "checkpoint" / "model.safetensors").stat().st_size
+        if name != "eager_fp32":
+            size = size_on_disk(folder, read_manifest(folder))["default_load_bytes"]
+        cells += [f"{m.load_s:.3f}", f"{m.peak_rss_bytes / 1e6:.0f}", f"{size / 1e6:.1f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    coverage = read_manifest(out / "int8")["coverage"][0]
+    print(f"\nint8 covers {coverage['share_of_flops']:.1%} of FLOPs, {coverage['share_of_parameters']:.1%} of parameters; "
+          "random weights: no quality is claimed")
+    print(json.dumps({"machine": machine(options.threads), "versions": versions(), "command": " ".join(sys.argv)}))
+
+
+if __name__ == "__main__":
+    main()
