@@ -124,13 +124,13 @@ def test_flops_of_bert_are_those_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("model", "shape", "flops"),
     [
-        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (2, 5, 16), 20 * (4 * 256 + 2 * 512) + 4 * 2 * 25 * 16),
+        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (2, 5, 16), 20 * 2048 + 4 * 2 * 25 * 16),
         (nn.LSTM(8, 16, batch_first=True), (2, 5, 8), 20 * (8 * 64 + 16 * 64)),
         (nn.Conv2d(3, 4, 3, bias=False), (1, 3, 8, 8), 2 * 3 * 4 * 9 * 36),
         (nn.Linear(8, 4), (8,), 2 * 8 * 4),
     ],
     ids=["fused encoder layer", "LSTM", "convolution", "one row"],
-)  # fmt: skip
+)
 def test_fused_operators_are_counted(model: nn.Module, shape: tuple[int, ...], flops: int) -> None:
     fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     assert select.count_flops(model.eval(), (torch.randn(shape),), {})[""] == flops

@@ -33,20 +33,11 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
     """
     model = copy.deepcopy(select.unwrap(model))
     apply_masks_(model, masks)
-    dropped = _dropped_neurons(model, masks)
-    if not dropped:
+    if not any(_dropped(mask, dim).any() for mask in masks.values() for dim in range(mask.dim())):
         return model
     groups = find_groups(model, example_inputs)
     kept = [_kept(group, masks) for group in groups]
-    for group, keep in zip(groups, kept, strict=True):
-        for member in group.members:
-            dropped[member] = dropped.get(member, ~keep) & keep
-    left = next((name for (name, _), neurons in dropped.items() if neurons.any()), None)
-    if left is not None:
-        raise ValueError(
-            f"the masks drop neurons of {left!r} that cannot be cut out: masks of the same neurons are missing or "
-            "disagree, or they were made with other example inputs; use the masks that prune_model_ returned"
-        )
+    _check_all_cut(model, masks, {m: k for g, k in zip(groups, kept, strict=True) for m in g.members})
     for group, keep in zip(groups, kept, strict=True):
         if not keep.all():
             for name, dim in group.members:
@@ -55,26 +46,32 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
     return model
 
 
-def _dropped_neurons(model: nn.Module, masks: Masks) -> dict[tuple[str, int], Tensor]:
-    """(parameter name, dimension) -> boolean [width], the neurons that masks over one dimension drop."""
-    parameters = dict(select.named_parameters(model))
-    found = {}
-    for name, mask in masks.items():
-        dims = [dim for dim, size in enumerate(mask.shape) if size > 1]
-        if len(dims) == 1 and name in parameters and mask.numel() < parameters[name].numel() and not mask.all():
-            found[name, dims[0]] = ~mask.flatten().cpu()
-    return found
+def _dropped(mask: Tensor, dim: int) -> Tensor:
+    """Boolean [size of dim]: the positions of which the mask keeps nothing."""
+    return ~mask.cpu().movedim(dim, 0).flatten(1).any(1) if mask.dim() > 1 else ~mask.cpu()
 
 
 def _kept(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
     """Boolean [width] of the neurons that stay: those of which a mask keeps any weight."""
     keep = torch.zeros(group.width, dtype=torch.bool)
     for name, dim in group.members:
-        mask = masks.get(name)
-        if mask is None or mask.shape[dim] != group.width:
+        if name not in masks or masks[name].shape[dim] != group.width:
             return torch.ones_like(keep)
-        keep |= mask.cpu().movedim(dim, 0).reshape(group.width, -1).any(1)
+        keep |= ~_dropped(masks[name], dim)
     return keep
+
+
+def _check_all_cut(model: nn.Module, masks: Masks, kept: Mapping[tuple[str, int], Tensor]) -> None:
+    """Raises ValueError where a mask over one dimension drops a neuron that stays."""
+    parameters = select.named_parameters(model)
+    for name, mask in masks.items():
+        for dim, size in enumerate(mask.shape):
+            structured = name in parameters and size == mask.numel() < parameters[name].numel()
+            if structured and (_dropped(mask, dim) & kept.get((name, dim), torch.ones(size, dtype=torch.bool))).any():
+                raise ValueError(
+                    f"the masks drop neurons of {name!r} that cannot be cut out: masks of the same neurons are missing "
+                    "or disagree, or were made with other example inputs; use the masks that prune_model_ returned"
+                )
 
 
 def _cut(model: nn.Module, name: str, dim: int, keep: Tensor) -> None:
