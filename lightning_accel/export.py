@@ -57,6 +57,7 @@ def export_model(
     min_speedup: float | None = None,
     assets: Mapping[str, str | Path] | None = None,
     configs: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Exports a model for inference and says what it gives and costs.
 
@@ -79,6 +80,7 @@ def export_model(
         min_speedup: raises unless each workload is this much faster than the float model.
         assets: files that travel with the model, by name (`{"tokenizer.json": path}`).
         configs: written to the manifest.
+        progress: called with what is being done, in words.
 
     Raises:
         ValueError: the model rejects the inputs, cannot be captured, or holds NaN.
@@ -94,17 +96,20 @@ def export_model(
         example_inputs = example_inputs if example_inputs is not None else restored.example_inputs
     inputs = _example_inputs(model, example_inputs)
     batches = list(data) if data is not None else []
+    say = progress or (lambda message: None)
+    say("finalizing")
     final = finalize(model, inputs, masks, quantize)
     held_out = [_inputs_of_batch(final.trained, batch) for batch in batches] or [inputs]
     with artifact.staging(directory) as path:
-        manifest = _write(path, final, inputs, dynamic_shapes, engines, assets or {})
+        manifest = _write(path, final, inputs, dynamic_shapes, engines, assets or {}, say)
         manifest["coverage"] = _coverage(final, inputs, masks)
         manifest["configs"] = dict(configs or {})
+        say("verifying against the trained model")
         _verify_all(path, manifest, final, held_out)
         manifest["metrics"] = _metrics(path, final, metric, batches)
         report = ExportReport(directory, manifest)
         if measure:
-            _measure(path, report, final, inputs, dynamic_shapes, reference)
+            _measure(path, report, final, inputs, dynamic_shapes, reference, say)
         artifact.write_manifest(path, manifest)
         while (sizes := size_on_disk(path, manifest)) != manifest.get("sizes"):  # the manifest's own size counts
             manifest["sizes"] = sizes
@@ -153,12 +158,14 @@ def _write(
     dynamic_shapes: Any,
     names: Sequence[str],
     assets: Mapping[str, str | Path],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
     call_example(final.trained, inputs)
     stored: dict[str, Tensor] = {}
     programs = []
     for name in names:
+        say(f"building the {name} program")
         engine = engines.get(name)
         role = "decoder" if is_causal_lm(final.deployed) else "forward"
         captured = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
@@ -296,6 +303,7 @@ def _measure(
     inputs: ExampleInputs,
     dynamic_shapes: Any,
     reference: str | Path | None,
+    say: Callable[[str], None],
 ) -> None:
     """Times the artifact against the float model through the same engine, and run eagerly."""
     entry = report.manifest["programs"][0]
@@ -306,12 +314,12 @@ def _measure(
             reference.mkdir()
             names = dict.fromkeys((entry["engine"], "portable"))
             plain = Finalized(final.plain, final.plain, final.plain, quantized=False)
-            artifact.write_manifest(reference, _write(reference, plain, inputs, dynamic_shapes, list(names), {}))
+            artifact.write_manifest(reference, _write(reference, plain, inputs, dynamic_shapes, list(names), {}, say))
         built = {p["engine"] for p in artifact.read_manifest(reference)["programs"]}
         targets = {"artifact": Target(str(path)), "float": Target(str(reference), engine=entry["engine"])}
         if "portable" in built and entry["engine"] != "portable":
             targets["eager"] = Target(str(reference), engine="portable")
-        measured = compare(targets)
+        measured = compare(targets, progress=say)
     ours, plain_ = measured["artifact"], measured["float"]
     eager = measured.get("eager", plain_)
     for workload, spread in ours.seconds.items():

@@ -61,14 +61,14 @@ class Settings:
     """Sizes of a run."""
 
     vocabulary: int = 1024
-    width: int = 256
+    width: int = 192
     layers: int = 4
-    inner: int = 1024  # of the feed-forward blocks
+    inner: int = 768  # of the feed-forward blocks
     length: int = 128  # tokens of a training example
     batch: int = 8
-    lr: float = 4e-3
-    baseline_steps: int = 600
-    further_steps: int = 200  # of the control, and of the compressed fit
+    lr: float = 3e-3
+    baseline_steps: int = 900
+    further_steps: int = 300  # of the control, and of the compressed fit
     further_lr: float = 1e-3
     megabytes: float = 6.0  # of text
     prompt: int = 128  # tokens, for prefill
@@ -76,8 +76,8 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(vocabulary=384, width=96, layers=2, inner=256, length=64, baseline_steps=300, further_steps=100,
-                 megabytes=1.0, prompt=64, new=32)
+QUICK = Settings(vocabulary=384, width=64, layers=2, inner=256, length=64, baseline_steps=400, further_steps=150,
+                 megabytes=2.0, prompt=64, new=32)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -287,7 +287,9 @@ def main() -> None:
     control = copy.deepcopy(baseline)
     fit(control, data, settings.further_steps, settings.further_lr, options.seed + 1)
     control.save_pretrained(out / "control")
-    export_model(control, out / "engine_fp32", data=list(data["validation"])[:4], measure=False)
+    with console.status("exporting the float model") as status:
+        export_model(control, out / "engine_fp32", data=list(data["validation"])[:4], measure=False,
+                     progress=status.update)
 
     console.rule("3b. the compressed fit")
     fit(copy.deepcopy(baseline), data, settings.further_steps, settings.further_lr, options.seed + 1, [
@@ -296,7 +298,7 @@ def main() -> None:
         Pruning(PruneConfig("neurons", amount=0.5), schedule=Cubic(begin=0.0, end=0.5), module="model"),
         QuantizationAwareTraining(QuantConfig("int8"), begin=0.6, module="model"),
         Export(out / "model", module="model", reference=out / "engine_fp32",
-               assets={"tokenizer.json": out / "tokenizer.json"}),
+               assets={"tokenizer.json": out / "tokenizer.json"}, measure=not options.quick),
     ])
 
     console.rule("4. a fresh process: torch, tokenizers, lightning_accel.load")

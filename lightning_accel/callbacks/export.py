@@ -174,18 +174,20 @@ class Export(AccelCallback):
         self._source = Path(best or self.checkpoint)
         batches = self._batches(trainer)
         held_out, metric = self._held_out(pl_module, batches)
-        return export_model(
-            module,
-            self.directory,
-            example_inputs=self._example(pl_module),
-            checkpoint=best,
-            module=self.module,
-            masks=None if best else self._masks(trainer),
-            data=held_out,
-            metric=metric,
-            configs={type(c).__name__: asdict(c.config) for c in self.siblings(trainer) if c.config is not None},
-            **self._options,
-        )
+        with Console().status(f"exporting to {self.directory}") as status:
+            return export_model(
+                module,
+                self.directory,
+                example_inputs=self._example(pl_module),
+                checkpoint=best,
+                module=self.module,
+                masks=None if best else self._masks(trainer),
+                data=held_out,
+                metric=metric,
+                configs={type(c).__name__: asdict(c.config) for c in self.siblings(trainer) if c.config is not None},
+                progress=lambda message: status.update(f"exporting to {self.directory}: {message}"),
+                **self._options,
+            )
 
     def _example(self, pl_module: pl.LightningModule) -> ExampleInputs:
         return example_of(self._recorder, pl_module, self.target(pl_module), self.example_inputs)
