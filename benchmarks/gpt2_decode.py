@@ -67,8 +67,8 @@ def main() -> None:
         cells += [f"{m.load_s:.3f}", f"{m.peak_rss_bytes / 1e6:.0f}", f"{size / 1e6:.1f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
     coverage = read_manifest(out / "int8")["coverage"][0]
-    print(f"\nint8 covers {coverage['share_of_flops']:.1%} of FLOPs, {coverage['share_of_parameters']:.1%} of parameters; "
-          "random weights: no quality is claimed")
+    print(f"\nint8 covers {coverage['share_of_flops']:.1%} of FLOPs and {coverage['share_of_parameters']:.1%} of "
+          "parameters; random weights: no quality is claimed")
     print(json.dumps({"machine": machine(options.threads), "versions": versions(), "command": " ".join(sys.argv)}))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
