@@ -1,0 +1,63 @@
+"""Artifacts that several tests read; portable programs only, so nothing is compiled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from lightning_accel import QuantConfig, export_model
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 causal language model with a tokenizer; not to be written to (see `altered`)."""
+    directory = tmp_path_factory.mktemp("decoder")
+    tokenizer = directory / "source.json"
+    tokenizer.write_text('{"version": "1.0"}')
+    export_model(
+        tiny.llama(),
+        directory / "artifact",
+        quantize=QuantConfig("int8"),
+        data=[{"input_ids": tiny.ids(4, 12)}],
+        metric=_mean_logit,
+        engines=("portable",),
+        measure=False,
+        assets={"tokenizer.json": tokenizer},
+        configs={"QuantConfig": {"scheme": "int8"}},
+    )
+    return directory / "artifact"
+
+
+def _mean_logit(model, batches) -> float:
+    return float(torch.cat([tiny.logits(model(**batch)).flatten() for batch in batches]).mean())
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float module with two inputs and named, nested outputs; not to be written to (see `altered`)."""
+    directory = tmp_path_factory.mktemp("network") / "artifact"
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(4, 16), "gain": torch.rand(4, 16)}
+    export_model(tiny.Residual(), directory, example_inputs=inputs, engines=("portable",), measure=False)
+    return directory
+
+
+@pytest.fixture
+def altered(tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies an artifact, with its manifest changed by `change(manifest)`."""
+
+    def alter(source: Path, change: Callable[[dict], object] = lambda manifest: None) -> Path:
+        directory = tmp_path / "altered"
+        shutil.copytree(source, directory)
+        manifest = json.loads((directory / "manifest.json").read_text())
+        change(manifest)
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        return directory
+
+    return alter
