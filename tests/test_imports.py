@@ -1,0 +1,177 @@
+"""What may import what: techniques never import Lightning, and what serves an artifact imports torch alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_accel
+
+PACKAGE = Path(lightning_accel.__file__).parent
+GOLDEN = Path(__file__).parent / "data" / "golden"
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"}
+HEAVY = ("transformers", "lightning", "torchao", "torchmetrics", "tokenizers", "safetensors", "rich", "matplotlib")
+
+TECHNIQUES = sorted(
+    [PACKAGE / f"{name}.py" for name in ("select", "schedule", "precision", "distill")]
+    + [PACKAGE / f"{name}.py" for name in ("finalize", "export", "capture", "verify", "measure", "report", "_quiet")]
+    + [file for name in ("prune", "quantize", "engines") for file in (PACKAGE / name).glob("*.py")]
+)
+SERVING = sorted(
+    [PACKAGE / f"{name}.py" for name in ("__init__", "artifact", "loaded", "generate", "_worker", "cli")]
+    + list((PACKAGE / "engines").glob("*.py"))
+)
+
+
+def imports(file: Path, inside_functions: bool) -> Iterator[str]:
+    """Absolute names of what a module imports when it runs, without what only annotations need."""
+    package = [PACKAGE.name, *file.parent.relative_to(PACKAGE).parts]
+
+    def walk(nodes: list[ast.stmt]) -> Iterator[str]:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                start = package[: len(package) - node.level + 1] if node.level else []
+                module = [*start, *(node.module.split(".") if node.module else [])]
+                yield ".".join(module)
+                yield from (".".join([*module, alias.name]) for alias in node.names)
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                yield from walk(node.orelse)
+            elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                for _, value in ast.iter_fields(node):
+                    children = value if isinstance(value, list) else [value]
+                    handlers = [
+                        s for c in children if isinstance(c, ast.ExceptHandler | ast.match_case) for s in c.body
+                    ]
+                    yield from walk([c for c in children if isinstance(c, ast.stmt)] + handlers)
+
+    yield from walk(ast.parse(file.read_text()).body)
+
+
+def roots(file: Path, inside_functions: bool) -> set[str]:
+    """Top-level packages that a module imports, this one left out."""
+    return {name.partition(".")[0] for name in imports(file, inside_functions)} - {PACKAGE.name}
+
+
+def own(file: Path, inside_functions: bool) -> set[str]:
+    """Modules of this package that a module imports, by their first name."""
+    names = (name.split(".") for name in imports(file, inside_functions) if name.startswith(f"{PACKAGE.name}."))
+    return {name[1] for name in names}
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("file", TECHNIQUES, ids=relative)
+def test_a_technique_never_imports_lightning(file):
+    assert not roots(file, inside_functions=True) & LIGHTNING
+    assert not own(file, inside_functions=True) & {"callbacks", "module"}
+
+
+@pytest.mark.parametrize("file", SERVING, ids=relative)
+def test_what_serves_an_artifact_imports_torch_and_the_standard_library_alone(file):
+    assert roots(file, inside_functions=False) <= sys.stdlib_module_names | {"torch"}
+    assert own(file, inside_functions=False) <= {"artifact", "loaded", "generate", "engines"}
+
+
+def test_every_module_is_in_a_list_or_may_import_lightning():
+    adapters = {PACKAGE / "module.py", *(PACKAGE / "callbacks").glob("*.py")}
+    assert set(PACKAGE.rglob("*.py")) == {*TECHNIQUES, *SERVING, *adapters}
+
+
+def test_the_walk_sees_imports_wherever_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    file = tmp_path / "sample.py"
+    file.write_text(
+        "import a\nfrom . import b\nif TYPE_CHECKING:\n    import hidden\nelse:\n    import c\n"
+        "try:\n    import d\nexcept ImportError:\n    import e\n"
+        "def f():\n    with x:\n        from g.h import i\n"
+        "class K:\n    import j\n"
+    )
+    assert roots(file, inside_functions=False) - {tmp_path.name} == {"a", "c", "d", "e", "j"}
+    assert roots(file, inside_functions=True) - {tmp_path.name} == {"a", "c", "d", "e", "j", "g"}
+    assert own(file, inside_functions=False) == {"b"}
+
+
+# --- the public names ------------------------------------------------------------------------------------------------
+
+
+def test_all_lists_the_names_of_the_lazy_table_and_of_the_type_checker():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    (checked,) = (node for node in tree if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    for_types = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert lightning_accel.__all__ == sorted(lightning_accel._WHERE)
+    assert for_types == lightning_accel._WHERE
+
+
+def test_every_public_name_can_be_imported():
+    for name in lightning_accel.__all__:
+        assert getattr(lightning_accel, name).__name__ == name
+    assert set(lightning_accel.__all__) <= set(dir(lightning_accel))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Prunning'"):
+        lightning_accel.Prunning  # noqa: B018
+
+
+def test_no_public_name_is_that_of_a_submodule():
+    modules = {file.stem for file in PACKAGE.glob("*.py")} | {file.parent.name for file in PACKAGE.glob("*/*.py")}
+    for name in modules - {"__init__"}:
+        importlib.import_module(f"lightning_accel.{name}")
+    assert not modules & set(lightning_accel.__all__)
+
+
+# --- loading and running in a fresh process --------------------------------------------------------------------------
+
+SERVE = """
+import json, sys, warnings
+warnings.simplefilter("error")
+{before}
+from lightning_accel import load
+model = load({directory!r}{options})
+ids = model.generate([[5, 17, 42]], 4)
+logits = model(ids)
+assert logits.shape[:2] == (1, 4)
+heavy = sorted(set({heavy!r}) & {{name.partition(".")[0] for name in sys.modules}})
+print(json.dumps({{"ids": ids.tolist(), "heavy": heavy}}))
+"""
+
+REFUSE = """
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {heavy!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def serve(before: str = "", options: str = "") -> dict:
+    """What a fresh process prints that loads and runs the golden artifact."""
+    code = SERVE.format(before=before, directory=str(GOLDEN), options=options, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_loading_and_running_imports_torch_and_no_other_dependency():
+    assert serve() == {"ids": [[21, 21, 79, 49]], "heavy": []}
+
+
+def test_an_artifact_is_served_where_only_torch_is_installed():
+    assert serve(before=REFUSE.format(heavy=HEAVY), options=", engine='portable'")["ids"] == [[21, 21, 79, 49]]
+
+
+def test_importing_the_package_imports_nothing():
+    code = "import sys, lightning_accel; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n"
