@@ -70,3 +70,9 @@ def renew_loader(trainer: pl.Trainer) -> None:
         return  # Lightning makes a new iterator itself
     if not any(hasattr(one, "load_state_dict") for one in loader.flattened):
         iter(fetcher)
+
+
+def at_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the fit was resumed from a checkpoint written in the last batch of an epoch."""
+    loop = trainer.fit_loop
+    return loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch
