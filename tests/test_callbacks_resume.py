@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from lightning_accel import (
     AutoMixedPrecision,
     Constant,
-    DistillConfig,
     Distillation,
+    DistillConfig,
     Linear,
     PruneConfig,
     Pruning,
