@@ -184,7 +184,8 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
 @contextmanager
 def _unfused() -> Iterator[None]:
     """Attention and recurrent layers as the products that they consist of: torch does not count the fused operators."""
-    mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
+    mha: Any = torch.backends.mha
+    mkldnn: Any = torch.backends.mkldnn
     before = mha.get_fastpath_enabled(), mkldnn.enabled
     mha.set_fastpath_enabled(False)
     mkldnn.enabled = False

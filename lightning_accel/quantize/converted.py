@@ -13,7 +13,7 @@ from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
 from .config import QuantConfig
-from .fake import FakeQuantizedConv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, is_prepared, prepare_
+from .fake import FAKE_TYPES, is_prepared, prepare_
 from .ops import int8_embedding, int8_linear, row_codes, row_scales
 
 _Codes = tuple[Tensor, Tensor]  # int8 [rows, n], float32 [rows]
@@ -64,33 +64,34 @@ def convert_(model: nn.Module) -> nn.Module:
     """Replaces each fake-quantized module of `model` by its integer form, in place, and returns the model.
 
     Layers that shared a Parameter (a tied head) share one integer tensor; a module that stood in several places
-    still does.
+    still does; forward hooks move to the integer form. A model that is itself one layer comes back as another object.
 
     Raises:
-        ValueError: nothing is fake-quantized (call `prepare_` or `quantize_model` first), or weights are not finite.
+        ValueError: nothing is fake-quantized (call `prepare_` or `quantize_model` first), or weights are not finite;
+            the model is then as it was.
     """
     if not is_prepared(model):
         raise ValueError("nothing in the model is fake-quantized; write quantize_model(model, QuantConfig('int8'))")
-    codes: dict[int, _Codes] = {}
-    converted: dict[int, nn.Module] = {}
-    for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            if type(child) in (FakeQuantizedLinear, FakeQuantizedConv1D, FakeQuantizedEmbedding):
-                if id(child) not in converted:
-                    converted[id(child)] = _convert(child, f"{parent_name}.{child_name}".lstrip("."), codes)
-                setattr(parent, child_name, converted[id(child)])
-    return model
+    codes: dict[tuple[int, bool], _Codes] = {}
+    converted = {m: _convert(m, name, codes) for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in converted:
+                parent._modules[name] = converted[child]
+    return converted.get(model, model)
 
 
-def _convert(module: Any, name: str, codes: dict[int, _Codes]) -> nn.Module:
-    if id(module.weight) not in codes:
+def _convert(module: Any, name: str, codes: dict[tuple[int, bool], _Codes]) -> nn.Module:
+    transposed = isinstance(module, Conv1D)
+    key = id(module.weight), transposed
+    if key not in codes:
         weight = module.weight.detach()
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds NaN or infinite values; train again or exclude {name!r}")
-        codes[id(module.weight)] = quantize_rows(weight.t() if isinstance(module, Conv1D) else weight)
-    if isinstance(module, nn.Embedding):
-        return Int8Embedding(codes[id(module.weight)])
-    return Int8Linear(codes[id(module.weight)], module.bias)
+        codes[key] = quantize_rows(weight.t() if transposed else weight)
+    integer = Int8Embedding(codes[key]) if isinstance(module, nn.Embedding) else Int8Linear(codes[key], module.bias)
+    integer.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("_forward_")})  # hooks
+    return integer.train(module.training)
 
 
 def quantize_rows(weight: Tensor) -> _Codes:
@@ -114,8 +115,6 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     """
     if any(isinstance(m, Int8Linear | Int8Embedding) for m in model.modules()):
         raise ValueError("the model is already quantized; quantize the original model instead")
-    if not list(model.children()):
-        raise ValueError(f"a bare {type(model).__name__} cannot be replaced in place; wrap it in nn.Sequential(...)")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)
@@ -133,11 +132,7 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
     for name, module in select.named_modules(model):
         tensors: list[Tensor] = [t for t in module._parameters.values() if t is not None]
         tensors += [t for t in module._buffers.values() if t is not None and t.dtype == torch.int8]
-        quantized = isinstance(module, Int8Linear | Int8Embedding) or type(module) in (
-            FakeQuantizedLinear,
-            FakeQuantizedConv1D,
-            FakeQuantizedEmbedding,
-        )
+        quantized = isinstance(module, Int8Linear | Int8Embedding) or type(module) in FAKE_TYPES
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
         seen.update(id(t) for t in tensors)
         own = flops.get(name, 0) if flops is not None and not list(_children_with_weights(module)) else None

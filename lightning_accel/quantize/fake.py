@@ -59,8 +59,27 @@ class FakeQuantizedConv1D(Conv1D):
         return F.linear(self.activation_fake_quantizer(x), weight, self.bias)
 
 
+class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
+    """In eval mode too, calls its layers one by one: the fused operator would take their raw weights."""
+
+    @property
+    def activation_relu_or_gelu(self) -> int:  # type: ignore[override]
+        return 0
+
+
+class UnfusedEncoder(nn.TransformerEncoder):
+    """Never packs padded sequences, which only the fused operator understands."""
+
+    @property
+    def use_nested_tensor(self) -> bool:  # type: ignore[override]
+        return False
+
+
 _FAKE = {nn.Linear: FakeQuantizedLinear, nn.Embedding: FakeQuantizedEmbedding, Conv1D: FakeQuantizedConv1D}
 _PLAIN = {fake: plain for plain, fake in _FAKE.items()}
+_UNFUSED = {nn.TransformerEncoderLayer: UnfusedEncoderLayer, nn.TransformerEncoder: UnfusedEncoder}
+_FUSED = {unfused: fused for fused, unfused in _UNFUSED.items()}
+FAKE_TYPES = tuple(_PLAIN)
 _QUANTIZERS = {
     FakeQuantizedLinear: ("activation_fake_quantizer", "weight_fake_quantizer"),
     FakeQuantizedConv1D: ("activation_fake_quantizer", "weight_fake_quantizer"),
@@ -83,17 +102,18 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     """
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
-    inside_attention = {
-        id(child) for m in modules.values() if isinstance(m, nn.MultiheadAttention) for child in m.modules()
-    }
+    fused = _in_fused_operators(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
-        reason = _why_not(module, chosen[name], id(module) in inside_attention)
+        reason = _why_not(module, chosen[name], fused)
         if reason is None and type(module) in _FAKE:
             _swap_class(module, _FAKE[type(module)])
         coverage.entries.append(
             Entry(name, _kind(module), count_own(module), done=chosen[name] if reason is None else None, reason=reason)
         )
+    for module in model.modules():
+        if type(module) in _UNFUSED and is_prepared(module):
+            module.__class__ = _UNFUSED[type(module)]
     return coverage.require_any("the int8 scheme needs nn.Linear, nn.Embedding or transformers' Conv1D")
 
 
@@ -104,6 +124,8 @@ def unprepare_(model: nn.Module) -> nn.Module:
             for quantizer in _QUANTIZERS[type(module)]:
                 delattr(module, quantizer)
             module.__class__ = _PLAIN[type(module)]
+        elif type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
     return model
 
 
@@ -121,11 +143,21 @@ def _kind(module: nn.Module) -> str:
     return _PLAIN.get(type(module), type(module)).__name__
 
 
-def _why_not(module: nn.Module, scheme: str | None, inside_attention: bool) -> str | None:
+def _in_fused_operators(model: nn.Module) -> dict[int, str]:
+    """id of each module whose parent takes its weights without calling it -> the parent's kind."""
+    found = {}
+    for parent in model.modules():
+        layer = isinstance(parent, nn.TransformerEncoderLayer) and type(parent) not in (*_UNFUSED, *_FUSED)
+        if layer or isinstance(parent, nn.MultiheadAttention):
+            found.update({id(child): type(parent).__name__ for child in parent.modules()})
+    return found
+
+
+def _why_not(module: nn.Module, scheme: str | None, fused: dict[int, str]) -> str | None:
     if scheme is None:
         return "excluded by overrides"
-    if inside_attention:
-        return "nn.MultiheadAttention calls a fused function with raw weights, so a quantized child would not run"
+    if id(module) in fused:
+        return f"{fused[id(module)]} calls a fused function with raw weights, so a quantized child would not run"
     if type(module) not in _FAKE and type(module) not in _PLAIN:
         parent = next((plain.__name__ for plain in _FAKE if isinstance(module, plain)), None)
         return f"a subclass of {parent} may compute something else" if parent else "no int8 form of this module"

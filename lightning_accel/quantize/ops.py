@@ -37,13 +37,15 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
 
     y = float(codes_x @ codes_w.T) * scale_x * scale_w + bias
     """
-    rows = x.float().flatten(0, -2)
+    rows = x.float().reshape(-1, x.shape[-1])
     scales = row_scales(rows)
     codes = torch.nan_to_num(row_codes(rows, scales), nan=0.0).to(torch.int8)
+    if weight.shape[1] == 1:  # torch._int_mm leaves its output unset there (seen in 2.13 on a CPU)
+        codes, weight = torch.nn.functional.pad(codes, (0, 1)), torch.nn.functional.pad(weight, (0, 1))
     sums = torch._int_mm(codes, weight.t())
     y = sums.float() * scales * scale
     y = y if bias is None else y + bias
-    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
 def int8_embedding_reference(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -113,8 +115,11 @@ def _(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None = None) -> Te
 
 
 def int8_linear_tiled(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`int8_linear` with weights from `tile`; compiled programs call the C++ kernel in its place."""
-    return torch.ops.lightning_accel.int8_linear_tiled(x, tiles, scale, bias)
+    """`int8_linear` with weights from `tile`; compiled programs call the C++ kernel in its place.
+
+    The kernel reads float32 in rows, so other formats and layouts are brought into that form here.
+    """
+    return torch.ops.lightning_accel.int8_linear_tiled(x.float().contiguous(), tiles, scale, bias).to(x.dtype)
 
 
 def int8_embedding_tiled(width: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
