@@ -112,6 +112,8 @@ def check_destination(directory: Path) -> None:
     file = next((p for p in (directory, *directory.parents) if p.exists() and not p.is_dir()), None)
     if file is not None:
         raise FileExistsError(f"{file} is a file; give Export another directory")
+    if Path.cwd().is_relative_to(directory):
+        raise FileExistsError(f"{directory} is the current directory, or around it; give Export another directory")
     if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
         raise FileExistsError(
             f"{directory} exists and is not an artifact (it has no {MANIFEST}); give Export another directory"

@@ -19,7 +19,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from .distill import without_labels
-from .prune.groups import ExampleInputs, split_inputs
+from .prune.groups import ExampleInputs, copy_inputs, split_inputs
 
 MAX_BATCH = 1024
 
@@ -123,7 +123,7 @@ def call_example(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     Raises:
         ValueError: the model rejects them.
     """
-    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = copy_inputs(example_inputs)
     try:
         with torch.no_grad():
             return model(*args, **kwargs)

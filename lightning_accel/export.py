@@ -26,7 +26,7 @@ from .engines.aoti import CompilerMissing
 from .finalize import Finalized, finalize, restore_
 from .measure import Measurement, Target, compare, machine, size_on_disk, versions
 from .prune import Masks, pruning_coverage, shrink_model
-from .prune.groups import ExampleInputs, split_inputs
+from .prune.groups import ExampleInputs, copy_inputs, split_inputs
 from .quantize import QuantConfig, quantization_coverage, unprepare_
 from .report import ExportReport
 from .verify import DriftError, Verification, verify
@@ -201,9 +201,15 @@ def _write(
         manifest["weights"] = _file(path / artifact.WEIGHTS)
     manifest["golden"] = _golden(path, final, inputs, programs[0])
     manifest["assets"] = [
-        {"name": name, **_file(Path(shutil.copy(source, path / Path(name).name)))} for name, source in assets.items()
+        {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
     ]
     return manifest
+
+
+def _copied(source: str | Path, target: Path) -> Path:
+    if target.exists() or target.name == artifact.MANIFEST:
+        raise ValueError(f"the asset {target.name!r} has the name of a file of the artifact; give it another one")
+    return Path(shutil.copy(source, target))
 
 
 def _file(path: Path) -> dict[str, str]:
@@ -223,7 +229,7 @@ def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str
 
 
 def _coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> list[dict[str, Any]]:
-    args, kwargs = split_inputs(inputs)
+    args, kwargs = copy_inputs(inputs)
     coverage = []
     if masks:
         coverage.append(pruning_coverage(final.plain, masks).as_dict())
@@ -242,7 +248,7 @@ def caller(model: Any) -> Callable[[ExampleInputs], Any]:
     """A function from example inputs to a model's output, for a module or a loaded artifact."""
 
     def call(inputs: ExampleInputs) -> Any:
-        args, kwargs = split_inputs(inputs)
+        args, kwargs = copy_inputs(inputs)
         return model(*args, **kwargs)
 
     return call
@@ -255,11 +261,17 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
         plain = caller(final.plain) if final.quantized else None
         figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"])
         entry["verification"] = figures.as_dict()
+        if not _free_batch(entry):
+            continue
         one = [_one_row(inputs) for inputs in held_out[:1]]
         if plain is None:  # a program that mistakes a batch of one shows it here
             verify(one, caller(loaded), caller(final.trained), None, f"{entry['engine']} (batch of 1)")
         else:
             verify(one, caller(loaded), caller(final.deployed), plain, f"{entry['engine']} (batch of 1)")
+
+
+def _free_batch(entry: dict[str, Any]) -> bool:
+    return all(not isinstance(size, int) for spec in entry["inputs"] for size in spec["shape"][:1])
 
 
 def _one_row(inputs: ExampleInputs) -> ExampleInputs:

@@ -342,15 +342,26 @@ def test_a_destination_is_refused_before_anything_is_computed(tmp_path):
         export_model(nn.Linear(2, 2), tmp_path / "file", example_inputs="never looked at")
 
 
-def test_an_empty_directory_a_new_one_and_the_current_one_are_written(tmp_path, monkeypatch):
+def test_an_empty_directory_and_a_new_one_are_written(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "current").mkdir()
-    monkeypatch.chdir(tmp_path / "current")
-    for directory in (tmp_path / "empty", tmp_path / "deep" / "new", Path(".")):
-        model = write(directory)
-        x = torch.randn(3, 8)
+    for directory in (tmp_path / "empty", tmp_path / "deep" / "new"):
+        model, x = write(directory), torch.randn(3, 8)
         assert torch.equal(load(directory)(x), model(x))
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "deep", "current"}
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "deep"}
+
+
+def test_a_relative_directory_is_written_where_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, x = write(Path("artifact")), torch.randn(3, 8)
+    assert torch.equal(load("artifact")(x), model(x))
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for directory in (Path("."), tmp_path):
+        with pytest.raises(FileExistsError, match="is the current directory, or around it"):
+            write(directory)
 
 
 def test_a_new_artifact_replaces_the_older_one_whole(tmp_path):
@@ -380,7 +391,7 @@ def test_a_full_disk_leaves_the_last_good_artifact_and_nothing_half_written(tmp_
     model = write(directory)
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
@@ -395,7 +406,7 @@ def test_a_full_disk_leaves_the_last_good_artifact_and_nothing_half_written(tmp_
 
 
 def test_a_full_disk_leaves_nothing_where_nothing_was(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(portable.torch.export, "save", full)
@@ -661,8 +672,8 @@ def test_weights_of_every_dtype_and_shape_go_there_and_back(tmp_path):
     torch.manual_seed(0)
     tensors = {
         str(dtype).removeprefix("torch."): (torch.randn(3, 5) * 50).to(dtype)
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
-        + (torch.int16, torch.int8, torch.uint8, torch.bool)
+        for dtype in artifact._CODES
+        if not dtype.is_complex
     }
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "view": torch.randn(4, 6).t()}
     artifact.save_weights(tensors, tmp_path / "w.safetensors")

@@ -92,6 +92,11 @@ def explain_export(error: Exception) -> str:
     return "\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:]])
 
 
+def copy_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
+    """`split_inputs` with the tensors copied, for a model that writes to its inputs (an in-place activation)."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, split_inputs(example_inputs))
+
+
 def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Graph, dict[Node, str]]:
     """The exported graph, and the canonical name of the parameter behind each placeholder."""
     from ..quantize import unprepare_
