@@ -1,0 +1,191 @@
+"""The swap to fake quantization: when it happens, and what it leaves as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Perceptron, Plain, assert_same, llama, loader, seeded, texts, trainer, weights
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_accel import (
+    AccelModule,
+    DistillConfig,
+    Distillation,
+    PruneConfig,
+    Pruning,
+    QuantConfig,
+    QuantizationAwareTraining,
+)
+from lightning_accel.quantize import is_prepared, prepare_
+
+
+class Active(Callback):
+    """Whether the network was fake-quantized in the forward pass of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(is_prepared(pl_module.model))
+        assert trainer.callback_metrics["accel/quantization/active"] == float(self.seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("begin", "options", "first"),
+    [
+        (0, {}, 0),
+        (3, {}, 3),
+        (0.5, {}, 4),
+        (0.6, {}, 5),
+        (0.5, {"max_steps": 6}, 3),
+        (1, {"accumulate_grad_batches": 2}, 2),  # counted in optimizer steps, seen here in batches
+    ],
+)
+def test_begin_is_an_optimizer_step_or_a_fraction_of_training(tmp_path, begin, options, first):
+    active = Active()
+    callbacks = [QuantizationAwareTraining(begin=begin, module="model"), active]
+    trainer(tmp_path, callbacks, **options).fit(seeded(Plain), loader())
+    assert active.seen == [index >= first for index in range(len(active.seen))]
+
+
+def test_training_before_begin_is_bitwise_plain_training(tmp_path):
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                self.weights = weights(pl_module)
+
+    plain, quantized = Keep(), Keep()
+    trainer(tmp_path, [plain]).fit(seeded(Plain), loader())
+    trainer(tmp_path, [QuantizationAwareTraining(begin=4, module="model"), quantized]).fit(seeded(Plain), loader())
+    assert_same(plain.weights, quantized.weights)
+
+
+def test_training_after_begin_is_bitwise_that_of_the_prepared_model(tmp_path):
+    prepared, trained = seeded(Plain), seeded(Plain)
+    prepare_(prepared.model, QuantConfig("int8"))
+    trainer(tmp_path).fit(prepared, loader())
+    trainer(tmp_path, [QuantizationAwareTraining(begin=0, module="model")]).fit(trained, loader())
+    assert_same(weights(prepared), weights(trained))
+
+
+class Shared(Perceptron):
+    """The same layer stands in two places, and another's Parameter is tied to a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.second
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.second.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.tied(self.again(x)))
+
+
+def test_the_swap_keeps_hooks_shared_modules_ties_and_train_eval_state(tmp_path):
+    module = seeded(Plain, seeded(Shared))
+    model = module.model
+    calls: list[str] = []
+    model.first.register_forward_hook(lambda *_: calls.append("forward"))
+    model.first.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.first.register_full_backward_hook(lambda *_: calls.append("backward"))
+    model.head.eval()
+
+    class Eval(Callback):  # Lightning calls train() itself at the start of the fit
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.model.head.eval()
+
+    trainer(tmp_path, [Eval(), QuantizationAwareTraining(begin=2, module="model")], max_epochs=1).fit(module, loader())
+    assert calls == ["before", "forward", "backward"] * 4
+    assert type(model.first).__name__ == "FakeQuantizedLinear" and isinstance(model.first, nn.Linear)
+    assert model.again is model.second and model.tied.weight is model.second.weight
+    assert not model.head.training and model.first.training
+    assert [m.training for m in model.head.children()] == [False, False]
+
+
+def test_the_logits_that_distillation_compares_are_the_quantized_ones(tmp_path):
+    class Student(Callback):
+        def __init__(self) -> None:
+            self.same: list[bool] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, _: int) -> None:
+            self.batch = batch
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+            distillation = next(c for c in trainer.callbacks if isinstance(c, Distillation))
+            self.same.append(bool(torch.isclose(loss, self.expected(distillation, pl_module))))
+
+        def expected(self, distillation: Distillation, pl_module: Any) -> torch.Tensor:
+            with torch.no_grad():
+                x, y = self.batch
+                student, teacher = pl_module.model(x), distillation.teacher(x)
+                kl = nn.functional.kl_div(
+                    (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), log_target=True, reduction="batchmean"
+                )
+                return 0.5 * nn.functional.cross_entropy(student, y) + 0.5 * 4 * kl
+
+    student = Student()
+    distillation = Distillation(DistillConfig(temperature=2.0, alpha=0.5), teacher=seeded(Perceptron, 32, seed=3))
+    qat = QuantizationAwareTraining(begin=3, module="model")
+    module = seeded(Plain)
+    trainer(tmp_path, [distillation, qat, student]).fit(module, loader())
+    assert student.same == [True] * 8 and is_prepared(module.model)
+
+
+def test_a_tied_language_model_keeps_its_keys_and_its_tie(tmp_path):
+    module = AccelModule(llama(tie_word_embeddings=True))
+    keys = list(module.state_dict())
+    qat = QuantizationAwareTraining(QuantConfig("int8"), begin=1, module="model")
+    trainer(tmp_path, [qat]).fit(module, texts())
+    assert list(module.state_dict()) == keys
+    assert module.model.lm_head.weight is module.model.model.embed_tokens.weight
+    assert qat.coverage.share_of_parameters > 0.95
+    assert type(module.model.model.embed_tokens).__name__ == "FakeQuantizedEmbedding"
+
+
+def test_overrides_are_relative_to_the_module_and_leave_it_alone(tmp_path):
+    module = seeded(Plain)
+    qat = QuantizationAwareTraining(QuantConfig("int8", overrides={"head": None}), begin=0, module="model")
+    trainer(tmp_path, [qat]).fit(module, loader())
+    assert type(module.model.head) is nn.Linear and type(module.model.first).__name__ == "FakeQuantizedLinear"
+    state = qat.state_dict()
+    assert state["quantized"] == ["model.first", "model.second"]
+    assert "excluded by overrides" in str(qat.coverage)
+
+
+def test_two_on_one_module_raise_and_on_two_modules_coexist(tmp_path):
+    two = [QuantizationAwareTraining(begin=1, module="model"), QuantizationAwareTraining(begin=0.5, module="model")]
+    with pytest.raises(ValueError, match=r"two QuantizationAwareTraining callbacks on module='model'; keep one, with"):
+        other = QuantConfig("int8", overrides={"head": None})
+        trainer(tmp_path, [two[0], QuantizationAwareTraining(other, module="model")]).fit(seeded(Plain), loader())
+    module = seeded(Plain)
+    apart = [QuantizationAwareTraining(begin=b, module=f"model.{name}") for b, name in ((1, "first"), (5, "head"))]
+    trainer(tmp_path, apart).fit(module, loader())
+    assert [type(m).__name__ for m in (module.model.first, module.model.second, module.model.head)] == [
+        "FakeQuantizedLinear",
+        "Linear",
+        "FakeQuantizedLinear",
+    ]
+
+
+def test_a_module_with_nothing_to_quantize_raises_before_training(tmp_path):
+    class Convolution(Plain):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Conv1d(8, 3, 1)))
+
+        def on_train_start(self) -> None:
+            raise AssertionError("training began")
+
+    with pytest.raises(ValueError, match="touched nothing; the int8 scheme needs nn.Linear"):
+        trainer(tmp_path, [QuantizationAwareTraining(module="model")]).fit(Convolution(), loader())
+
+
+def test_pruned_weights_stay_zero_under_fake_quantization(tmp_path):
+    module = seeded(Plain)
+    pruning = Pruning(PruneConfig("neurons", amount=0.5), module="model")
+    trainer(tmp_path, [QuantizationAwareTraining(module="model"), pruning]).fit(module, loader())
+    assert not module.model.first.weight[~pruning.masks["first.bias"]].any()
+    assert int((module.model.first.weight.abs().sum(1) == 0).sum()) == 8
