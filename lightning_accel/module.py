@@ -64,9 +64,13 @@ class AccelModule(pl.LightningModule):
             if "labels" not in batch:
                 raise ValueError(f"the batch has no 'labels', only {sorted(batch)}; add them in the collate function")
             output, targets = self.model(**without_labels(batch)), batch["labels"]
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            output, targets = self.model(batch[0]), batch[1]
         else:
-            inputs, targets = batch
-            output = self.model(inputs)
+            raise ValueError(
+                f"a batch is a {type(batch).__name__}, expected (input, target) or a mapping with 'labels'; collate it "
+                "so, or write your own LightningModule, the callbacks work with any"
+            )
         logits = logits_of(output)
         if logits is None:
             raise ValueError(
