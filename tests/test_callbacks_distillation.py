@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_accel import AccelModule, DistillConfig, Distillation, Export, QuantizationAwareTraining
+from lightning_accel import AccelModule, Distillation, DistillConfig, Export, QuantizationAwareTraining
 
 
 class Moody(Perceptron):
@@ -82,7 +82,10 @@ def test_the_teacher_is_in_no_state_dict_checkpoint_or_artifact(tmp_path):
     saved = torch.load(export.checkpoint, weights_only=True)
     from lightning_accel.artifact import load_weights
 
-    tensors = [*torch.utils._pytree.tree_leaves(saved), *load_weights(tmp_path / "model" / "weights.safetensors").values()]
+    tensors = [
+        *torch.utils._pytree.tree_leaves(saved),
+        *load_weights(tmp_path / "model" / "weights.safetensors").values(),
+    ]
     assert not [t for t in tensors if isinstance(t, torch.Tensor) and 77 in t.shape]
 
 
@@ -103,7 +106,11 @@ def test_hooks_and_wrapper_are_gone_after_a_fit_that_failed(tmp_path):
     module = seeded(Fails)
     export = Export(tmp_path / "model", module="model", engines=("portable",), measure=False)
     with pytest.raises(RuntimeError, match="as the test wants it"):
-        callbacks = [export, Distillation(teacher=seeded(Perceptron, seed=3)), QuantizationAwareTraining(module="model")]
+        callbacks = [
+            export,
+            Distillation(teacher=seeded(Perceptron, seed=3)),
+            QuantizationAwareTraining(module="model"),
+        ]
         trainer(tmp_path, callbacks).fit(module, loader())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
     assert not {"training_step", "setup", "configure_model"} & set(module.__dict__)
@@ -149,7 +156,9 @@ class Mixture(Plain):
 
 
 def test_an_ambiguous_student_raises_with_the_candidates_and_a_name_settles_it(tmp_path):
-    with pytest.raises(ValueError, match=r"several modules put out logits: \['model', 'other'\]; name .*student='model'"):
+    with pytest.raises(
+        ValueError, match=r"several modules put out logits: \['model', 'other'\]; name .*student='model'"
+    ):
         trainer(tmp_path, [Distillation(teacher=seeded(Perceptron, seed=3))]).fit(seeded(Mixture), loader())
     distillation = Distillation(teacher=seeded(Perceptron, seed=3), student="other")
     fit = trainer(tmp_path, [distillation])
@@ -190,7 +199,7 @@ def test_logits_of_another_shape_raise_with_both_shapes(tmp_path):
 
 
 def test_what_is_no_teacher_raises_when_it_is_written(tmp_path):
-    with pytest.raises(ValueError, match="teacher is a str, not an nn.Module; load it first"):
+    with pytest.raises(ValueError, match=r"teacher is a str, not an nn\.Module; load it first"):
         Distillation(teacher="gpt2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the teacher, a Flatten, puts out no logits"):
         trainer(tmp_path, [Distillation(teacher=nn.Flatten(0))]).fit(seeded(Plain), loader())
@@ -201,7 +210,9 @@ def test_manual_optimization_and_two_teachers_are_refused_with_what_to_write(tmp
         automatic_optimization = False
 
     teacher = seeded(Perceptron, seed=3)
-    with pytest.raises(ValueError, match=r"automatic optimization; .*lightning_accel\.distillation_loss\(student_logits"):
+    with pytest.raises(
+        ValueError, match=r"automatic optimization; .*lightning_accel\.distillation_loss\(student_logits"
+    ):
         trainer(tmp_path, [Distillation(teacher=teacher)]).fit(seeded(Manual), loader())
     with pytest.raises(ValueError, match=r"two Distillation callbacks.*order.*distillation_loss"):
         two = [Distillation(teacher=teacher), Distillation(DistillConfig(3.0), teacher=copy.deepcopy(teacher))]

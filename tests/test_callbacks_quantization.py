@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_accel import (
     AccelModule,
-    DistillConfig,
     Distillation,
+    DistillConfig,
     PruneConfig,
     Pruning,
     QuantConfig,
@@ -179,7 +179,7 @@ def test_a_module_with_nothing_to_quantize_raises_before_training(tmp_path):
         def on_train_start(self) -> None:
             raise AssertionError("training began")
 
-    with pytest.raises(ValueError, match="touched nothing; the int8 scheme needs nn.Linear"):
+    with pytest.raises(ValueError, match=r"touched nothing; the int8 scheme needs nn\.Linear"):
         trainer(tmp_path, [QuantizationAwareTraining(module="model")]).fit(Convolution(), loader())
 
 

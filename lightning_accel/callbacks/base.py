@@ -99,7 +99,9 @@ class AccelCallback(Callback):
         """Puts the random state back after a resume."""
         if self._rng is not None:
             random_state.restore_random_state(trainer, self._rng)
-            if random_state.at_last_batch(trainer):  # Lightning calls no on_train_epoch_start for the epoch that follows
+            if random_state.at_last_batch(
+                trainer
+            ):  # Lightning calls no on_train_epoch_start for the epoch that follows
                 random_state.renew_loader(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -160,11 +160,7 @@ class Export(AccelCallback):
                 partial.unlink(missing_ok=True)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExportReport:
-        late = [
-            c.technique
-            for c in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(c, AccelCallback) and not getattr(c, "complete", True)
-        ]
+        late = [c.technique for c in self.siblings(trainer) if not getattr(c, "complete", True)]
         if late and not self.allow_incomplete:
             raise ExportError(
                 f"the fit ended before {' and '.join(late)} did; train to the end of the schedules, or write "
@@ -173,13 +169,13 @@ class Export(AccelCallback):
         module = self.target(pl_module)
         best = best_checkpoint(trainer) if self.weights == "best" else None
         self._source = Path(best or self.checkpoint)
-        batches = self._batches(trainer)
-        held_out, metric = self._held_out(pl_module, batches)
+        example = example_of(self._recorder, pl_module, module, self.example_inputs)
+        held_out, metric = self._held_out(pl_module, self._batches(trainer), example)
         with Console().status(f"exporting to {self.directory}") as status:
             return export_model(
                 module,
                 self.directory,
-                example_inputs=self._example(pl_module),
+                example_inputs=example,
                 checkpoint=best,
                 module=self.module,
                 masks=None if best else self._masks(trainer),
@@ -190,10 +186,9 @@ class Export(AccelCallback):
                 **self._options,
             )
 
-    def _example(self, pl_module: pl.LightningModule) -> ExampleInputs:
-        return example_of(self._recorder, pl_module, self.target(pl_module), self.example_inputs)
-
-    def _held_out(self, pl_module: pl.LightningModule, batches: list[Any]) -> tuple[list[Any], Metric | None]:
+    def _held_out(
+        self, pl_module: pl.LightningModule, batches: list[Any], example: ExampleInputs
+    ) -> tuple[list[Any], Metric | None]:
         """What reaches the exported module in these batches, and the metric of a network on the batches."""
         reason = "training_step does not call it"
         try:
@@ -207,7 +202,7 @@ class Export(AccelCallback):
             reason = reason if pl_module.automatic_optimization else "a manual training_step has no loss to reuse"
             rank_zero_warn(f"the artifact's quality is not reported: {reason}; write Export(..., metric=...)")
         if not inputs:
-            inputs = batches if self.data is not None else [self._example(pl_module)]
+            inputs = batches if self.data is not None else [example]
         return inputs, metric and on_batches(metric, batches)
 
     def _masks(self, trainer: pl.Trainer) -> Masks | None:

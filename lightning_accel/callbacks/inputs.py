@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .. import select
 from ..capture import as_inputs
+from ..prune.groups import ExampleInputs
 
 _Call = tuple[tuple, dict[str, Any]]
 
@@ -44,6 +46,34 @@ def _is_redirected(module: nn.Module) -> bool:
 
 def _is_traced(inputs: _Call) -> bool:
     return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(inputs))
+
+
+def record_parts(module: nn.Module) -> dict[str, InputRecorder]:
+    """Recorders on the module itself (`""`) and on its direct parts, for where it is never called as a whole."""
+    parts = {"": module}
+    for name, child in module.named_children():
+        inside = child.named_children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else ()
+        parts |= {f"{name}.{deeper}": part for deeper, part in inside} or {name: child}
+    return {name: InputRecorder(part) for name, part in parts.items()}
+
+
+def calls_of(recorders: Mapping[str, InputRecorder], module: nn.Module) -> dict[str, ExampleInputs]:
+    """Recorded inputs of the module under `""`, or where it was not called as a whole, of its parts by name.
+
+    Raises:
+        ValueError: nothing was called.
+    """
+    called = {
+        name: as_inputs(select.get_module(module, name), *recorder.calls[0])
+        for name, recorder in recorders.items()
+        if recorder.calls
+    }
+    if not called:
+        raise ValueError(
+            f"the {type(module).__name__} was never called during training, so its inputs are unknown; give "
+            "module='name of the network' or example_inputs=(x,)"
+        )
+    return {"": called[""]} if "" in called else called
 
 
 def example_of(recorder: InputRecorder | None, pl_module: pl.LightningModule, module: nn.Module, given: Any) -> Any:

@@ -13,7 +13,7 @@ from ..prune import Group, Masks, PruneConfig, apply_masks_, compute_masks
 from ..prune.masks import find_targets
 from ..schedule import Constant, Schedule
 from .base import AccelCallback
-from .inputs import InputRecorder, example_of
+from .inputs import InputRecorder, calls_of, record_parts
 from .length import total_steps
 
 
@@ -57,7 +57,7 @@ class Pruning(AccelCallback):
         self.share = 0.0  # of the configured amount, reached so far; never falls
         self._updated = 0
         self._targets: list[Group] | None = None
-        self._recorder: InputRecorder | None = None
+        self._recorders: dict[str, InputRecorder] = {}
         self._handles: list[Any] = []
         self._resumed = False
 
@@ -80,7 +80,7 @@ class Pruning(AccelCallback):
         if self.config.structure == "unstructured" or self.example_inputs is not None:
             self._targets = find_targets(module, self.config, self.example_inputs)
         else:
-            self._recorder = InputRecorder(module)
+            self._recorders = record_parts(module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
@@ -118,8 +118,7 @@ class Pruning(AccelCallback):
             return
         module = self.target(pl_module)
         if self._targets is None:
-            inputs = example_of(self._recorder, pl_module, module, self.example_inputs)
-            self._targets = find_targets(module, self.config, inputs)
+            self._targets = find_targets(module, self.config, calls=calls_of(self._recorders, module))
         self.masks = compute_masks(module, self._targets, self.config, share)
         self.share, self._updated = share, step
         apply_masks_(module, self.masks)
@@ -138,11 +137,9 @@ class Pruning(AccelCallback):
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        for hook in (*self._handles, *self._recorders.values()):
+            hook.remove()
         self._handles = []
-        if self._recorder is not None:
-            self._recorder.remove()
 
     def full_masks(self) -> dict[str, Tensor]:
         """The masks under names relative to the LightningModule."""

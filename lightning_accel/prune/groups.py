@@ -73,6 +73,29 @@ def find_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
     return groups
 
 
+def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs]) -> list[Group]:
+    """The feed-forward widths inside the submodules that `calls` names, for a model never called as a whole.
+
+    Submodules that cannot be exported are left out where another can.
+
+    Raises:
+        ValueError: none can.
+    """
+    groups: list[Group] = []
+    errors: list[ValueError] = []
+    for name, inputs in calls.items():
+        try:
+            found = find_groups(select.get_module(model, name), inputs)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        at = f"{name}." if name else ""
+        groups += [Group(at + g.name, g.width, tuple((at + p, dim) for p, dim in g.members)) for g in found]
+    if errors and not groups:
+        raise errors[0]
+    return groups
+
+
 def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
     """Example inputs as (args, kwargs): a dict is keyword inputs, a tuple positional ones."""
     if isinstance(example_inputs, Mapping):

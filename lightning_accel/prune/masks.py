@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
-from .groups import Group, find_groups
+from .groups import Group, find_groups, find_groups_below
 
 if TYPE_CHECKING:
     from .groups import ExampleInputs
@@ -78,8 +78,16 @@ def prune_model_(model: nn.Module, config: PruneConfig, *, example_inputs: Examp
     return masks
 
 
-def find_targets(model: nn.Module, config: PruneConfig, example_inputs: ExampleInputs | None = None) -> list[Group]:
+def find_targets(
+    model: nn.Module,
+    config: PruneConfig,
+    example_inputs: ExampleInputs | None = None,
+    calls: Mapping[str, ExampleInputs] | None = None,
+) -> list[Group]:
     """What `config` may prune in `model`: a group for each feed-forward width, or for each weight tensor.
+
+    Args:
+        calls: in place of `example_inputs`, those of submodules by name, where `model` is never called as a whole.
 
     Raises:
         ValueError: nothing to prune, or `example_inputs` missing.
@@ -92,6 +100,8 @@ def find_targets(model: nn.Module, config: PruneConfig, example_inputs: ExampleI
             if isinstance(module, _PRUNABLE)
         }
         found = [Group(n, parameters[w].numel(), ((w, -1),)) for n, w in weights.items() if w in parameters]
+    elif calls is not None:
+        found = find_groups_below(model, calls)
     elif example_inputs is None:
         raise ValueError("structure='neurons' needs example_inputs=(x,) (or a dict of keyword inputs)")
     else:
