@@ -1,4 +1,4 @@
-"""Artifacts that several tests read; portable programs only, so nothing is compiled."""
+"""Artifacts that several tests read: portable programs only here, the compiled ones in `compiled.py`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from compiled import bert_int8, gpt2_fp32, int8_layers, llama_int8, residual_fp32  # noqa: F401  fixtures
 
 from lightning_accel import QuantConfig, export_model
 

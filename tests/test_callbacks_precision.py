@@ -244,4 +244,7 @@ def test_auto_stays_in_fp32_and_says_why_where_a_step_cannot_be_timed(tmp_path):
     fit.fit(module, loader())
     assert fit.global_step == 8
     assert callback.choice.precision == "fp32"
-    assert "manual training_step" in callback.choice.reason and "write AutoMixedPrecision('bf16')" in callback.choice.reason
+    assert (
+        "manual training_step" in callback.choice.reason
+        and "write AutoMixedPrecision('bf16')" in callback.choice.reason
+    )

@@ -113,14 +113,18 @@ def _compiler() -> str:
     return compiler
 
 
-def _build_kernels(compiler: str, directory: Path) -> None:
-    """Compiles the kernels for this machine into a static library in `directory`."""
-    include = Path(torch.__file__).parent / "include"
-    source, target = _KERNELS / "int8_linear.cpp", directory / "int8_linear.o"
+def kernel_flags() -> list[str]:
+    """Compiler flags of the kernels, for this machine."""
     # no contraction: outputs are equal bit by bit to the reference in aten operators
     flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
     flags += ["-march=native"] if platform.machine() in ("x86_64", "AMD64") else []
-    subprocess.run([compiler, *flags, f"-I{include}", "-c", str(source), "-o", str(target)], check=True)
+    return [*flags, f"-I{Path(torch.__file__).parent / 'include'}"]
+
+
+def _build_kernels(compiler: str, directory: Path) -> None:
+    """Compiles the kernels for this machine into a static library in `directory`."""
+    source, target = _KERNELS / "int8_linear.cpp", directory / "int8_linear.o"
+    subprocess.run([compiler, *kernel_flags(), "-c", str(source), "-o", str(target)], check=True)
     subprocess.run(["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), str(target)], check=True)
 
 

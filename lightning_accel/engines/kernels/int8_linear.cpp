@@ -198,7 +198,11 @@ extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cpu_i
     AtenTensorHandle x, AtenTensorHandle tiles, AtenTensorHandle scale, AtenTensorHandle* bias, AtenTensorHandle* out) {
   constexpr int64_t kMaxDims = 8;
   void *x_, *w_, *s_, *b_ = nullptr, *y_;
+  int32_t dtype;
+  bool contiguous;
   int64_t dims, *sizes, *channels;
+  if (aoti_torch_get_dtype(x, &dtype) || dtype != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE;
+  if (aoti_torch_is_contiguous(x, &contiguous) || !contiguous) return AOTI_TORCH_FAILURE;
   if (aoti_torch_get_dim(x, &dims) || dims < 1 || dims > kMaxDims) return AOTI_TORCH_FAILURE;
   if (aoti_torch_get_sizes(x, &sizes) || aoti_torch_get_sizes(scale, &channels)) return AOTI_TORCH_FAILURE;
   int64_t shape[kMaxDims], strides[kMaxDims], M = 1, step = 1;
