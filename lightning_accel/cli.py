@@ -22,8 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="check every file and run the golden inputs again")
     verify.add_argument("directory")
     options = parser.parse_args(arguments)
+    if options.command == "run":
+        return _run(options)  # an error of the recipe shows where it came from
     try:
-        return {"run": _run, "inspect": _inspect, "verify": _verify}[options.command](options)
+        return {"inspect": _inspect, "verify": _verify}[options.command](options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"lightning-accel {options.command}: {error}", file=sys.stderr)
         return 1
@@ -34,8 +36,13 @@ def _run(options: argparse.Namespace) -> int:
     if not path.is_file():
         path = Path("recipes") / f"{options.recipe}.py"
     if not path.is_file():
-        known = sorted(p.stem for p in Path("recipes").glob("*.py"))
-        raise ValueError(f"there is no recipe {options.recipe!r}; give a path, or one of {known} in ./recipes")
+        known = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "none here"
+        print(
+            f"lightning-accel run: there is no recipe {options.recipe!r}; give a path, or a name below ./recipes "
+            f"({known})",
+            file=sys.stderr,
+        )
+        return 1
     sys.argv = [str(path), *options.arguments]
     sys.path.insert(0, str(path.resolve().parent))
     runpy.run_path(str(path), run_name="__main__")

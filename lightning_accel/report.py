@@ -59,31 +59,18 @@ def _coverage_line(coverage: Mapping[str, Any]) -> str:
 
 
 def describe(directory: str | Path) -> str:
-    """The manifest in words: programs, sizes, coverage and figures."""
+    """The manifest in words: figures first, then programs, and what each technique skipped and why."""
     manifest = artifact.read_manifest(directory)
+    gains = manifest.get("speedup", {})
+    report = ExportReport(
+        Path(directory), manifest, gains.get("over_float_same_engine", {}), gains.get("over_eager", {})
+    )
     lines = [
-        f"{directory}: format {manifest['format']}, written on {manifest['machine']['cpu']}, "
-        f"torch {manifest['versions']['torch']}"
+        str(report),
+        f"format {manifest['format']}, written on {manifest['machine']['cpu']}, torch {manifest['versions']['torch']}",
     ]
     for entry in manifest["programs"]:
-        inputs = ", ".join(
-            f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
-            for i in entry["inputs"]
-        )
-        lines.append(f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}")
-        if entry["cache"]:
-            lines.append(
-                f"    cache: {len(entry['cache']['shapes'])} tensors, up to {entry['cache']['max_length']} positions"
-            )
-        lines.append(f"    verification: {json.dumps(entry.get('verification'))}")
-    report = ExportReport(
-        Path(directory),
-        manifest,
-        **{
-            "speedup": manifest.get("speedup", {}).get("over_float_same_engine", {}),
-            "over_eager": manifest.get("speedup", {}).get("over_eager", {}),
-        },
-    )
+        lines += _program_lines(entry)
     for coverage in manifest["coverage"]:
         lines += [
             f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
@@ -91,4 +78,15 @@ def describe(directory: str | Path) -> str:
             for e in coverage["entries"]
             if not e["done"]
         ]
-    return "\n".join([*lines, str(report)])
+    return "\n".join(lines)
+
+
+def _program_lines(entry: Mapping[str, Any]) -> list[str]:
+    inputs = ", ".join(
+        f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
+        for i in entry["inputs"]
+    )
+    lines = [f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}"]
+    if cache := entry["cache"]:
+        lines.append(f"    cache: {len(cache['shapes'])} tensors, up to {cache['max_length']} positions")
+    return [*lines, f"    verification: {json.dumps(entry.get('verification'))}"]

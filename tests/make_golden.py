@@ -19,12 +19,12 @@ import torch
 from lightning_accel import QuantConfig, export_model, load
 
 DATA = Path(__file__).parent / "data"
-PROMPTS = [[5, 17, 42], [88, 3], [10, 11, 12, 13, 14]]
+PROMPTS = [[45, 38], [83, 43, 54], [55, 56, 17, 44, 39]]
 
 
 def main() -> None:
     """Exports a tiny Llama in int8 and stores its greedy continuations, which no rounding may decide."""
-    model = tiny.llama(seed=31)
+    model = tiny.llama(seed=35)
     held_out = [{"input_ids": tiny.ids(4, 16, seed=2)}]
     print(
         export_model(
@@ -37,9 +37,9 @@ def main() -> None:
         )
     )
     loaded = load(DATA / "golden")
-    ids = loaded.generate(PROMPTS, 12)
+    ids = loaded.generate(PROMPTS, 10)
     margins = [_margin(loaded, prompt, row) for prompt, row in zip(PROMPTS, ids.tolist(), strict=True)]
-    assert min(margins) > 0.03, f"rounding could decide a token: margins {margins}"
+    assert min(margins) > 0.1, f"one rounding flip could decide a token: margins {margins}"
     expected = {"prompts": PROMPTS, "ids": ids.tolist(), "torch": torch.__version__}
     (DATA / "golden.json").write_text(json.dumps(expected, indent=1) + "\n")
 

@@ -139,7 +139,7 @@ warnings.simplefilter("error")
 {before}
 from lightning_accel import load
 model = load({directory!r}{options})
-ids = model.generate([[5, 17, 42]], 4)
+ids = model.generate([[83, 43, 54]], 4)
 logits = model(ids)
 assert logits.shape[:2] == (1, 4)
 heavy = sorted(set({heavy!r}) & {{name.partition(".")[0] for name in sys.modules}})
@@ -164,11 +164,11 @@ def serve(before: str = "", options: str = "") -> dict:
 
 
 def test_loading_and_running_imports_torch_and_no_other_dependency():
-    assert serve() == {"ids": [[21, 21, 79, 49]], "heavy": []}
+    assert serve() == {"ids": [[85, 96, 29, 84]], "heavy": []}
 
 
 def test_an_artifact_is_served_where_only_torch_is_installed():
-    assert serve(before=REFUSE.format(heavy=HEAVY), options=", engine='portable'")["ids"] == [[21, 21, 79, 49]]
+    assert serve(before=REFUSE.format(heavy=HEAVY), options=", engine='portable'")["ids"] == [[85, 96, 29, 84]]
 
 
 def test_importing_the_package_imports_nothing():
