@@ -251,6 +251,11 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
 
     Raises:
         ArtifactError: damaged, of another version, or no program of it runs here.
+
+    >>> load("no/such/folder")
+    Traceback (most recent call last):
+    lightning_accel.artifact.ArtifactError: no/such/folder is not an artifact: it has no manifest.json; \
+write load('DIR') with the directory that Export or export_model wrote
     """
     from . import engines
 

@@ -26,6 +26,9 @@ class DistillConfig:
 
     Raises:
         ValueError: temperature <= 0 or alpha outside [0, 1].
+
+    >>> DistillConfig(temperature=4.0)
+    DistillConfig(temperature=4.0, alpha=0.5)
     """
 
     temperature: float = 2.0

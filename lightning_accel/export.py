@@ -86,6 +86,12 @@ def export_model(
         ValueError: the model rejects the inputs, cannot be captured, or holds NaN.
         verify.DriftError: the program does not compute what was trained.
         ExportError: slower than `min_speedup`, or no engine could be built.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> options = {"engines": ("portable",), "measure": False}  # without these: compiled, and measured
+    >>> report = export_model(model, "model", example_inputs=(torch.randn(4, 8),), **options)
+    >>> artifact.load("model")(torch.randn(3, 8)).shape
+    torch.Size([3, 2])
     """
     directory = Path(directory)
     artifact.check_destination(directory)

@@ -19,8 +19,8 @@ class Schedule:
     end: int | float = 1.0
 
     def __post_init__(self) -> None:
-        for field, value in (("begin", self.begin), ("end", self.end)):
-            check_position(value, f"{type(self).__name__}({field}=...)")
+        for name, value in (("begin", self.begin), ("end", self.end)):
+            check_position(value, f"{type(self).__name__}({name}=...)")
         if type(self.begin) is type(self.end) and self.begin > self.end:
             raise ValueError(
                 f"{self!r} ends before it begins; write {type(self).__name__}(begin={self.end}, end={self.begin})"
@@ -52,7 +52,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """0 before `begin`, the whole amount from then on."""
+    """0 before `begin`, the whole amount from then on.
+
+    >>> [Constant(0.5).value(step, total=100) for step in (49, 50)]
+    [0.0, 1.0]
+    """
 
     end: int | float = field(init=False, repr=False, default=0.0)
 
@@ -66,7 +70,11 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """Rises in proportion to progress."""
+    """Rises in proportion to progress.
+
+    >>> [Linear(begin=10, end=0.5).value(step, total=100) for step in (10, 20, 50, 99)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
 
     def _rise(self, progress: float) -> float:
         return progress
@@ -74,7 +82,11 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """1 - (1 - progress)^3: prunes fast at first and slowly at the end (Zhu & Gupta 2017, arXiv:1710.01878)."""
+    """1 - (1 - progress)^3: prunes fast at first and slowly at the end (Zhu & Gupta 2017, arXiv:1710.01878).
+
+    >>> [Cubic(begin=0.0, end=0.8).value(step, total=100) for step in (0, 40, 80)]
+    [0.0, 0.875, 1.0]
+    """
 
     def _rise(self, progress: float) -> float:
         return 1.0 - (1.0 - progress) ** 3

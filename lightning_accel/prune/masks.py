@@ -42,6 +42,12 @@ class PruneConfig:
 
     Raises:
         ValueError: unknown structure or scope, or an amount outside [0, 1).
+
+    >>> PruneConfig("neurons", amount=0.5, overrides={"head.*": None, "*.down_proj": 0.25}).scope
+    'uniform'
+    >>> PruneConfig(amount=50)
+    Traceback (most recent call last):
+    ValueError: amount=50 is outside [0, 1): it is a share, write amount=0.5 for half
     """
 
     structure: str = "unstructured"
@@ -180,6 +186,11 @@ def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -
 
     Raises:
         ValueError: a mask names a parameter that the model does not have, or has another shape.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> apply_masks_(layer, {"bias": torch.tensor([True, False])})
+    >>> layer.bias[1].item()
+    0.0
     """
     parameters = dict(_all_parameters(model))
     for name, mask in masks.items():
