@@ -129,8 +129,9 @@ def _floats(output: Any, inputs: Any) -> list[Tensor]:
     logits = logits_of(output)
     if logits is not None:
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        padded = mask is not None and mask.shape == logits.shape[:-1]
-        return [(logits[mask.bool()] if padded else logits).detach().float()]
+        if mask is not None and mask.shape == logits.shape[:-1]:
+            logits = logits[mask.bool()]
+        return [logits.detach().float()]
     return [t.detach().float() for t in flatten_output(output)[0] if t.is_floating_point()]
 
 
