@@ -118,13 +118,26 @@ class Pruning(AccelCallback):
             return
         module = self.target(pl_module)
         if self._targets is None:
-            self._targets = find_targets(module, self.config, calls=calls_of(self._recorders, module))
+            return  # manual optimization in its first batch
         self.masks = compute_masks(module, self._targets, self.config, share)
         self.share, self._updated = share, step
         apply_masks_(module, self.masks)
 
+    def _find_targets(self, pl_module: pl.LightningModule) -> None:
+        if self._targets is None and not self.complete:
+            module = self.target(pl_module)
+            self._targets = find_targets(module, self.config, calls=calls_of(self._recorders, module))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Finds the neurons from the first batch's inputs: what does not fit raises before the first step."""
+        if pl_module.automatic_optimization:
+            self._find_targets(pl_module)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs the share that is pruned."""
+        self._find_targets(pl_module)
         self.log_value("amount", self.share * self.config.amount)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
