@@ -11,12 +11,11 @@ import math
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """Base class: rises from 0 at `begin` to 1 at `end`; subclasses give the shape of the rise."""
+    """Base class: rises from 0 at `begin` to 1 at `end`; subclasses, frozen dataclasses, give the shape of the rise."""
 
-    begin: int | float = 0.0
-    end: int | float = 1.0
+    begin: int | float
+    end: int | float
 
     def __post_init__(self) -> None:
         for name, value in (("begin", self.begin), ("end", self.end)):
@@ -58,6 +57,7 @@ class Constant(Schedule):
     [0.0, 1.0]
     """
 
+    begin: int | float = 0.0
     end: int | float = field(init=False, repr=False, default=0.0)
 
     def __post_init__(self) -> None:
@@ -76,6 +76,9 @@ class Linear(Schedule):
     [0.0, 0.25, 1.0, 1.0]
     """
 
+    begin: int | float = 0.0
+    end: int | float = 1.0
+
     def _rise(self, progress: float) -> float:
         return progress
 
@@ -87,6 +90,9 @@ class Cubic(Schedule):
     >>> [Cubic(begin=0.0, end=0.8).value(step, total=100) for step in (0, 40, 80)]
     [0.0, 0.875, 1.0]
     """
+
+    begin: int | float = 0.0
+    end: int | float = 1.0
 
     def _rise(self, progress: float) -> float:
         return 1.0 - (1.0 - progress) ** 3
