@@ -1,0 +1,65 @@
+"""Run by test_callbacks_interrupt.py, as `python interrupted.py DIR fit|export`: waits there for Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from helpers import Plain, loader, seeded, trainer
+from lightning.pytorch.callbacks import Callback
+
+import lightning_accel.engines.portable as portable
+from lightning_accel import (
+    AutoMixedPrecision,
+    Constant,
+    Distillation,
+    Export,
+    PruneConfig,
+    Pruning,
+    QuantizationAwareTraining,
+)
+
+
+def callbacks(path: Path) -> list[Any]:
+    return [
+        AutoMixedPrecision("fp32"),
+        Distillation(teacher=seeded(Plain, seed=3).model),
+        Pruning(PruneConfig("neurons", amount=0.5), Constant(2), module="model"),
+        QuantizationAwareTraining(begin=3, module="model"),
+        Export(path / "model", module="model", engines=("portable",), measure=False),
+    ]
+
+
+def wait(path: Path) -> None:
+    (path / "waiting").touch()
+    time.sleep(120)
+
+
+class Waits(Callback):
+    """Waits in the second epoch, in the middle of a step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            wait(self.path)
+
+
+def main(path: Path, where: str) -> None:
+    extra = [Waits(path)] if where == "fit" else []
+    if where == "export":
+        build = portable.build
+
+        def waits(*args: Any, **kwargs: Any) -> Any:
+            build(*args, **kwargs)
+            wait(path)
+
+        portable.build = waits
+    trainer(path, [*callbacks(path), *extra], max_epochs=3).fit(seeded(Plain), loader())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,85 @@
+"""Contract 10: under DDP masks, phases and choices are those of rank 0, and a failure is everybody's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, data
+
+import lightning_accel
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two ranks report of a fit, of the same fit resumed after its first epoch, and of one whose export fails."""
+    path = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("two_ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, path], env=environment, timeout=300, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return path, [torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_masks_phases_and_choices_are_identical_on_both_ranks(ranks):
+    _, (one, other) = ranks
+    one, other = one["whole"], other["whole"]
+    assert (one["rank"], other["rank"], one["world"], other["world"]) == (0, 1, 2, 2)
+    assert one["error"] is None and other["error"] is None
+    assert_same(one["masks"], other["masks"])
+    assert_same(one["weights"], other["weights"])
+    assert one["prepared"] and other["prepared"]
+    assert int(one["masks"]["model.first.bias"].sum()) == 8
+
+
+def test_rank_0_times_and_its_choice_is_taken_by_both(ranks):
+    _, (one, other) = ranks
+    assert (one["timed"], other["timed"]) == (1, 0)
+    assert one["whole"]["choice"] == other["whole"]["choice"]
+    assert one["whole"]["choice"]["precision"] == "bf16"
+
+
+def test_the_export_happens_once_and_computes_what_was_trained(ranks):
+    path, (one, other) = ranks
+    assert one["whole"]["reports"] == [True, True] and other["whole"]["reports"] == [False, False]
+    x = data(16)[:][0]
+    network, whole = (lightning_accel.load(path / "first" / name) for name in ("network", "whole"))
+    assert torch.equal(network(x), whole(x))
+    manifest = json.loads((path / "first" / "whole" / "manifest.json").read_text())
+    assert manifest["programs"][0]["inputs"][0]["shape"][1:] == [8]  # forward's input, not training_step's batch
+    assert not list((path / "first").glob(".*"))
+
+
+def test_a_resumed_fit_is_bitwise_the_same_on_both_ranks(ranks):
+    _, both = ranks
+    for one in both:
+        assert one["timed again"] == 0
+        assert_same(one["resumed"]["masks"], one["whole"]["masks"])
+        assert_same(one["resumed"]["weights"], one["whole"]["weights"])
+
+
+def test_a_failed_export_on_rank_0_raises_on_both_and_hangs_nobody(ranks):
+    path, both = ranks
+    for one in both:
+        assert "ExportError: the export failed: OSError: no space left, says the test" in one["failed"]["error"]
+        assert "lightning_accel.export_model(model, " in one["failed"]["error"]
+    assert sorted(p.name for p in (path / "third").iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt", "network.ckpt"]
+
+
+def state(path: Path) -> Any:
+    return torch.load(path, weights_only=True)["lightning_accel_rng"]
+
+
+def test_the_random_state_of_each_rank_is_saved(ranks):
+    path, _ = ranks
+    states = state(path / "first" / "epoch=0.ckpt")
+    assert len(states) == 2
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])
