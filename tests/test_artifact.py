@@ -458,6 +458,12 @@ def test_an_asset_that_would_overwrite_a_file_of_the_artifact_is_refused(tmp_pat
     assert not (tmp_path / "artifact").exists()
 
 
+@pytest.fixture(scope="module")
+def decoding(decoder) -> artifact.LoadedModel:
+    """The causal language model, loaded."""
+    return load(decoder)
+
+
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -521,9 +527,9 @@ def test_wrong_inputs_are_refused_with_what_is_right(network, args, kwargs, mess
         ((tiny.ids(), torch.zeros(2, 10).bool()), {}, r"a row of attention_mask is all padding"),
     ],
 )
-def test_wrong_token_ids_are_refused_with_what_is_right(decoder, args, kwargs, message):
+def test_wrong_token_ids_are_refused_with_what_is_right(decoding, args, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        load(decoder)(*args, **kwargs)
+        decoding(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -535,9 +541,9 @@ def test_wrong_token_ids_are_refused_with_what_is_right(decoder, args, kwargs, m
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
     ],
 )
-def test_impossible_generations_are_refused(decoder, options, message):
+def test_impossible_generations_are_refused(decoding, options, message):
     with pytest.raises(ValueError, match=message):
-        load(decoder).generate(tiny.ids(), **options)
+        decoding.generate(tiny.ids(), **options)
 
 
 def test_a_model_without_a_cache_says_that_it_cannot_generate(network):
@@ -584,8 +590,8 @@ def test_the_callers_inputs_are_unchanged(tmp_path):
     assert torch.equal(model(x, shift), first)
 
 
-def test_the_callers_token_ids_and_mask_are_unchanged(decoder):
-    model, ids, mask = load(decoder), tiny.ids(), torch.ones(2, 10, dtype=torch.int64)
+def test_the_callers_token_ids_and_mask_are_unchanged(decoding):
+    model, ids, mask = decoding, tiny.ids(), torch.ones(2, 10, dtype=torch.int64)
     mask[0, :3] = 0
     kept = ids.clone(), mask.clone()
     model(ids, mask)
@@ -604,8 +610,8 @@ def test_a_view_and_a_tensor_with_gradients_are_taken_as_they_are(network):
 # --- several at once -------------------------------------------------------------------------------------------------
 
 
-def test_threads_that_call_at_once_get_their_own_answers(decoder):
-    model = load(decoder)
+def test_threads_that_call_at_once_get_their_own_answers(decoding):
+    model = decoding
     prompts = [tiny.ids(1 + i % 3, 3 + i, seed=i) for i in range(6)]
     alone = [(model(p), model.generate(p, 8)) for p in prompts]
     answers: dict[tuple[int, int], tuple] = {}
@@ -623,8 +629,8 @@ def test_threads_that_call_at_once_get_their_own_answers(decoder):
         assert torch.equal(logits, alone[index][0]) and torch.equal(ids, alone[index][1])
 
 
-def test_two_generations_in_turns_do_not_disturb_each_other(decoder):
-    model, (a, b) = load(decoder), (tiny.ids(1, 5, seed=1), tiny.ids(2, 7, seed=2))
+def test_two_generations_in_turns_do_not_disturb_each_other(decoding):
+    model, (a, b) = decoding, (tiny.ids(1, 5, seed=1), tiny.ids(2, 7, seed=2))
     expected = model.generate(a, 6), model.generate(b, 6)
     streams = model.generate(a, 6, stream=True), model.generate(b, 6, stream=True)
     tokens = list(zip(*streams, strict=True))
