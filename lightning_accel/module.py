@@ -106,7 +106,8 @@ class AccelModule(pl.LightningModule):
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         logits, targets = self.logits_and_targets(batch)
-        self.log(f"{stage}_loss", self.loss(logits, targets), prog_bar=True, batch_size=len(targets))
+        counted = int((targets != -100).sum())  # the mean over batches is then the mean over targets
+        self.log(f"{stage}_loss", self.loss(logits, targets), prog_bar=True, batch_size=counted)
         if self.metrics is not None:
             self.metrics.update(logits, targets)
             self.log_dict({f"{stage}_{name}": metric for name, metric in self.metrics.items()})

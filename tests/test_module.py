@@ -1,0 +1,145 @@
+"""AccelModule: the loss, the metrics, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Perceptron, llama, loader, seeded, texts, trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_accel import AccelModule, Export, Pruning, QuantizationAwareTraining
+from lightning_accel.prune import PruneConfig
+
+
+def test_the_loss_of_a_causal_language_model_is_transformers_own():
+    model, batch = llama().eval(), next(iter(texts()))
+    batch["labels"][:, :3] = -100
+    with torch.no_grad():
+        ours = AccelModule(model).training_step(batch, 0)
+        assert torch.allclose(ours, model(**batch).loss, rtol=1e-6)
+
+
+def test_the_loss_of_a_token_classifier_is_not_shifted():
+    class Tags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(64, 5)
+
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.table(input_ids)}
+
+    model = seeded(Tags)
+    ids = torch.arange(12).view(2, 6)
+    batch = {"input_ids": ids, "labels": ids % 5}
+    expected = F.cross_entropy(model.table(ids).flatten(0, 1), (ids % 5).flatten())
+    assert torch.equal(AccelModule(model).training_step(batch, 0), expected)
+
+
+def test_the_score_of_an_exported_token_classifier_is_not_shifted_either(tmp_path):
+    class Tags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5))
+
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.layers(input_ids)}
+
+    class Only(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"] % 5}
+            return super().training_step(batch, batch_idx)
+
+        validation_step = None  # type: ignore[assignment]
+
+    module = Only(seeded(Tags))
+    export = Export(tmp_path / "model", module="model", engines=("portable",), measure=False)
+    callbacks = [Pruning(PruneConfig("neurons"), module="model"), QuantizationAwareTraining(module="model"), export]
+    trainer(tmp_path, callbacks).fit(module, texts())
+    with torch.no_grad():
+        module.eval()
+        losses = []
+        for batch in texts():
+            ids = batch["input_ids"]
+            losses.append(F.cross_entropy(module.model(ids)["logits"].flatten(0, 1), (ids % 5).flatten()))
+    scores = {m["name"]: m["value"] for m in export.report.manifest["metrics"]}
+    assert scores["loss (trained)"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert scores["loss (artifact)"] == pytest.approx(scores["loss (trained)"], rel=1e-3)
+
+
+@pytest.mark.parametrize("given", ["one", "mapping"])
+def test_metrics_are_those_of_the_whole_validation_set(tmp_path, given):
+    metric = MulticlassAccuracy(3, average="micro")
+    module = AccelModule(seeded(Perceptron), metrics=metric if given == "one" else {"accuracy": metric})
+    fit = trainer(tmp_path)
+    fit.fit(module, loader(), loader(20))
+    with torch.no_grad():
+        right = torch.cat([module.model(x).argmax(-1) == y for x, y in loader(20)])
+        losses = [(F.cross_entropy(module.model(x), y), len(y)) for x, y in loader(20)]
+    name = "val_MulticlassAccuracy" if given == "one" else "val_accuracy"
+    assert float(fit.callback_metrics[name]) == pytest.approx(right.float().mean().item())
+    expected = sum(float(loss) * n for loss, n in losses) / 20
+    assert float(fit.callback_metrics["val_loss"]) == pytest.approx(expected, rel=1e-6)
+    assert trainer(tmp_path).test(module, loader(20), verbose=False)[0]["test_loss"] == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_learning_rate_rises_over_the_warmup_and_falls_to_a_tenth(tmp_path):
+    rates = Rates()
+    trainer(tmp_path, [rates], max_epochs=10).fit(AccelModule(seeded(Perceptron), lr=0.1, warmup=0.25), loader())
+    assert rates.seen.index(max(rates.seen)) == 10 and max(rates.seen) == pytest.approx(0.1)
+    assert rates.seen[0] == pytest.approx(0.01)
+    assert rates.seen[10:] == sorted(rates.seen[10:], reverse=True)
+    assert 0.01 <= rates.seen[-1] < 0.011
+
+
+def test_the_learning_rate_is_constant_where_the_length_is_unknown(tmp_path):
+    rates = Rates()
+    trainer(tmp_path, [rates], max_time={"seconds": 1}).fit(AccelModule(seeded(Perceptron), lr=0.1), loader())
+    assert set(rates.seen) == {0.1}
+
+
+def test_weight_decay_leaves_biases_alone(tmp_path):
+    fit, module = trainer(tmp_path, max_steps=1), AccelModule(seeded(Perceptron), weight_decay=0.3)
+    module.model.second.requires_grad_(False)
+    fit.fit(module, loader())
+    decayed, others = fit.optimizers[0].param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert [p.dim() for p in decayed["params"]] == [2, 2] and [p.dim() for p in others["params"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (Perceptron(), {"x": torch.ones(2, 8)}, r"the batch has no 'labels', only \['x'\]; add them"),
+        (Perceptron(), torch.ones(2, 8), r"a batch is a Tensor, expected \(input, target\) or a mapping"),
+        (
+            nn.Flatten(0),
+            (torch.ones(2, 8), torch.ones(2)),
+            "Flatten puts out no logits; write your own LightningModule",
+        ),
+    ],
+)
+def test_what_does_not_fit_raises_with_what_to_write(model, batch, message):
+    with pytest.raises(ValueError, match=message):
+        AccelModule(model).training_step(batch, 0)
+
+
+def test_another_loss_gets_the_networks_output_and_the_target(tmp_path):
+    module = AccelModule(nn.Linear(8, 3), loss=nn.MSELoss())
+    x, y = torch.randn(4, 8), torch.randn(4, 3)
+    assert torch.equal(module.training_step((x, y), 0), (module.model(x) - y).square().mean())
+    assert torch.equal(module(x), module.model(x))
