@@ -1,27 +1,30 @@
-"""From a module to something an engine can build: flat inputs and outputs, dynamic sizes, and for causal language
-models a KV cache that the caller owns.
+"""From a module to something an engine can build: flat inputs and outputs, and sizes that are free.
 
-A causal language model is captured as one program for prefill, decoding and evaluation. Its cache is a list of
-explicit inputs, [batch, capacity, heads, head_dim] each, written in place; the number of filled slots is carried by
-the shape of the mask, so that attention reads the filled slots only; logits are computed at the wanted indices only.
+Causal language models get a KV cache that the caller owns: `capture_causal.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.nn import functional as F
 
 from .distill import without_labels
-from .prune.groups import ExampleInputs, copy_inputs, split_inputs
+from .prune.groups import ExampleInputs, copy_inputs, explain_export, split_inputs
 
 MAX_BATCH = 1024
+_HINT = (
+    "Data-dependent branches and Python numbers computed from tensors cannot be exported; rewrite the line with tensor "
+    "operations such as torch.where, or give dynamic_shapes="
+)
+CAUSAL_HINT = (
+    "A causal language model must take its attention from transformers' AttentionInterface, as Llama and GPT-2 do"
+)
 
 
 @dataclass
@@ -75,19 +78,14 @@ class Capture:
                 return torch.export.export(module, (*lead, *self.example), dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise ValueError(
-                f"torch.export cannot capture the model: {type(error).__name__}: {_first_lines(error)}\n"
-                "Data-dependent branches and Python numbers computed from tensors cannot be exported; rewrite the "
-                "line with tensor operations such as torch.where, or give dynamic_shapes="
+                f"torch.export cannot capture the model: {explain_export(error)}\n"
+                + (_HINT if self.cache is None else f"{_HINT}. {CAUSAL_HINT}")
             ) from error
 
 
 def _varargs(module: nn.Module) -> bool:
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
     return inspect.Parameter.VAR_POSITIONAL in kinds
-
-
-def _first_lines(error: Exception, lines: int = 24) -> str:
-    return "\n".join(str(error).strip().splitlines()[:lines])
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -113,7 +111,9 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any
     """
     model = model.eval()
     if is_causal_lm(model):
-        return _capture_causal_lm(model)
+        from .capture_causal import capture_causal_lm
+
+        return capture_causal_lm(model)
     return _capture_module(model, example_inputs, dynamic_shapes)
 
 
@@ -182,33 +182,44 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_sha
     if getattr(config, "use_cache", False):
         config.use_cache = False
     args, kwargs = split_inputs(example_inputs)
-    structure = flatten_output(call_example(model, example_inputs))[1]
+    outputs, structure = flatten_output(call_example(model, example_inputs))
     names = input_names(model, args, kwargs)
     tensors = {n: v for n, v in zip(names, (*args, *kwargs.values()), strict=True) if isinstance(v, Tensor)}
-    if not tensors:
-        raise ValueError("none of the example inputs is a tensor; give example_inputs=(x,)")
-    if dynamic_shapes is None:
-        tensors = _two_rows(tensors)
-        args = tuple(tensors.get(n, v) for n, v in zip(names, args, strict=False))
-        kwargs = {k: tensors.get(k, v) for k, v in kwargs.items()}
-        shapes = tuple(_default_dims(t) for t in tensors.values())
+    if not tensors or not outputs:
+        raise ValueError(f"none of the {'outputs' if tensors else 'example inputs'} is a tensor, so nothing can be run")
+
+    def captured(tensors: dict[str, Tensor], shapes: tuple) -> Capture:
+        positional = tuple(tensors.get(n, v) for n, v in zip(names, args, strict=False))
+        flat = _Flat(model, positional, {k: tensors.get(k, v) for k, v in kwargs.items()})
+        return Capture(flat, tuple(tensors.values()), shapes, [], structure)
+
+    if dynamic_shapes is not None:
+        given = dynamic_shapes
+        if not isinstance(given, Mapping):
+            given = dict(zip(names, given, strict=False))
+        result = captured(tensors, tuple(given.get(name) for name in tensors))
+        shapes = _ranges(result, alike=False)
     else:
-        given = (
-            dynamic_shapes if isinstance(dynamic_shapes, Mapping) else dict(zip(names, dynamic_shapes, strict=False))
-        )
-        shapes = tuple(given.get(name) for name in tensors)
-    result = Capture(_Flat(model, args, kwargs), tuple(tensors.values()), shapes, [], structure)
-    ranges = _ranges(result)
+        several = _two_rows(tensors)
+        result = captured(several, tuple(_default_dims(t) for t in several.values()))
+        shapes = _ranges(result, alike=True)
+        if several is not tensors and not any(isinstance(size, dict) for shape in shapes for size in shape[:1]):
+            result = captured(tensors, (None,) * len(tensors))  # made for one row
+            shapes = _ranges(result, alike=True)
+    _probe(result.module, tensors, shapes)
     result.inputs = [
-        {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": dims}
-        for (n, t), dims in zip(tensors.items(), ranges, strict=True)
+        {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": shape}
+        for (n, t), shape in zip(tensors.items(), shapes, strict=True)
     ]
     return result
 
 
 def _two_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs with at least two rows: torch.export takes a size of 1 for a constant."""
-    return {n: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for n, t in tensors.items()}
+    """Inputs of one row twice: torch.export takes a size of 1 for a constant."""
+    batched = {name: tensor for name, tensor in tensors.items() if tensor.dim()}
+    if any(tensor.shape[0] != 1 for tensor in batched.values()):
+        return tensors
+    return {**tensors, **{name: torch.cat([tensor, tensor]) for name, tensor in batched.items()}}
 
 
 def _default_dims(tensor: Tensor) -> dict[int, Any] | None:
@@ -237,151 +248,51 @@ def as_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Examp
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _ranges(result: Capture) -> list[list[Any]]:
-    """The shape of each input as numbers and named ranges, from what torch.export found to be free."""
+def _ranges(result: Capture, alike: bool) -> list[list[Any]]:
+    """The shape of each input as numbers and named ranges, from what torch.export found to be free.
+
+    Args:
+        alike: inputs whose batch (or length) is the same in the example have the same in every call; torch.export
+            does not see it where one of them could be broadcast, and a compiled program would read past its end.
+    """
     program = result.export(result.module)
     user = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
-    labels: dict[str, dict[str, Any]] = {}
+    labels: dict[Any, dict[str, Any]] = {}  # of symbols, and of (position, size in the example)
     shapes: list[list[Any]] = []
-    for node in user:
+    for node, example in zip(user, result.example, strict=True):
         shape: list[Any] = []
         for position, size in enumerate(node.meta["val"].shape):
             if isinstance(size, int):
                 shape.append(size)
                 continue
-            symbol = str(size.node.expr)
-            if symbol not in labels:
-                bounds = program.range_constraints.get(size.node.expr)
-                upper = int(bounds.upper) if bounds is not None and str(bounds.upper).isdigit() else None
-                name = ("batch", "length")[position] if position < 2 else f"dim{position}"
-                taken = {label["name"] for label in labels.values()}
-                name = name if name not in taken else f"{name}_{len(labels)}"
-                limit = MAX_BATCH if position == 0 else 2**20
-                labels[symbol] = {"name": name, "min": 1, "max": min(upper or limit, limit)}
-            shape.append(labels[symbol])
+            symbol, known = str(size.node.expr), (position, example.shape[position] if alike and position < 2 else node)
+            label = labels.get(symbol) or labels.get(known) or _label(position, [d["name"] for d in labels.values()])
+            labels[symbol] = labels[known] = label
+            bounds = program.range_constraints.get(size.node.expr)
+            if bounds is not None and str(bounds.upper).isdigit():
+                label["max"] = min(label["max"], int(bounds.upper))
+            if bounds is not None and int(bounds.lower) > 2:  # 2 is torch.export's own, and 1 works as well
+                label["min"] = max(label["min"], int(bounds.lower))
+            shape.append(label)
         shapes.append(shape)
     return shapes
 
 
-# --- causal language models -------------------------------------------------------------------------------------------
+def _label(position: int, taken: Sequence[str]) -> dict[str, Any]:
+    name = ("batch", "length")[position] if position < 2 else f"dim{position}"
+    free = next(n for n in (name, *(f"{name}_{i}" for i in range(2, 100))) if n not in taken)
+    return {"name": free, "min": 1, "max": MAX_BATCH if position == 0 else 2**20}
 
 
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention over the filled slots; key and value heads are shared by groups of query heads, not copied."""
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
-    """A transformers cache over the caller's tensors, which reads the first `filled` slots."""
-    from transformers.cache_utils import Cache, StaticLayer
-
-    class Sliced(StaticLayer):
-        keys: Tensor
-        values: Tensor
-
-        def __init__(self, keys: Tensor, values: Tensor) -> None:
-            super().__init__(max_cache_len=filled)
-            self.keys, self.values, self.is_initialized = keys, values, True
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            self.keys[:, filled - new : filled].copy_(key_states.transpose(1, 2))
-            self.values[:, filled - new : filled].copy_(value_states.transpose(1, 2))
-            return self.keys[:, :filled].transpose(1, 2), self.values[:, :filled].transpose(1, 2)
-
-        def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
-            return filled, 0
-
-        def get_seq_length(self) -> int:
-            return filled - new
-
-    return Cache(layers=[Sliced(k, v) for k, v in zip(cache[::2], cache[1::2], strict=True)])
-
-
-class _CausalLM(nn.Module):
-    """(ids [B,T], positions [B,T], mask [B,S], wanted [B,K], cache) -> [logits [B,K,V]], S slots filled afterwards."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        from transformers.modeling_utils import AttentionInterface
-
-        AttentionInterface.register("lightning_accel", _attend)
-        model.set_attn_implementation("lightning_accel")
-        self.model = model
-        self._wanted: Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._gather)
-
-    def _gather(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden_BTE, wanted_BK = inputs[0], self._wanted
-        assert wanted_BK is not None
-        return (hidden_BTE.gather(1, wanted_BK[..., None].expand(-1, -1, hidden_BTE.shape[-1])),)
-
-    def forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, cache: list[Tensor]
-    ) -> list[Tensor]:
-        new, filled = ids.shape[1], mask.shape[1]
-        slots_S = torch.arange(filled)
-        seen_TS = slots_S[None] <= torch.arange(filled - new, filled)[:, None]
-        allowed_BTS = seen_TS[None] & mask[:, None]
-        # a finite minimum: a row of padding sees nothing, and its unused result must not be NaN
-        bias = torch.where(allowed_BTS[:, None], 0.0, torch.finfo(torch.float32).min)
-        self._wanted = wanted
-        output = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=bias,
-            use_cache=True,
-            past_key_values=_sliced_cache(cache, filled, new),
-        )
-        self._wanted = None
-        return [output.logits]
-
-
-def _capture_causal_lm(model: Any) -> Capture:
-    shapes = _cache_shapes(model)
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", 2048)
-    vocabulary = model.get_output_embeddings()(torch.zeros(1, model.get_input_embeddings().embedding_dim)).shape[-1]
-    batch, new, filled, capacity, wanted = 2, 5, 9, 16, 3
-    cache = [torch.zeros(batch, capacity, *shape) for shape in shapes]
-    example = (
-        torch.zeros(batch, new, dtype=torch.int64),
-        torch.arange(filled - new, filled).expand(batch, new).contiguous(),
-        torch.ones(batch, filled, dtype=torch.bool),
-        torch.zeros(batch, wanted, dtype=torch.int64),
-        cache,
-    )
-    b, c, t, s, k = (
-        Dim(n, max=m)
-        for n, m in (("batch", MAX_BATCH), ("capacity", limit), ("new", limit), ("filled", limit), ("wanted", limit))
-    )
-    dynamic = ({0: b, 1: t}, {0: b, 1: t}, {0: b, 1: s}, {0: b, 1: k}, [{0: b, 1: c}] * len(cache))
-    dims = {"b": {"name": "batch", "min": 1, "max": MAX_BATCH}, "t": {"name": "length", "min": 1, "max": limit}}
-    inputs = [{"name": "input_ids", "dtype": "int64", "shape": [dims["b"], dims["t"]]}]
-    spec = {
-        "shapes": [list(shape) for shape in shapes],
-        "dtype": "float32",
-        "max_length": limit,
-        "max_batch": MAX_BATCH,
-        "vocabulary": vocabulary,
-    }
-    return Capture(_CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
-
-
-def _cache_shapes(model: Any) -> list[tuple[int, int]]:
-    """(heads, head_dim) of the keys and of the values of each layer, in turn, as the model really makes them."""
-    with torch.no_grad():
-        layers = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values.layers
-    return [(t.shape[1], t.shape[3]) for layer in layers for t in (layer.keys, layer.values)]
-
-
-Metric = Callable[[Any, Sequence[Any]], float]
+def _probe(module: nn.Module, tensors: dict[str, Tensor], shapes: list[list[Any]]) -> None:
+    """Raises the least size of a free dimension to 2 where the model refuses 1: a compiled program would not."""
+    for label in {id(d): d for shape in shapes for d in shape if isinstance(d, dict) and d["min"] == 1}.values():
+        one = [
+            tensor[tuple(slice(1) if size is label else slice(None) for size in shape)].clone()
+            for tensor, shape in zip(tensors.values(), shapes, strict=True)
+        ]
+        try:
+            with torch.no_grad():
+                module(*one)
+        except Exception:
+            label["min"] = 2

@@ -108,7 +108,7 @@ def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
 def explain_export(error: Exception) -> str:
     """What torch.export says, without its advice for torch's own developers: the reason and the user's line."""
     text = str(error).strip()
-    lines = text.splitlines()[:1]
+    lines = text.split("\n\n")[0].splitlines()[:4]
     _, marker, below = text.partition("The following call raised this error:\n")
     if marker:
         lines += below.strip("\n").split("\n\n")[0].splitlines()

@@ -1,0 +1,162 @@
+"""A causal language model as one program for prefill, decoding and evaluation.
+
+Its cache is a list of explicit inputs, [batch, capacity, heads, head_dim] each, written in place; the number of filled
+slots is carried by the shape of the mask, so that attention reads the filled slots only; logits are computed at the
+wanted indices only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from .capture import CAUSAL_HINT, MAX_BATCH, Capture
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention over the filled slots; key and value heads are shared by groups of query heads, not copied."""
+    unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} wants attention with {unknown[0]}, which is not supported")
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
+    """A transformers cache over the caller's tensors, which reads the first `filled` slots."""
+    from transformers.cache_utils import Cache, StaticLayer
+
+    class Sliced(StaticLayer):
+        keys: Tensor
+        values: Tensor
+
+        def __init__(self, keys: Tensor, values: Tensor) -> None:
+            super().__init__(max_cache_len=filled)
+            self.keys, self.values, self.is_initialized = keys, values, True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.keys[:, filled - new : filled].copy_(key_states.transpose(1, 2))
+            self.values[:, filled - new : filled].copy_(value_states.transpose(1, 2))
+            return self.keys[:, :filled].transpose(1, 2), self.values[:, :filled].transpose(1, 2)
+
+        def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+            return filled, 0
+
+        def get_seq_length(self) -> int:
+            return filled - new
+
+    return Cache(layers=[Sliced(k, v) for k, v in zip(cache[::2], cache[1::2], strict=True)])
+
+
+class _CausalLM(nn.Module):
+    """(ids [B,T], positions [B,T], mask [B,S], wanted [B,K], cache) -> [logits [B,K,V]], S slots filled afterwards."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.register("lightning_accel", _attend)
+        model.set_attn_implementation("lightning_accel")
+        self.model = model
+        self.window = getattr(model.config, "sliding_window", None)
+        self.kinds = set(getattr(model.config, "layer_types", None) or ())
+        if self.kinds - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"{type(model).__name__} has layers of the kinds {sorted(self.kinds)}; {CAUSAL_HINT}")
+        self._wanted: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._gather)
+
+    def _gather(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden_BTE, wanted_BK = inputs[0], self._wanted
+        assert wanted_BK is not None
+        return (hidden_BTE.gather(1, wanted_BK[..., None].expand(-1, -1, hidden_BTE.shape[-1])),)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, cache: list[Tensor]
+    ) -> list[Tensor]:
+        new, filled = ids.shape[1], mask.shape[1]
+        self._wanted = wanted
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._biases(positions, mask, new, filled),
+            use_cache=True,
+            past_key_values=_sliced_cache(cache, filled, new),
+        )
+        self._wanted = None
+        return [output.logits]
+
+    def _biases(self, positions_BT: Tensor, mask_BS: Tensor, new: int, filled: int) -> Any:
+        """What is added to attention scores [B,1,T,S]; a dict by kind of layer where the model has several."""
+        seen_TS = torch.arange(filled)[None] <= torch.arange(filled - new, filled)[:, None]
+        allowed = {"full_attention": seen_TS[None] & mask_BS[:, None]}
+        if self.window is not None:
+            distance_BTS = positions_BT[:, :, None] - (mask_BS.cumsum(1) - 1)[:, None]
+            allowed["sliding_attention"] = allowed["full_attention"] & (distance_BTS < self.window)
+        # a finite minimum: a row of padding sees nothing, and its unused result must not be NaN
+        biases = {k: torch.where(a[:, None], 0.0, torch.finfo(torch.float32).min) for k, a in allowed.items()}
+        if "sliding_attention" in self.kinds:
+            return biases
+        return biases["full_attention" if self.kinds or self.window is None else "sliding_attention"]
+
+
+def capture_causal_lm(model: Any) -> Capture:
+    """Captures a transformers model, in eval mode; batch, length and cache capacity are free.
+
+    Raises:
+        ValueError: the model keeps no keys and values, or computes attention by itself.
+    """
+    shapes = _cache_shapes(model)
+    config = model.config
+    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    vocabulary = model.get_output_embeddings()(torch.zeros(1, model.get_input_embeddings().embedding_dim)).shape[-1]
+    batch, capacity = 2, min(16, limit)
+    filled = min(9, capacity - 1)
+    new, wanted = min(5, filled - 1), min(3, filled - 1)
+    cache = [torch.zeros(batch, capacity, *shape) for shape in shapes]
+    example = (
+        torch.zeros(batch, new, dtype=torch.int64),
+        torch.arange(filled - new, filled).expand(batch, new).contiguous(),
+        torch.ones(batch, filled, dtype=torch.bool),
+        torch.zeros(batch, wanted, dtype=torch.int64),
+        cache,
+    )
+    b, c, t, s, k = (
+        Dim(n, max=m)
+        for n, m in (("batch", MAX_BATCH), ("capacity", limit), ("new", limit), ("filled", limit), ("wanted", limit))
+    )
+    dynamic = ({0: b, 1: t}, {0: b, 1: t}, {0: b, 1: s}, {0: b, 1: k}, [{0: b, 1: c}] * len(cache))
+    dims = {"b": {"name": "batch", "min": 1, "max": MAX_BATCH}, "t": {"name": "length", "min": 1, "max": limit}}
+    inputs = [{"name": "input_ids", "dtype": "int64", "shape": [dims["b"], dims["t"]]}]
+    spec = {
+        "shapes": [list(shape) for shape in shapes],
+        "dtype": "float32",
+        "max_length": limit,
+        "max_batch": MAX_BATCH,
+        "vocabulary": vocabulary,
+    }
+    return Capture(_CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
+
+
+def _cache_shapes(model: Any) -> list[tuple[int, int]]:
+    """(heads, head_dim) of the keys and of the values of each layer, in turn, as the model really makes them."""
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    if not layers or not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
+        raise ValueError(f"{type(model).__name__} keeps no keys and values for each layer; {CAUSAL_HINT}")
+    return [(t.shape[1], t.shape[3]) for layer in layers for t in (layer.keys, layer.values)]
