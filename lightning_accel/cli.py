@@ -43,6 +43,8 @@ def _run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    from . import _quiet  # noqa: F401  before the recipe imports transformers
+
     sys.argv = [str(path), *options.arguments]
     sys.path.insert(0, str(path.resolve().parent))
     runpy.run_path(str(path), run_name="__main__")

@@ -61,13 +61,13 @@ class Settings:
     """Sizes of a run."""
 
     vocabulary: int = 1024
-    width: int = 192
+    width: int = 128
     layers: int = 4
-    inner: int = 768  # of the feed-forward blocks
+    inner: int = 1024  # of the feed-forward blocks
     length: int = 128  # tokens of a training example
     batch: int = 8
-    lr: float = 3e-3
-    baseline_steps: int = 900
+    lr: float = 4e-3
+    baseline_steps: int = 1000
     further_steps: int = 300  # of the control, and of the compressed fit
     further_lr: float = 1e-3
     megabytes: float = 6.0  # of text
@@ -262,7 +262,7 @@ def main() -> None:
     settings = QUICK if options.quick else FULL
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", module="lightning|torch")
+    warnings.filterwarnings("ignore", module="lightning|torch|copyreg")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     started = time.perf_counter()
 
