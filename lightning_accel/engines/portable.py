@@ -53,7 +53,7 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
 
 
 def _drop_idle_nodes(program: torch.export.ExportedProgram) -> None:
-    """Takes out what computes nothing: two nodes of five, each of which costs milliseconds when the program is loaded."""
+    """Takes out what computes nothing: two nodes of five, and each costs milliseconds when the program is loaded."""
     aten = torch.ops.aten
     output = program.graph.output_node()
     for node in list(program.graph.nodes):
