@@ -31,7 +31,9 @@ def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, 
         golden = artifact.load_weights(model.directory / model.manifest["golden"]["file"])
         inputs = [golden[f"input.{spec['name']}"].clone() for spec in model.entry["inputs"]]
         return {"forward": lambda: _timed(lambda: model(*inputs))}
-    prompt, new = arguments.get("prompt", 64), arguments.get("new", 64)
+    positions = model.entry["cache"]["max_length"]
+    prompt = min(arguments.get("prompt", 64), positions // 2)
+    new = min(arguments.get("new", 64), positions - prompt)
     ids = torch.arange(prompt)[None] % model.entry["cache"]["vocabulary"]
 
     def prefill() -> float:

@@ -52,7 +52,7 @@ def distillation_loss(
         mask: [...], true where a position counts; `None` counts all.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes of the logits, or of the mask and the positions, differ.
 
     >>> logits = torch.tensor([[2.0, 0.0]])
     >>> distillation_loss(logits, logits, temperature=2.0).item()
@@ -63,11 +63,14 @@ def distillation_loss(
             f"student and teacher logits differ: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}; "
             "they need the same classes (vocabulary) and the same inputs"
         )
-    student = torch.log_softmax(student_logits.float() / temperature, -1)
-    teacher = torch.log_softmax(teacher_logits.float() / temperature, -1)
+    least = torch.finfo(torch.float32).min  # a class that a model rules out has probability 0, and 0 * inf is NaN
+    student = torch.log_softmax(student_logits.float() / temperature, -1).clamp_min(least)
+    teacher = torch.log_softmax(teacher_logits.float() / temperature, -1).clamp_min(least)
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     if mask is None:
         return temperature**2 * divergence.mean()
+    if mask.shape != divergence.shape:
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}, the positions {tuple(divergence.shape)}")
     mask = mask.to(divergence.dtype)
     return temperature**2 * (divergence * mask).sum() / mask.sum().clamp_min(1.0)
 

@@ -140,18 +140,20 @@ def _decode(
             running_B = running_B & ~torch.isin(token_B, stops)
         if index + 1 == count or not running_B.any():
             return
+        fed_B = torch.where(running_B, token_B, 0)  # what a stopped row reads does not matter, and pad may be no token
         one_B1 = torch.ones(batch, 1, dtype=torch.bool)
-        logits_BV = cache.step(token_B[:, None], one_B1, torch.zeros(batch, 1, dtype=torch.int64))[:, 0]
+        logits_BV = cache.step(fed_B[:, None], one_B1, torch.zeros(batch, 1, dtype=torch.int64))[:, 0]
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        smallest = logits_BV.topk(sampling.top_k, -1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest, float("-inf"))
-    return torch.multinomial(torch.softmax(logits_BV, -1), 1, generator=generator)[:, 0]
+    if sampling.top_k is None or sampling.top_k >= logits_BV.shape[-1]:
+        return torch.multinomial(torch.softmax(logits_BV, -1), 1, generator=generator)[:, 0]
+    likeliest = logits_BV.topk(sampling.top_k, -1)
+    drawn_B1 = torch.multinomial(torch.softmax(likeliest.values, -1), 1, generator=generator)
+    return likeliest.indices.gather(1, drawn_B1)[:, 0]
 
 
 def _prompt(model: LoadedModel, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -113,21 +114,27 @@ class _Worker:
     def __init__(self, target: Target, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        self.target = target
+        # a pipe that nobody reads would stop a talkative target
+        self.printed = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in `stop`
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightning_accel._worker"],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.printed,
             env=environment,
         )
-        self.target = target
-        ready = self.ask({**asdict(target), "threads": threads})
+        try:
+            ready = self.ask({**asdict(target), "threads": threads})
+        except BaseException:
+            self.stop()
+            raise
         self.load_s: float = ready["load_s"]
         self.workloads: list[str] = ready["workloads"]
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout and self.process.stderr
+        assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
@@ -135,12 +142,15 @@ class _Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"the worker for {self.target.source} stopped:\n{self.process.stderr.read()[-4000:]}")
+            self.process.wait()
+            self.printed.seek(0)
+            raise RuntimeError(f"the worker for {self.target.source} stopped:\n{self.printed.read()[-4000:]}")
         return json.loads(line)
 
     def stop(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.printed.close()
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import select
+
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 GAIN = 1.05  # auto leaves fp32 only for a step at least this much faster
 
@@ -49,12 +51,13 @@ def choose_precision(
 ) -> PrecisionChoice:
     """Times forward and backward of `step(copy of model)` in each candidate, in turns, and chooses the fastest.
 
-    The model and the random state stay what they were. fp32 is kept unless another is 5 % faster.
+    The model and torch's random state stay what they were. fp32 is kept unless another is 5 % faster.
 
     Args:
         step: computes the loss of one real batch.
+        names: candidates beside fp32; by default those that the device may be fast in.
     """
-    names = tuple(names or candidates(device))
+    names = tuple(dict.fromkeys(("fp32", *(candidates(device) if names is None else names))))
     trial = copy.deepcopy(model)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     devices = [device] if device.type == "cuda" else []
@@ -82,7 +85,9 @@ def choose_precision(
 
 def first_nonfinite_gradient(model: nn.Module) -> str | None:
     """Name of the first parameter, in module order, whose gradient holds an infinity or a NaN."""
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    gradients = {name: p.grad for name, p in select.named_parameters(model).items() if p.grad is not None}
+    values = {name: g.coalesce().values() if g.is_sparse else g for name, g in gradients.items()}
+    named = [(name, value) for name, value in values.items() if value.numel()]
     if not named:
         return None
     norms = torch.stack([norm.float() for norm in torch._foreach_norm([g for _, g in named], float("inf"))])
