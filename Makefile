@@ -8,7 +8,7 @@ RUN = $(VENV)/bin
 PIP = $(RUN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint install benchmarks clean
+.PHONY: demo test lint install clean
 
 demo: install
 	$(RUN)/lightning-accel run recipes/gpt.py --out $(OUT)

@@ -286,6 +286,8 @@ def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> L
     from . import engines
 
     path = check_file(directory, entry["file"], entry["sha256"])
+    if "nodes" in entry:
+        check_file(directory, entry["nodes"]["file"], entry["nodes"]["sha256"])
     tensors: dict[str, Tensor] = {}
     if entry.get("weights"):
         weights = manifest["weights"]

@@ -181,6 +181,8 @@ def size_on_disk(directory: Path, manifest: Mapping[str, Any]) -> dict[str, int]
     needed = {"manifest.json", default["file"]} | {asset["file"] for asset in manifest.get("assets", ())}
     if default.get("weights"):
         needed.add(manifest["weights"]["file"])
+    if "nodes" in default:
+        needed.add(default["nodes"]["file"])
     sizes = {"default_load_bytes": sum((directory / name).stat().st_size for name in needed)}
     if default["engine"] != "portable" and "portable" in files:
         extra = {files["portable"]["file"]} | ({manifest["weights"]["file"]} - needed)

@@ -50,9 +50,6 @@ _ISA = (
     "amx_tile",
     "amx_int8",
     "amx_bf16",
-    "sha",
-    "aes",
-    "sse4a",
 )
 
 
@@ -86,6 +83,7 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     Raises:
         CompilerMissing: no C++ compiler was found.
     """
+    from ..artifact import sha256
     from ..quantize.converted import Int8Linear
 
     compiler = _compiler()
@@ -97,7 +95,9 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
         package = _compile(program, Path(temporary), freeze)
         _extract(package, directory / file)
     weights = {} if freeze else _constants(directory / file, program, capture)
-    return {"file": file, "isa": isa(), "arch": platform.machine(), "weights": weights}
+    entry = {"file": file, "isa": isa(), "arch": platform.machine(), "weights": weights}
+    nodes = (directory / file).with_suffix(".json")  # operators without a C interface, which torch looks up by name
+    return {**entry, "nodes": {"file": nodes.name, "sha256": sha256(nodes)}} if nodes.exists() else entry
 
 
 def _compiler() -> str:
