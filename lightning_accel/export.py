@@ -267,21 +267,26 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
         plain = caller(final.plain) if final.quantized else None
         figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"])
         entry["verification"] = figures.as_dict()
-        if not _free_batch(entry):
-            continue
-        one = [_one_row(inputs) for inputs in held_out[:1]]
-        if plain is None:  # a program that mistakes a batch of one shows it here
-            verify(one, caller(loaded), caller(final.trained), None, f"{entry['engine']} (batch of 1)")
-        else:
-            verify(one, caller(loaded), caller(final.deployed), plain, f"{entry['engine']} (batch of 1)")
+        least = [_least(inputs, entry) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
+        reference = final.trained if plain is None else final.deployed
+        verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)")
 
 
-def _free_batch(entry: dict[str, Any]) -> bool:
-    return all(not isinstance(size, int) for spec in entry["inputs"] for size in spec["shape"][:1])
+def _least(inputs: ExampleInputs, entry: dict[str, Any]) -> ExampleInputs:
+    """The inputs cut to the least sizes that a program takes; of a causal language model, the first row."""
+    args, kwargs = split_inputs(inputs)
+    specs = {spec["name"]: spec["shape"] for spec in entry["inputs"]}
 
+    def cut(value: Any, shape: list[Any]) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        least = shape[:1] if entry["cache"] else shape
+        return value[tuple(slice(size["min"]) if isinstance(size, dict) else slice(None) for size in least)]
 
-def _one_row(inputs: ExampleInputs) -> ExampleInputs:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, inputs)
+    if kwargs:
+        return {name: cut(value, specs.get(name, entry["inputs"][0]["shape"])) for name, value in kwargs.items()}
+    shapes = iter(specs.values())
+    return tuple(cut(value, next(shapes)) if isinstance(value, Tensor) else value for value in args)
 
 
 def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Sequence[Any]) -> list[dict[str, Any]]:
