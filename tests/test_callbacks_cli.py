@@ -14,8 +14,8 @@ import lightning_accel
 from lightning_accel import (
     AutoMixedPrecision,
     Cubic,
-    DistillConfig,
     Distillation,
+    DistillConfig,
     Export,
     PruneConfig,
     Pruning,
@@ -103,6 +103,11 @@ def accuracy(model: Any, batches: Any) -> float:
 
 
 accuracy.higher_is_better = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _seed_stays_here(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # seed_everything sets it, for all later processes
 
 
 def run(path: Any, *arguments: str) -> LightningCLI:

@@ -146,8 +146,9 @@ def test_best_is_the_best_of_the_checkpoints_after_every_schedule(tmp_path):
     assert torch.allclose(outputs(tmp_path / "model"), expected, atol=1e-5)
 
 
-def test_best_raises_where_no_checkpoint_after_the_schedules_is_left(tmp_path):
-    keep = ModelCheckpoint(tmp_path / "kept", "{epoch}", monitor="val_loss", save_top_k=1)
+@pytest.mark.parametrize("options", [{"save_top_k": 1}, {"save_top_k": -1, "save_weights_only": True}])
+def test_best_raises_where_no_checkpoint_after_the_schedules_is_left(tmp_path, options):
+    keep = ModelCheckpoint(tmp_path / "kept", "{epoch}", monitor="val_loss", **options)
     with pytest.raises(ExportError, match=r"no checkpoint written after the schedules ended.*save_top_k=-1"):
         trainer(tmp_path, [*techniques(), export(tmp_path, weights="best"), keep], max_epochs=4).fit(
             seeded(Worse), loader(), loader(16)

@@ -150,6 +150,15 @@ def test_calling_the_module_or_its_network_trains_the_same_weights(tmp_path, ref
     assert_same(trained(tmp_path, NAMES, Wrapped), reference)
 
 
+def test_a_network_wrapped_by_torch_compile_trains_the_same_weights_under_its_own_keys(tmp_path, reference):
+    def compiled(model: nn.Module) -> Plain:
+        return Plain(torch.compile(model, backend="eager"))  # dynamo, guards and hooks, without a compiler
+
+    found = trained(tmp_path, NAMES, compiled)
+    assert list(found) == [name.replace("model.", "model._orig_mod.") for name in reference]
+    assert_same({name.replace("._orig_mod", ""): tensor for name, tensor in found.items()}, reference)
+
+
 def test_export_leaves_the_random_state_and_so_a_following_fit_unchanged(tmp_path):
     def drawn(*callbacks: Any) -> torch.Tensor:
         torch.manual_seed(5)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Perceptron, Plain, assert_same, loader, seeded, trainer, weights
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch.nn import functional as F
 
 from lightning_accel import Constant, Cubic, Linear, PruneConfig, Pruning, QuantConfig, QuantizationAwareTraining
@@ -79,6 +79,15 @@ def test_masks_hold_and_the_schedule_ends_under_trainer_options(tmp_path, option
     assert pruning.complete and watch.checked
     assert pruning.total == fit.global_step
     assert zeros(module.model.first) == 0.5
+
+
+def test_gradient_accumulation_that_changes_from_epoch_to_epoch_is_counted(tmp_path):
+    pruning, qat = Pruning(HALF, Linear(0.0, 1.0), module="model", every=1), QuantizationAwareTraining(begin=0.6)
+    changing = GradientAccumulationScheduler({0: 4, 1: 2})
+    fit = trainer(tmp_path, [changing, pruning, qat], max_epochs=4)
+    fit.fit(seeded(Plain), loader())
+    assert fit.global_step == pruning.total == 7  # one, and three times two
+    assert pruning.complete and qat.complete
 
 
 def test_steps_work_and_fractions_raise_where_max_time_leaves_the_length_unknown(tmp_path):

@@ -123,7 +123,7 @@ def test_training_longer_after_a_resume_never_rewinds_a_schedule(whole, tmp_path
     saved = torch.load(path / f"epoch={epoch}.ckpt", weights_only=True)["callbacks"]
     share = next(s["share"] for s in saved.values() if s.get("technique") == "pruning")
     progress = Progress()
-    fit = trainer(tmp_path, [*callbacks(tmp_path), progress], max_epochs=4 * EPOCHS)
+    fit = trainer(tmp_path, [*callbacks(tmp_path), progress], max_epochs=2 * EPOCHS)
     fit.fit(module(), loader(shuffle=shuffle), ckpt_path=str(path / f"epoch={epoch}.ckpt"))
     shares = [one for one, _ in progress.seen]
     assert shares == sorted(shares) and shares[0] >= share and shares[-1] == 1.0

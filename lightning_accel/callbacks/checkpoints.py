@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,8 +26,11 @@ def monitored(trainer: pl.Trainer) -> list[ModelCheckpoint]:
     return found
 
 
-def best_checkpoint(trainer: pl.Trainer) -> str:
+def best_checkpoint(trainer: pl.Trainer, scheduled: Iterable[str]) -> str:
     """The best checkpoint written after every schedule had ended.
+
+    Args:
+        scheduled: state keys of the callbacks that have a schedule.
 
     Raises:
         ExportError: none is left.
@@ -33,10 +38,10 @@ def best_checkpoint(trainer: pl.Trainer) -> str:
     for callback in monitored(trainer):
         sign = 1.0 if callback.mode == "min" else -1.0
         for path, _ in sorted(callback.best_k_models.items(), key=lambda item: sign * float(item[1])):
-            states = torch.load(path, map_location="cpu", weights_only=True)["callbacks"].values()
-            if all(state.get("complete", True) for state in states if isinstance(state, dict)):
+            states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+            if all(states.get(key, {}).get("complete", False) for key in scheduled):
                 return path
     raise ExportError(
         "no checkpoint written after the schedules ended is left; write ModelCheckpoint(monitor=..., save_top_k=-1) "
-        "to keep them all, or Export(weights='last')"
+        "to keep them all (with save_weights_only=True none says what it is), or Export(weights='last')"
     )

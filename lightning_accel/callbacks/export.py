@@ -160,14 +160,15 @@ class Export(AccelCallback):
                 partial.unlink(missing_ok=True)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExportReport:
-        late = [c.technique for c in self.siblings(trainer) if not getattr(c, "complete", True)]
+        scheduled = [c for c in self.siblings(trainer) if hasattr(c, "complete")]
+        late = [c.technique for c in scheduled if not c.complete]
         if late and not self.allow_incomplete:
             raise ExportError(
                 f"the fit ended before {' and '.join(late)} did; train to the end of the schedules, or write "
                 "Export(..., allow_incomplete=True)"
             )
         module = self.target(pl_module)
-        best = best_checkpoint(trainer) if self.weights == "best" else None
+        best = best_checkpoint(trainer, [c.state_key for c in scheduled]) if self.weights == "best" else None
         self._source = Path(best or self.checkpoint)
         example = example_of(self._recorder, pl_module, module, self.example_inputs)
         held_out, metric = self._held_out(pl_module, self._batches(trainer), example)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def total_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
@@ -11,9 +14,14 @@ def total_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
     With manual optimization every optimizer is taken to step once a batch.
     """
     steps = float(trainer.estimated_stepping_batches)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
     if steps < 0:  # an iterable dataset without a length, and no max_steps
-        return float("inf")
-    if pl_module.automatic_optimization or not trainer.max_epochs or trainer.max_epochs < 0:
+        return math.inf
+    if epochs < 0 or math.isinf(batches):
         return steps
-    batches = float(trainer.num_training_batches) * trainer.max_epochs * max(len(trainer.optimizers), 1)
-    return batches if trainer.max_steps == -1 else min(batches, trainer.max_steps)
+    changing = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if not pl_module.automatic_optimization:
+        steps = batches * epochs * max(len(trainer.optimizers), 1)
+    elif changing:  # the estimate takes the first epoch's number of batches for all
+        steps = sum(math.ceil(batches / changing[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
