@@ -1,4 +1,4 @@
-"""Run by test_callbacks_interrupt.py, as `python interrupted.py DIR fit|export`: waits there for Ctrl-C."""
+"""Run by test_callbacks_interrupt.py, as `python interrupted.py DIR fit|export|ranks`: waits there for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ def wait(path: Path) -> None:
 
 
 class Waits(Callback):
-    """Waits in the second epoch, in the middle of a step."""
+    """Waits in the middle of the seventh step, on the first rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 6:
+        if trainer.global_step == 6 and trainer.is_global_zero:
             wait(self.path)
 
 
 def main(path: Path, where: str) -> None:
-    extra = [Waits(path)] if where == "fit" else []
+    extra = [Waits(path)] if where != "export" else []
+    options = {"strategy": "ddp", "devices": 2} if where == "ranks" else {}
     if where == "export":
         build = portable.build
 
@@ -58,7 +59,7 @@ def main(path: Path, where: str) -> None:
             wait(path)
 
         portable.build = waits
-    trainer(path, [*callbacks(path), *extra], max_epochs=3).fit(seeded(Plain), loader())
+    trainer(path, [*callbacks(path), *extra], max_epochs=6, **options).fit(seeded(Plain), loader())
 
 
 if __name__ == "__main__":

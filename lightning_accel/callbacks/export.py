@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -105,10 +105,11 @@ class Export(AccelCallback):
         self._recorder = InputRecorder(self.target(pl_module))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ctrl-C leaves a checkpoint; nothing is exported."""
+        """Ctrl-C leaves a checkpoint; nothing is exported. Rank 0 waits for nobody: the others may not know."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers:
-            self._save_checkpoint(trainer)
+        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers and trainer.is_global_zero:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            self._write_checkpoint(trainer, lambda path: trainer.strategy.save_checkpoint(checkpoint, path))
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the recording hook off."""
@@ -124,7 +125,7 @@ class Export(AccelCallback):
         for callback in self.siblings(trainer):
             if isinstance(callback, Pruning):  # averaged weights are masked first, wherever it stands in the list
                 callback.on_fit_end(trainer, pl_module)
-        self._save_checkpoint(trainer)
+        self._write_checkpoint(trainer, trainer.save_checkpoint)
         error: Exception | None = None
         if trainer.is_global_zero:
             state = random_state()
@@ -149,10 +150,10 @@ class Export(AccelCallback):
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         return f"lightning_accel.export_model(model, {str(self.directory)!r}, {written})"
 
-    def _save_checkpoint(self, trainer: pl.Trainer) -> None:
+    def _write_checkpoint(self, trainer: pl.Trainer, save: Callable[[Path], None]) -> None:
         partial = self.checkpoint.with_name(f".{self.checkpoint.name}.partial")
         try:
-            trainer.save_checkpoint(partial)
+            save(partial)
             if trainer.is_global_zero:
                 os.replace(partial, self.checkpoint)
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 KEY = "lightning_accel_rng"  # in the checkpoint; one state a rank
@@ -38,9 +39,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def save_random_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Puts the state of every rank into a checkpoint; called on all ranks."""
+    """Puts the state of every rank into a checkpoint; called on all ranks, after an interrupt possibly on one only."""
     states: list[Any] = [random_state()]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if trainer.world_size > 1 and trainer.state.status != TrainerStatus.INTERRUPTED:
         states = [None] * trainer.world_size
         torch.distributed.all_gather_object(states, random_state())
     checkpoint[KEY] = states
