@@ -85,13 +85,14 @@ def vit(seed: int = 0) -> Any:
 
 
 def _sharpen(seed: int, make: Any) -> Any:
-    """Larger weights than a fresh initialization has, so that logits differ by more than rounding."""
+    """Larger weights than a fresh initialization has, so that tokens depend on the whole context, not on the last."""
     torch.manual_seed(seed)
     model = make().eval()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8.0)
+                parameter.mul_(8.0 if id(parameter) in embeddings else 16.0)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model

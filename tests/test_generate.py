@@ -1,0 +1,343 @@
+"""Decoding with a KV cache, against transformers' own `generate` and against the model teacher-forced."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from compiled import Built
+from torch import Tensor
+
+from lightning_accel import export_model, load
+from lightning_accel.generate import Cache, Sampling, _choose
+from lightning_accel.loaded import LoadedModel
+
+NEW = 30
+MAKE = {"llama": tiny.llama, "gpt2": tiny.gpt2}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LoadedModel]:
+    """A float32 model and its portable program."""
+    model = MAKE[request.param]()
+    directory = tmp_path_factory.mktemp(request.param) / "artifact"
+    export_model(model, directory, engines=("portable",), measure=False)
+    return model, load(directory)
+
+
+@pytest.fixture(scope="module")
+def loaded(decoder: Path) -> LoadedModel:
+    """A portable int8 llama."""
+    return load(decoder)
+
+
+@torch.no_grad()
+def theirs(model: Any, ids: Tensor, mask: Tensor | None = None, new: int = NEW) -> Tensor:
+    """transformers' greedy continuation [batch, new]."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None
+    return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+
+
+def padded(prompts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths as one batch, with its mask."""
+    length = max(len(p) for p in prompts)
+    ids, mask = torch.zeros(len(prompts), length, dtype=torch.int64), torch.zeros(len(prompts), length)
+    for row, prompt in enumerate(prompts):
+        at = slice(length - len(prompt), length) if side == "left" else slice(0, len(prompt))
+        ids[row, at], mask[row, at] = prompt, 1
+    return ids, mask.long()
+
+
+PROMPTS = [tiny.ids(1, n, seed=n)[0] for n in (1, 4, 9, 13)]
+
+
+# --- against transformers ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 17), (3, 8), (2, tiny.POSITIONS)])
+def test_logits_of_whole_sequences_are_the_models(pair: tuple[Any, LoadedModel], batch: int, length: int) -> None:
+    model, ours = pair
+    ids = tiny.ids(batch, length)
+    assert torch.allclose(ours(ids), model(ids).logits, atol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_transformers(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    for prompt in PROMPTS:
+        tokens = ours.generate(prompt[None], NEW)
+        assert torch.equal(tokens, theirs(model, prompt[None])) and len(set(tokens[0].tolist())) >= 6
+
+
+def test_greedy_tokens_fill_all_positions_of_the_model(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    new = tiny.POSITIONS - 5
+    ids = tiny.ids(1, 5)
+    assert torch.equal(ours.generate(ids, new), theirs(model, ids, new=new))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "list"])
+def test_a_batch_of_different_lengths_gives_each_prompt_its_own_continuation(
+    pair: tuple[Any, LoadedModel], side: str
+) -> None:
+    model, ours = pair
+    if side == "list":
+        tokens = ours.generate([prompt.tolist() for prompt in PROMPTS], NEW)
+    else:
+        ids, mask = padded(PROMPTS, side)
+        tokens = ours.generate(ids, NEW, attention_mask=mask)
+    assert tokens.shape == (4, NEW)
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(tokens[row], theirs(model, prompt[None])[0])
+
+
+def test_left_padded_batches_are_those_of_transformers(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    ids, mask = padded(PROMPTS, "left")
+    assert torch.equal(ours.generate(ids, NEW, attention_mask=mask), theirs(model, ids, mask))
+
+
+@torch.no_grad()
+def test_padding_does_not_reach_the_logits_of_real_tokens(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    ids, mask = padded(PROMPTS, "right")
+    other = torch.where(mask.bool(), ids, 50)
+    logits = ours(ids, attention_mask=mask)
+    assert torch.equal(logits[mask.bool()], ours(other, attention_mask=mask)[mask.bool()])
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.allclose(logits[row, : len(prompt)], model(prompt[None]).logits[0], atol=1e-4)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def greedy(model: LoadedModel, prompt: Tensor, capacity: int, new: int) -> Tensor:
+    """Tokens decoded by hand over a cache of some capacity."""
+    batch, length = prompt.shape
+    cache = Cache(model, batch, capacity)
+    wanted = torch.full((batch, 1), length - 1)
+    logits = cache.step(prompt, torch.ones_like(prompt, dtype=torch.bool), wanted)[:, 0]
+    tokens = [logits.argmax(-1)]
+    for _ in range(new - 1):
+        one, zero = torch.ones(batch, 1, dtype=torch.bool), torch.zeros(batch, 1, dtype=torch.int64)
+        tokens.append(cache.step(tokens[-1][:, None], one, zero)[:, 0].argmax(-1))
+    return torch.stack(tokens, 1)
+
+
+def test_a_larger_cache_gives_the_same_tokens(pair: tuple[Any, LoadedModel]) -> None:
+    _, ours = pair
+    prompt = tiny.ids(2, 6)
+    expected = ours.generate(prompt, 20)
+    for capacity in (25, 40, tiny.POSITIONS):
+        assert torch.equal(greedy(ours, prompt, capacity, 20), expected)
+
+
+def test_stale_contents_of_the_cache_are_not_read(loaded: LoadedModel) -> None:
+    prompt, cache = tiny.ids(1, 6), Cache(loaded, 1, 20)
+    valid, last = torch.ones(1, 6, dtype=torch.bool), torch.tensor([[5]])
+    expected = Cache(loaded, 1, 20).step(prompt, valid, last)
+    for tensor in cache.tensors:
+        tensor.fill_(float("nan"))
+    assert torch.equal(cache.step(prompt, valid, last), expected)
+
+
+@torch.no_grad()
+def test_prefill_in_pieces_is_prefill_at_once(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    ids, cache, pieces = tiny.ids(2, 12), Cache(ours, 2, 12), []
+    for begin, end in ((0, 5), (5, 6), (6, 12)):
+        wanted = torch.arange(end - begin).expand(2, -1)
+        pieces.append(cache.step(ids[:, begin:end], torch.ones(2, end - begin, dtype=torch.bool), wanted))
+    assert torch.allclose(torch.cat(pieces, 1), model(ids).logits, atol=1e-4)
+
+
+def test_a_full_cache_refuses_more(loaded: LoadedModel) -> None:
+    cache = Cache(loaded, 1, 5)
+    with pytest.raises(ValueError, match="holds 5 tokens and has 0; 6 more do not fit"):
+        cache.step(tiny.ids(1, 6), torch.ones(1, 6, dtype=torch.bool), torch.tensor([[5]]))
+
+
+def test_interleaved_generations_do_not_see_each_other(loaded: LoadedModel) -> None:
+    one, two = tiny.ids(1, 5, seed=1), tiny.ids(2, 9, seed=2)
+    alone = loaded.generate(one, 12), loaded.generate(two, 12)
+    first, second = loaded.generate(one, 12, stream=True), loaded.generate(two, 12, stream=True)
+    pairs = list(zip(first, second, strict=True))
+    assert torch.equal(torch.stack([a for a, _ in pairs], 1), alone[0])
+    assert torch.equal(torch.stack([b for _, b in pairs], 1), alone[1])
+
+
+def test_threads_that_generate_at_once_do_not_see_each_other(loaded: LoadedModel) -> None:
+    prompts = [tiny.ids(1, 4 + n, seed=n) for n in range(4)]
+    alone = [loaded.generate(prompt, 10) for prompt in prompts]
+    together: dict[int, Tensor] = {}
+
+    def work(n: int) -> None:
+        together[n] = loaded.generate(prompts[n], 10)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(together[n], alone[n]) for n in range(4))
+
+
+# --- streaming, stopping, sampling ------------------------------------------------------------------------------------
+
+
+def test_streamed_tokens_are_the_returned_ones(loaded: LoadedModel) -> None:
+    ids = tiny.ids(3, 7)
+    tokens = loaded.generate(ids, 9, stream=True)
+    assert isinstance(tokens, Iterator)
+    assert torch.equal(torch.stack(list(tokens), 1), loaded.generate(ids, 9))
+
+
+def test_an_abandoned_iterator_harms_nothing(loaded: LoadedModel) -> None:
+    ids = tiny.ids(1, 7)
+    expected = loaded.generate(ids, 9)
+    abandoned = loaded.generate(ids, 9, stream=True)
+    next(abandoned)
+    assert torch.equal(loaded.generate(ids, 9), expected)
+    abandoned.close()
+    assert torch.equal(loaded.generate(ids, 9), expected)
+
+
+def test_a_stop_token_ends_its_row_and_the_last_row_ends_it_all(loaded: LoadedModel) -> None:
+    ids = tiny.ids(2, 6, seed=4)
+    free = loaded.generate(ids, 20)
+    stop = int(free[0, 3])
+    assert stop not in free[0, :3] and stop not in free[1], "choose another seed"
+    tokens = loaded.generate(ids, 20, stop=[stop], pad=-1)
+    assert tokens[0].tolist() == [*free[0, :4].tolist(), *([-1] * 16)], "the stop token is the row's last"
+    assert torch.equal(tokens[1], free[1])
+    assert torch.equal(loaded.generate(ids[:1], 20, stop=[stop]), free[:1, :4])
+
+
+def test_sampling_is_repeatable_with_a_seed_and_leaves_the_global_state(loaded: LoadedModel) -> None:
+    ids, options = tiny.ids(2, 6), {"temperature": 1.5, "seed": 7}
+    before = torch.get_rng_state()
+    first = loaded.generate(ids, 20, **options)
+    torch.manual_seed(5)
+    assert torch.equal(loaded.generate(ids, 20, **options), first)
+    torch.set_rng_state(before)
+    assert not torch.equal(loaded.generate(ids, 20, temperature=1.5, seed=8), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_top_1_and_a_cold_temperature_are_greedy(loaded: LoadedModel) -> None:
+    ids = tiny.ids(2, 6)
+    expected = loaded.generate(ids, 12)
+    assert torch.equal(loaded.generate(ids, 12, temperature=3.0, top_k=1, seed=0), expected)
+    assert torch.equal(loaded.generate(ids, 12, temperature=1e-6, seed=0), expected)
+
+
+def test_only_the_k_likeliest_are_drawn_in_proportion_and_ties_add_none() -> None:
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.05, 0.2, 0.05]])).expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.bincount(_choose(logits, Sampling(1.0, 2), generator), minlength=6) / 20_000
+    assert (drawn > 0).sum() == 2 and drawn[1].item() == pytest.approx(2 / 3, abs=0.02)
+    every = torch.bincount(_choose(logits, Sampling(1.0, 99), generator), minlength=6) / 20_000
+    assert every.tolist() == pytest.approx([0.1, 0.4, 0.2, 0.05, 0.2, 0.05], abs=0.02)
+    flat = torch.bincount(_choose(logits, Sampling(1e4), generator), minlength=6) / 20_000
+    assert flat.tolist() == pytest.approx([1 / 6] * 6, abs=0.02)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "a prompt is empty; give at least one token"),
+        (([[1, 2], []],), "a prompt is empty"),
+        ((torch.zeros(1, 0, dtype=torch.int64),), r"shape \[1, 0\], expected \[batch, length\]"),
+        ((torch.tensor([1, 2]),), r"shape \[2\].*write input_ids\[None\]"),
+        ((torch.zeros(1, 3),), "is torch.float32 on cpu, expected torch.int64"),
+        ((torch.tensor([[3, tiny.VOCABULARY]]),), f"token id {tiny.VOCABULARY} is outside the vocabulary of 97"),
+        ((torch.tensor([[-1, 3]]),), "token id -1 is outside the vocabulary"),
+        ((torch.zeros(1025, 1, dtype=torch.int64),), "batch of 1025 is over the limit of 1024"),
+        ((tiny.ids(1, 40), 26), "65 tokens are asked for, the model has 64 positions; shorten the prompt"),
+        ((tiny.ids(1, 65), 1), "65 tokens are asked for"),
+        ((tiny.ids(1, 4), 0), "max_new_tokens=0 must be at least 1"),
+    ],
+)
+def test_a_bad_prompt_is_refused(loaded: LoadedModel, arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loaded.generate(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "a row of attention_mask is all padding"),
+        ({"attention_mask": torch.ones(2, 2)}, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 2, dtype=torch.int64)}, r"shape \[2, 2\], input_ids \[2, 3\]"),
+        ({"temperature": -1.0}, "temperature=-1.0 is negative"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_runs(loaded: LoadedModel, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loaded.generate(tiny.ids(2, 3), 4, stream=True, **options)
+
+
+def test_the_last_position_is_not_one_too_many(loaded: LoadedModel) -> None:
+    assert loaded.generate(tiny.ids(1, 40), 25).shape == (1, 25)
+    assert loaded(tiny.ids(1, 64)).shape == (1, 64, 97)
+
+
+# --- the compiled program ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.aoti
+def test_compiled_fp32_greedy_tokens_are_those_of_transformers(gpt2_fp32: Built) -> None:
+    model, ours = gpt2_fp32.eager, gpt2_fp32.load()
+    for prompt in PROMPTS:
+        assert torch.equal(ours.generate(prompt[None], NEW), theirs(model, prompt[None]))
+    ids, mask = padded(PROMPTS, "left")
+    assert torch.equal(ours.generate(ids, NEW, attention_mask=mask), theirs(model, ids, mask))
+
+
+@pytest.mark.aoti
+@pytest.mark.parametrize("name", ["gpt2_fp32", "llama_int8"])
+def test_the_capacity_of_a_compiled_cache_does_not_change_the_tokens(name: str, request: pytest.FixtureRequest) -> None:
+    ours, prompt = request.getfixturevalue(name).load(), tiny.ids(2, 6)
+    expected = ours.generate(prompt, 20)
+    for capacity in (25, tiny.POSITIONS):
+        assert torch.equal(greedy(ours, prompt, capacity, 20), expected)
+
+
+@pytest.mark.aoti
+def test_stale_contents_of_a_compiled_cache_are_not_read(llama_int8: Built) -> None:
+    ours, prompt = llama_int8.load(), tiny.ids(2, 6)
+    valid, last = torch.ones(2, 6, dtype=torch.bool), torch.full((2, 1), 5)
+    cache, expected = Cache(ours, 2, 20), Cache(ours, 2, 20).step(prompt, valid, last)
+    for tensor in cache.tensors:
+        tensor.fill_(float("nan"))
+    assert torch.equal(cache.step(prompt, valid, last), expected)
+
+
+@pytest.mark.aoti
+def test_compiled_generations_at_once_do_not_see_each_other(llama_int8: Built) -> None:
+    ours = llama_int8.load()
+    prompts = [tiny.ids(1 + n, 4 + n, seed=n) for n in range(3)]
+    alone = [ours.generate(prompt, 12) for prompt in prompts]
+    streams = [ours.generate(prompt, 12, stream=True) for prompt in prompts]
+    for row in zip(*streams, strict=True):
+        for n, tokens in enumerate(row):
+            assert torch.equal(tokens, alone[n][:, 0])
+            alone[n] = alone[n][:, 1:]
+
+
+@pytest.mark.aoti
+def test_compiled_batches_of_different_lengths_give_each_prompt_its_own_continuation(llama_int8: Built) -> None:
+    ours = llama_int8.load()
+    together = ours.generate([prompt.tolist() for prompt in PROMPTS], 8)
+    assert [together[n].tolist() for n in range(4)] == [ours.generate(p[None], 8)[0].tolist() for p in PROMPTS]
