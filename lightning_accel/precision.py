@@ -46,7 +46,7 @@ def choose_precision(
     step: Callable[[Any], torch.Tensor],
     device: torch.device,
     names: Sequence[str] | None = None,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> PrecisionChoice:
     """Times forward and backward of `step(copy of model)` in each candidate, in turns, and chooses the fastest.
 

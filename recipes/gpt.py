@@ -174,7 +174,7 @@ def fit(model: LlamaForCausalLM, data: dict[str, DataLoader], steps: int, lr: fl
         callbacks: list[pl.Callback] | None = None) -> pl.Trainer:
     """Plain Lightning, with whatever callbacks are given; trains `model` itself."""
     pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
+    trainer = pl.Trainer(max_steps=steps, max_epochs=1000, logger=False, enable_checkpointing=False, accelerator="cpu",
                          gradient_clip_val=1.0, val_check_interval=steps, check_val_every_n_epoch=None,
                          num_sanity_val_steps=0, limit_val_batches=20, enable_model_summary=False,
                          callbacks=[RichProgressBar(leave=True), *(callbacks or [])])
@@ -213,7 +213,7 @@ def show(report: dict[str, Any], out: Path) -> None:
     formats = {"loss": "{:.4f}", "perplexity": "{:.2f}", "prefill_ms": "{:.2f}", "decode_tokens_per_s": "{:.0f}",
                "size_bytes": "{:,.0f}", "peak_rss_bytes": "{:,.0f}", "load_s": "{:.3f}"}
     cells = [[name, *(formats[c].format(report[name][c]) for c in COLUMNS)] for name in names]
-    table = Table("", *COLUMNS, title="held-out test split")
+    table = Table("", *(c.replace("_", " ") for c in COLUMNS), title="held-out test split", padding=0)
     for line in cells:
         table.add_row(*line)
     console.print(table)
