@@ -6,7 +6,7 @@ Causal language models get a KV cache that the caller owns: `capture_causal.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,11 +201,9 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_sha
         shapes = _ranges(result, alike=False)
     else:
         several = _two_rows(tensors)
+        several = several if _accepts(captured(several, ()).module, several.values()) else tensors
         result = captured(several, tuple(_default_dims(t) for t in several.values()))
         shapes = _ranges(result, alike=True)
-        if several is not tensors and not any(isinstance(size, dict) for shape in shapes for size in shape[:1]):
-            result = captured(tensors, (None,) * len(tensors))  # made for one row
-            shapes = _ranges(result, alike=True)
     _probe(result.module, tensors, shapes)
     result.inputs = [
         {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": shape}
@@ -288,11 +286,17 @@ def _probe(module: nn.Module, tensors: dict[str, Tensor], shapes: list[list[Any]
     """Raises the least size of a free dimension to 2 where the model refuses 1: a compiled program would not."""
     for label in {id(d): d for shape in shapes for d in shape if isinstance(d, dict) and d["min"] == 1}.values():
         one = [
-            tensor[tuple(slice(1) if size is label else slice(None) for size in shape)].clone()
+            tensor[tuple(slice(1) if size is label else slice(None) for size in shape)]
             for tensor, shape in zip(tensors.values(), shapes, strict=True)
         ]
-        try:
-            with torch.no_grad():
-                module(*one)
-        except Exception:
+        if not _accepts(module, one):
             label["min"] = 2
+
+
+def _accepts(module: nn.Module, tensors: Iterable[Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            module(*(tensor.clone() for tensor in tensors))
+    except Exception:
+        return False
+    return True

@@ -251,11 +251,16 @@ def _coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> l
 
 
 def caller(model: Any) -> Callable[[ExampleInputs], Any]:
-    """A function from example inputs to a model's output, for a module or a loaded artifact."""
+    """A function from example inputs to the output of a module, or of an artifact, which has the constants in it."""
 
     def call(inputs: ExampleInputs) -> Any:
         args, kwargs = copy_inputs(inputs)
-        return model(*args, **kwargs)
+        if isinstance(model, nn.Module):
+            return model(*args, **kwargs)
+        return model(
+            *(value for value in args if isinstance(value, Tensor)),
+            **{name: value for name, value in kwargs.items() if isinstance(value, Tensor)},
+        )
 
     return call
 

@@ -9,8 +9,10 @@ normalization or the residual stream are something else.
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,12 +109,11 @@ def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
 
 def explain_export(error: Exception) -> str:
     """What torch.export says, without its advice for torch's own developers: the reason and the user's line."""
-    text = str(error).strip()
-    lines = text.split("\n\n")[0].splitlines()[:4]
-    _, marker, below = text.partition("The following call raised this error:\n")
-    if marker:
-        lines += below.strip("\n").split("\n\n")[0].splitlines()
-    return "\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}", *lines[1:]])
+    reason = "\n".join(str(error).strip().split("\n\n")[0].splitlines()[:4])
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    where = f'\n  File "{frames[-1].filename}", line {frames[-1].lineno}\n    {frames[-1].line}' if frames else ""
+    return f"{type(error).__name__}: {reason}{where}"
 
 
 def copy_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
