@@ -184,7 +184,9 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_sha
     args, kwargs = split_inputs(example_inputs)
     outputs, structure = flatten_output(call_example(model, example_inputs))
     names = input_names(model, args, kwargs)
-    tensors = {n: v for n, v in zip(names, (*args, *kwargs.values()), strict=True) if isinstance(v, Tensor)}
+    # copies: of a view, torch.export takes the size of what is viewed for a limit
+    values = zip(names, (*args, *kwargs.values()), strict=True)
+    tensors = {n: v.detach().clone(memory_format=torch.contiguous_format) for n, v in values if isinstance(v, Tensor)}
     if not tensors or not outputs:
         raise ValueError(f"none of the {'outputs' if tensors else 'example inputs'} is a tensor, so nothing can be run")
 
@@ -260,8 +262,8 @@ def _ranges(result: Capture, alike: bool) -> list[list[Any]]:
     for node, example in zip(user, result.example, strict=True):
         shape: list[Any] = []
         for position, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, int):
-                shape.append(size)
+            if isinstance(size, int) or size.node.expr.is_number:
+                shape.append(int(size))
                 continue
             symbol, known = str(size.node.expr), (position, example.shape[position] if alike and position < 2 else node)
             label = labels.get(symbol) or labels.get(known) or _label(position, [d["name"] for d in labels.values()])

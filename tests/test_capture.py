@@ -108,6 +108,12 @@ def test_a_first_dimension_that_is_no_batch_keeps_its_size(portable: Callable[..
     assert loaded(torch.randn(6, 8), torch.randn(1, 4)).shape == (6, 4)
 
 
+def test_an_example_that_is_a_view_limits_nothing(portable: Callable[..., LoadedModel]) -> None:
+    model, whole = Call(lambda linear, x: linear(x) / (x[:, :1] - 1.0)), torch.randn(6, 16)
+    loaded, x = portable(model, (whole[:3, ::2],)), torch.randn(20, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_a_model_made_for_one_row_keeps_it(portable: Callable[..., LoadedModel]) -> None:
     model, x = Call(lambda linear, x: linear(x).reshape(1, 4)), torch.randn(1, 8)
     loaded = portable(model, (x,))

@@ -124,8 +124,13 @@ def kernel_flags() -> list[str]:
 def _build_kernels(compiler: str, directory: Path) -> None:
     """Compiles the kernels for this machine into a static library in `directory`."""
     source, target = _KERNELS / "int8_linear.cpp", directory / "int8_linear.o"
-    subprocess.run([compiler, *kernel_flags(), "-c", str(source), "-o", str(target)], check=True)
-    subprocess.run(["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), str(target)], check=True)
+    for command in (
+        [compiler, *kernel_flags(), "-c", str(source), "-o", str(target)],
+        ["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), str(target)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} could not compile the int8 kernel:\n{done.stderr[-4000:]}")
 
 
 def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: bool) -> Path:

@@ -1,0 +1,340 @@
+"""Exports as a whole: drift is caught, the last good artifact stays, sizes and speeds are said as they are."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from compiled import Built
+from torch import Tensor, nn
+
+from lightning_accel import (
+    DriftError,
+    ExportError,
+    PruneConfig,
+    QuantConfig,
+    artifact,
+    export_model,
+    load,
+    prepare_,
+    prune_model_,
+)
+from lightning_accel.engines import aoti
+from lightning_accel.loaded import LoadedModel
+from lightning_accel.quantize import unprepare_
+from lightning_accel.select import count_flops
+from lightning_accel.verify import verify, verify_artifact
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+INT8 = QuantConfig("int8")
+
+
+def export(model: nn.Module, directory: Path, **options: Any) -> Any:
+    defaults = {"example_inputs": (X[:4],), "data": [X], "engines": ("portable",), "measure": False}
+    return export_model(model, directory, **(defaults | options))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def corrupt(weight: Tensor) -> Tensor:
+    """The weight with its first tile of 16 channels by 4 inputs turned around."""
+    damaged = weight.clone()
+    damaged.view(-1)[:64].copy_(-weight.view(-1)[:64]) if weight.dim() == 4 else damaged[:16, :4].neg_()
+    return damaged
+
+
+def manifest_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "manifest.json").read_text())
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", [None, INT8], ids=["float", "int8"])
+def test_a_damaged_tile_of_weights_is_drift_and_the_last_good_artifact_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: QuantConfig | None
+) -> None:
+    export(tiny.mlp(), tmp_path / "a", quantize=quantize)
+    good, save = files(tmp_path / "a"), artifact.save_weights
+
+    def save_damaged(tensors: dict[str, Tensor], path: Path) -> None:
+        name = next(n for n in tensors if n.endswith("2.weight") or path.name != artifact.WEIGHTS)
+        save({**tensors, name: corrupt(tensors[name])} if path.name == artifact.WEIGHTS else tensors, path)
+
+    monkeypatch.setattr(artifact, "save_weights", save_damaged)
+    with pytest.raises(DriftError, match="the portable program drifted"):
+        export(tiny.mlp(seed=1), tmp_path / "a", quantize=quantize)
+    assert files(tmp_path / "a") == good and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.aoti
+@pytest.mark.parametrize("name", ["llama_int8", "bert_int8"])
+def test_a_damaged_tile_of_a_compiled_program_is_drift(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    built = request.getfixturevalue(name)
+    directory = tmp_path / "damaged"
+    shutil.copytree(built.directory, directory)
+    tensors = {n: t.clone() for n, t in artifact.load_weights(directory / artifact.WEIGHTS).items()}
+    layer = next(n for n in tensors if n.endswith(("layers.1.self_attn.v_proj.weight", "layer.1.output.dense.weight")))
+    assert tensors[layer].dtype == torch.int8 and tensors[layer].dim() == 4
+    tensors[layer] = corrupt(tensors[layer])
+    artifact.save_weights(tensors, directory / artifact.WEIGHTS)
+    manifest = manifest_of(directory)
+    manifest["weights"]["sha256"] = artifact.sha256(directory / artifact.WEIGHTS)
+    artifact.write_manifest(directory, manifest)
+    inputs = [{"input_ids": tiny.ids(8, 20, seed=s)} for s in range(4)]
+    if name == "bert_int8":
+        inputs = [{**i, "attention_mask": torch.ones_like(i["input_ids"])} for i in inputs]
+    trained, plain = copy.deepcopy(built.eager).eval(), unprepare_(copy.deepcopy(built.eager)).eval()
+    if name == "bert_int8":
+        prepare_(trained, INT8)
+    good, bad = load(built.directory), load(directory)
+    verify(inputs, lambda x: good(**x), lambda x: trained(**x), lambda x: plain(**x), "aoti")
+    with pytest.raises(DriftError, match="aoti program"):
+        verify(inputs, lambda x: bad(**x), lambda x: trained(**x), lambda x: plain(**x), "aoti")
+    with pytest.raises(DriftError, match="aoti program drifted"):
+        verify_artifact(directory)
+
+
+def test_a_model_trained_to_nan_is_refused_by_name_and_the_last_good_artifact_stays(tmp_path: Path) -> None:
+    export(tiny.mlp(), tmp_path / "a")
+    good, model = files(tmp_path / "a"), tiny.mlp()
+    with torch.no_grad():
+        model[2].bias[3] = float("nan")
+    with pytest.raises(ValueError, match=r"2\.bias holds NaN or infinite values; the training diverged"):
+        export(model, tmp_path / "a")
+    assert files(tmp_path / "a") == good
+
+
+class Exploding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) / (x[:, :1] - X[7, :1])
+
+
+def test_a_program_that_puts_out_infinities_on_held_out_inputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DriftError, match="NaN or infinite values on held-out inputs"):
+        export(Exploding(), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the task metric --------------------------------------------------------------------------------------------------
+
+
+class Metric:
+    """1.0 for modules, `1 + worse` for the artifact."""
+
+    def __init__(self, worse: float, higher_is_better: bool = False) -> None:
+        self.worse, self.higher_is_better = worse, higher_is_better
+        self.__name__ = "score"
+
+    def __call__(self, model: Any, batches: Any) -> float:
+        assert model(batches[0]).shape == (64, 3)
+        return 1.0 + self.worse if isinstance(model, LoadedModel) else 1.0
+
+
+@pytest.mark.parametrize(("worse", "higher"), [(0.02, False), (-0.02, True), (float("nan"), False)])
+def test_a_metric_more_than_a_percent_worse_is_drift(tmp_path: Path, worse: float, higher: bool) -> None:
+    with pytest.raises(DriftError, match=r"score of the artifact is .*, of the trained model .*: more than 1% worse"):
+        export(tiny.mlp(), tmp_path / "a", metric=Metric(worse, higher))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("worse", "higher"), [(0.009, False), (-0.009, True), (-0.5, False), (0.5, True)])
+def test_a_metric_within_a_percent_or_better_is_written_beside_the_speed(
+    tmp_path: Path, worse: float, higher: bool
+) -> None:
+    report = export(tiny.mlp(), tmp_path / "a", metric=Metric(worse, higher), quantize=INT8)
+    rows = {m["name"]: (m["value"], m["direction"], m["n"]) for m in manifest_of(tmp_path / "a")["metrics"]}
+    direction = "higher" if higher else "lower"
+    assert rows == {
+        "score (float)": (1.0, direction, 1),
+        "score (trained)": (1.0, direction, 1),
+        "score (artifact)": (1.0 + worse, direction, 1),
+    }
+    assert f"score (artifact): {1 + worse:.4f}" in str(report)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float model as an artifact."""
+    directory = tmp_path_factory.mktemp("reference") / "float"
+    export(tiny.mlp(), directory)
+    return directory
+
+
+def test_the_float_reference_is_reused_and_every_figure_is_written(tmp_path: Path, reference: Path) -> None:
+    said: list[str] = []
+    before = files(reference)
+    report = export(tiny.mlp(), tmp_path / "a", quantize=INT8, measure=True, reference=reference, progress=said.append)
+    assert said.count("building the portable program") == 1, "the artifact's own, not the reference"
+    assert files(reference) == before
+    manifest = manifest_of(tmp_path / "a")
+    rows = {row["name"]: row for row in manifest["timings"]}
+    assert set(rows) == {"artifact.forward", "float.forward"}
+    assert all(row["seconds"] > 0 and row["spread"]["n"] == 15 and row["engine"] == "portable" for row in rows.values())
+    ratio = rows["float.forward"]["seconds"] / rows["artifact.forward"]["seconds"]
+    assert manifest["speedup"]["over_float_same_engine"] == {"forward": ratio} == report.speedup
+    first = str(report).splitlines()[0]
+    assert first.startswith("SLOWER than the float model") == (ratio < 1)
+
+
+def test_too_little_speed_raises_and_the_last_good_artifact_stays(tmp_path: Path, reference: Path) -> None:
+    export(tiny.mlp(), tmp_path / "a")
+    good = files(tmp_path / "a")
+    with pytest.raises(ExportError, match=r"not 1000000.0 x as fast as the float model: forward \d+\.\d+ x"):
+        export(tiny.mlp(), tmp_path / "a", quantize=INT8, measure=True, reference=reference, min_speedup=1e6)
+    assert files(tmp_path / "a") == good and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_a_tied_embedding_is_stored_once_in_one_byte_a_parameter(tmp_path: Path, make: Any) -> None:
+    model = make()
+    directory = tmp_path / "a"
+    export(model, directory, example_inputs=None, data=None, quantize=INT8)
+    weights = artifact.load_weights(directory / artifact.WEIGHTS)
+    matrices = {id(p): p for p in model.parameters() if p.dim() == 2}.values()
+    assert sum(t.numel() for t in weights.values() if t.dtype == torch.int8) == sum(p.numel() for p in matrices)
+    floats = sum(t.nbytes for t in weights.values() if t.is_floating_point())
+    names = [n for n, p in model.named_parameters() if p.dim() == 1]
+    scales = sum(t.numel() for n, t in weights.items() if n.endswith(".scale"))
+    buffers = sum(t.nbytes for n, t in weights.items() if n.endswith("inv_freq"))
+    assert floats == 4 * (sum(model.get_parameter(n).numel() for n in names) + scales) + buffers
+    header = (directory / artifact.WEIGHTS).stat().st_size - sum(t.nbytes for t in weights.values())
+    assert 0 < header < 400 * len(weights)
+
+
+@pytest.mark.aoti
+@pytest.mark.parametrize("name", ["llama_int8", "bert_int8", "gpt2_fp32", "residual_fp32"])
+def test_sizes_of_a_compiled_artifact_are_those_of_the_files_that_it_reads(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    built: Built = request.getfixturevalue(name)
+    sizes, manifest = manifest_of(built.directory)["sizes"], manifest_of(built.directory)
+    default = manifest["programs"][0]
+    assert default["engine"] == "aoti"
+    needed = {"manifest.json", default["file"]} | ({"weights.safetensors"} if default["weights"] else set())
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in needed:
+        shutil.copy(built.directory / file, alone)
+    assert load(alone).engine == "aoti", "nothing else is read"
+    assert sizes["default_load_bytes"] == sum((alone / file).stat().st_size for file in needed)
+    others = {p.name for p in built.directory.iterdir()} - needed - {"golden.safetensors"}
+    assert sizes["portable_bytes"] == sum((built.directory / file).stat().st_size for file in others)
+
+
+@pytest.mark.aoti
+def test_compiled_and_portable_share_one_copy_of_int8_weights(llama_int8: Built) -> None:
+    weights = artifact.load_weights(llama_int8.directory / artifact.WEIGHTS)
+    stored = sum(t.numel() for t in weights.values() if t.dtype == torch.int8)
+    pruned = 3 * tiny.WIDTH * tiny.LAYERS * tiny.INNER // 2
+    matrices = sum(p.numel() for p in tiny.llama().parameters() if p.dim() == 2) - pruned
+    padding = (-tiny.VOCABULARY % 16) * tiny.WIDTH + tiny.LAYERS * 2 * (-tiny.INNER // 2 % 16) * tiny.WIDTH
+    assert stored == matrices + padding, "tiles hold 16 rows"
+    portable = (llama_int8.directory / "decoder.portable.pt2").stat().st_size
+    assert portable < stored, "the portable program holds no weights"
+
+
+# --- coverage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.aoti
+def test_the_manifest_says_what_was_pruned_and_what_share_of_the_work_is_int8(llama_int8: Built) -> None:
+    pruning, quantization = manifest_of(llama_int8.directory)["coverage"]
+    halved = {e["name"]: e["done"] for e in pruning["entries"] if e["done"]}
+    assert len(halved) == 6 and set(halved.values()) == {"50.0% zero"}
+    model = tiny.llama(intermediate_size=tiny.INNER // 2)
+    flops = count_flops(model, (), {"input_ids": tiny.ids(2, 16)})
+    attention = tiny.LAYERS * 4 * 2 * 16 * 16 * tiny.WIDTH
+    assert quantization["share_of_flops"] == pytest.approx(1 - attention / flops[""], abs=1e-12)
+
+
+def test_masks_from_training_are_cut_out_of_the_artifact(tmp_path: Path) -> None:
+    model = tiny.mlp()
+    masks = prune_model_(model, PruneConfig("neurons", 0.5), example_inputs=(X,))
+    export(model, tmp_path / "a", masks=masks)
+    weights = artifact.load_weights(tmp_path / "a" / artifact.WEIGHTS)
+    assert sorted(list(t.shape) for t in weights.values()) == [[3], [3, 12], [12], [12], [12, 8], [12, 12]]
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path / "a")(X), model(X), atol=1e-5)
+
+
+# --- no compiler ------------------------------------------------------------------------------------------------------
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    if how == "none found":
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    else:
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "/nowhere/g++")
+
+
+@pytest.mark.parametrize("how", ["none found", "not there"])
+def test_without_a_compiler_the_portable_program_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    no_compiler(monkeypatch, how)
+    with pytest.warns(UserWarning, match=r"C\+\+ compiler.*install.*the aoti program is left out"):
+        export(tiny.mlp(), tmp_path / "a", engines=("aoti", "portable"))
+    assert [p["engine"] for p in manifest_of(tmp_path / "a")["programs"]] == ["portable"]
+    assert load(tmp_path / "a").engine == "portable"
+
+
+def test_without_a_compiler_and_a_portable_program_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_compiler(monkeypatch, "none found")
+    with pytest.warns(UserWarning), pytest.raises(ExportError, match=r"write engines=\('portable',\)"):
+        export(tiny.mlp(), tmp_path / "a", engines=("aoti",))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'no space in the inn' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"(?s)g\+\+ could not compile the int8 kernel.*no space in the inn"):
+        aoti._build_kernels(str(broken), tmp_path)
+
+
+def test_an_unknown_engine_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown engine 'onnx'; write one of \('aoti', 'portable'\)"):
+        export(tiny.mlp(), tmp_path / "a", engines=("onnx",))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 3, 8)])
+def test_a_bare_layer_is_exported_from_float_and_from_training(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x: Callable[[], Tensor] = lambda: torch.randn(shape, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    layer = nn.Linear(8, 4)
+    export(layer, tmp_path / "a", example_inputs=(x(),), data=None, quantize=INT8)
+    prepare_(layer, INT8)
+    export(layer, tmp_path / "b", example_inputs=(x(),), data=None)
+    assert torch.equal(load(tmp_path / "a")(x()), load(tmp_path / "b")(x()))
