@@ -51,7 +51,7 @@ def finalize(
         prepare_(deployed, quantize)
     quantized = is_prepared(deployed)
     if quantized:
-        deployed = convert_(deployed) if list(deployed.children()) else convert_(nn.Sequential(deployed))
+        deployed = convert_(deployed)
     return Finalized(plain, trained, deployed, quantized)
 
 

@@ -392,10 +392,60 @@ def test_no_group_where_cutting_would_be_wrong(case: str) -> None:
     assert [(g.name, g.members) for g in groups] == []
 
 
-def test_tied_weights_are_left_alone() -> None:
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)))
+def blocks(n: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(n)))
+
+
+def check_shrunk(model: nn.Module, inputs: Any, amount: float = 0.5) -> nn.Module:
+    """The model, pruned and shrunk; it must compute what the masked one does."""
+    masks = prune_model_(model, PruneConfig("neurons", amount), example_inputs=inputs)
+    shrunk = shrink_model(model, masks, example_inputs=inputs)
+    assert torch.allclose(run(shrunk, inputs), run(model, inputs), atol=1e-5)
+    return shrunk
+
+
+def test_weights_tied_between_two_blocks_are_cut_alike_and_stay_tied() -> None:
+    model = blocks(3)
     model[2][0].weight = model[0][0].weight
-    assert [g.name for g in find_groups(model, (X,))] == ["0.2", "1.0"], "neither 0.0 and 2.0, nor 1.2 before 2.0"
+    (group,) = [g for g in find_groups(model, (X,)) if g.name == "0.0"]
+    assert {name for name, _ in group.members} == {"0.0.weight", "0.0.bias", "2.0.bias", "0.2.weight", "2.2.weight"}
+    shrunk = check_shrunk(model, (X,))
+    assert shrunk[2][0].weight is shrunk[0][0].weight and shrunk[2][0].weight.shape == (8, 8)
+    assert (shrunk[2][0].in_features, shrunk[2][0].out_features) == (8, 8), "its input is the model's"
+
+
+def test_a_weight_tied_to_another_role_is_left_alone() -> None:
+    model = Net(lambda m, x: m.c(m.a(x).relu()) + m.e(torch.zeros(4, dtype=torch.long)), e=nn.Embedding(4, 16))
+    model.c = nn.Linear(16, 16)
+    model.e.weight = nn.Parameter(torch.randn(16, 16))
+    model.c.weight = model.e.weight
+    assert find_groups(model, (X,)) == []
+
+
+def test_a_module_called_twice_side_by_side_is_cut_once() -> None:
+    shared = blocks(1)[0]
+    model = Net(lambda m, x: m.s(x) + m.s(x.flip(0)), s=shared)
+    assert {g.name: g.width for g in find_groups(model, (X,))} == {"s.0": 16}
+    assert check_shrunk(model, (X,)).s[0].out_features == 8
+
+
+def test_layers_that_share_one_feed_forward_block_are_cut_once() -> None:
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=97,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    model = AlbertForSequenceClassification(config).eval()
+    group = find_groups(model, TOKENS)[0]
+    assert group.name.endswith("albert_layers.0.ffn") and group.width == 48
+    shrunk = check_shrunk(model, TOKENS, 0.25)
+    assert count_parameters(model) - count_parameters(shrunk) >= 12 * (2 * 32 + 1)
 
 
 def test_expert_weights_in_one_3d_tensor_are_left_alone() -> None:

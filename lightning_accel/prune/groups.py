@@ -141,8 +141,9 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
             "PruneConfig(structure='unstructured')"
         ) from error
     names = program.graph_signature.inputs_to_parameters
+    first = {id(parameter): name for name, parameter in select.named_parameters(model).items()}  # of tied ones
     return program.graph, {
-        node: select.canonical_name(names[node.name])
+        node: first[id(model.get_parameter(names[node.name]))]
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in names
     }
@@ -201,6 +202,7 @@ def _neurons(start: Node, width: int, parameters: Mapping[Node, str]) -> Group |
         if layer is not None:
             members += layer.member(True, parameters)
             users.update({p: users.get(p, 0) + 1 for p in (layer.weight, layer.bias) if p is not None})
+            visit(other for other, _ in _sites(layer.weight, parameters))
         elif _keeps_last_dim(node, width):
             visit(a for a in node.all_input_nodes if _has_width(a, width))
         else:
@@ -211,11 +213,18 @@ def _neurons(start: Node, width: int, parameters: Mapping[Node, str]) -> Group |
                 consumers += 1
                 members += consumer.member(False, parameters)
                 users[consumer.weight] = users.get(consumer.weight, 0) + 1
+                visit(other.input for _, other in _sites(consumer.weight, parameters))
             else:
                 visit([user])
     if not consumers or any(len(parameter.users) != count for parameter, count in users.items()):
         return None
     return Group(members[0][0].rpartition(".")[0], width, tuple(dict.fromkeys(members)))
+
+
+def _sites(weight: Node, parameters: Mapping[Node, str]) -> list[tuple[Node, _Linear]]:
+    """Where the layers of a weight are called: a shared module has several places, all cut alike."""
+    calls = ((node, _linear(node, parameters)) for node in weight.users)
+    return [(node, layer) for node, layer in calls if layer is not None and layer.weight is weight]
 
 
 def _has_width(node: Any, width: int) -> bool:

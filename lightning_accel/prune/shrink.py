@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,14 +76,17 @@ def _check_all_cut(model: nn.Module, masks: Masks, kept: Mapping[tuple[str, int]
 
 def _cut(model: nn.Module, name: str, dim: int, keep: Tensor) -> None:
     layer, _, leaf = name.rpartition(".")
-    module: Any = select.get_module(model, layer)
-    old = getattr(module, leaf)
+    old = getattr(select.get_module(model, layer), leaf)
     cut = old.detach().index_select(dim, keep.nonzero().squeeze(1).to(old.device)).contiguous()
-    setattr(module, leaf, nn.Parameter(cut, old.requires_grad))
-    if isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+    new = nn.Parameter(cut, old.requires_grad)
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        for tied in [key for key, parameter in module._parameters.items() if parameter is old]:
+            setattr(module, tied, new)
+            if isinstance(module, Conv1D):
+                module.nx, module.nf = module.weight.shape
+            elif isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
 
 
 def _record_widths(model: nn.Module, groups: list[Group], kept: list[Tensor]) -> None:
