@@ -105,7 +105,7 @@ def export_model(
     say = progress or (lambda message: None)
     say("finalizing")
     final = finalize(model, inputs, masks, quantize)
-    held_out = [_inputs_of_batch(final.trained, batch) for batch in batches] or [inputs]
+    held_out = [_as_float(_inputs_of_batch(final.trained, batch)) for batch in batches] or [inputs]
     with artifact.staging(directory) as path:
         manifest = _write(path, final, inputs, dynamic_shapes, engines, assets or {}, say)
         manifest["coverage"] = _coverage(final, inputs, masks)
@@ -133,13 +133,24 @@ def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> Example
     if example_inputs is None:
         if not is_causal_lm(model):
             raise ValueError("give example_inputs=(x,) or example_inputs={'name': x}, as the model is called")
-        return {"input_ids": torch.arange(16)[None].repeat(2, 1) % model.config.vocab_size}
+        length = min(16, getattr(model.config, "max_position_embeddings", None) or 16)
+        return {"input_ids": torch.arange(length)[None].repeat(2, 1) % model.config.vocab_size}
     args, kwargs = split_inputs(example_inputs)
     kwargs = {k: v for k, v in without_labels(kwargs).items() if v is not None}
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
+    args, kwargs = _as_float((args, kwargs))
     if is_causal_lm(model):  # the program makes its own masks and positions
         kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
     return args or kwargs
+
+
+def _as_float(inputs: Any) -> Any:
+    """Inputs on the CPU, in float32 where they are not integers, as the exported copies of the model are."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    return torch.utils._pytree.tree_map_only(Tensor, convert, inputs)
 
 
 def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:

@@ -338,3 +338,11 @@ def test_a_bare_layer_is_exported_from_float_and_from_training(tmp_path: Path, s
     prepare_(layer, INT8)
     export(layer, tmp_path / "b", example_inputs=(x(),), data=None)
     assert torch.equal(load(tmp_path / "a")(x()), load(tmp_path / "b")(x()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_and_inputs_of_another_float_format_are_exported_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny.mlp().to(dtype)
+    export(model, tmp_path / "a", example_inputs=(X[:4].to(dtype),), data=[X.to(dtype)])
+    assert torch.allclose(load(tmp_path / "a")(X), copy.deepcopy(model).float()(X), atol=1e-6)
+    assert model[0].weight.dtype == dtype
