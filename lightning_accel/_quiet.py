@@ -1,6 +1,7 @@
 """Imports that talk: torchao, and transformers which imports it, log warnings about CUDA extensions on a CPU.
 
-They are imported here once, with those two loggers silenced meanwhile and nothing else.
+They are imported here once, with those two loggers silenced meanwhile and nothing else. PreTrainedModel is among them
+because it imports what every model of transformers does.
 """
 
 import logging
@@ -23,6 +24,7 @@ def _silenced(*names: str):
 with _silenced("torchao", "torch.utils._pytree"):
     from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
     from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Conv1D", "FakeQuantizedEmbedding", "FakeQuantizedLinear", "FakeQuantizerBase"]
+__all__ = ["Conv1D", "FakeQuantizedEmbedding", "FakeQuantizedLinear", "FakeQuantizerBase", "PreTrainedModel"]
