@@ -47,6 +47,7 @@ def choose_precision(
     device: torch.device,
     names: Sequence[str] | None = None,
     repeats: int = 5,
+    budget: float = 3.0,
 ) -> PrecisionChoice:
     """Times forward and backward of `step(copy of model)` in each candidate, in turns, and chooses the fastest.
 
@@ -55,13 +56,16 @@ def choose_precision(
     Args:
         step: computes the loss of one real batch.
         names: candidates beside fp32; by default those that the device may be fast in.
+        repeats, budget: so many rounds, and up to four times as many within so many seconds: short steps need more of
+            them to give the same choice in the next run.
     """
     names = tuple(dict.fromkeys(("fp32", *(candidates(device) if names is None else names))))
     trial = copy.deepcopy(model)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        for repeat in range(repeats + 1):
+        rounds, begun = 0, time.perf_counter()
+        while rounds <= repeats or (rounds <= 4 * repeats and time.perf_counter() - begun < budget):
             for name in names:
                 start = time.perf_counter()
                 with autocast(name, device):
@@ -71,8 +75,9 @@ def choose_precision(
                     torch.cuda.synchronize(device)
                 elapsed = time.perf_counter() - start
                 trial.zero_grad(set_to_none=True)
-                if repeat:  # the first round warms up
+                if rounds:  # the first round warms up
                     seconds[name].append(elapsed)
+            rounds += 1
     fastest = {name: min(times) for name, times in seconds.items()}  # what else runs here only ever adds time
     best = min(fastest, key=lambda name: fastest[name])
     if best != "fp32" and fastest["fp32"] / fastest[best] < GAIN:
