@@ -29,7 +29,7 @@ from .prune import Masks, pruning_coverage, shrink_model
 from .prune.groups import ExampleInputs, copy_inputs, split_inputs
 from .quantize import QuantConfig, quantization_coverage, unprepare_
 from .report import ExportReport
-from .verify import DriftError, Verification, verify
+from .verify import DriftError, Verification, verify, with_noise
 
 Metric = Callable[[Any, Sequence[Any]], float]  # (model, batches) -> float; lower is better unless it says so
 METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from the trained model's
@@ -278,14 +278,20 @@ def caller(model: Any) -> Callable[[ExampleInputs], Any]:
 
 def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out: Sequence[ExampleInputs]) -> None:
     artifact.write_manifest(path, manifest)
+
+    def noisy(seed: int) -> Callable[[ExampleInputs], Any]:
+        return caller(with_noise(final.trained, seed))
+
     for entry in manifest["programs"]:
         loaded = artifact.load(path, engine=entry["engine"])
         plain = caller(final.plain) if final.quantized else None
-        figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"])
+        figures: Verification = verify(
+            held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy
+        )
         entry["verification"] = figures.as_dict()
         least = [_least(inputs, entry) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
         reference = final.trained if plain is None else final.deployed
-        verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)")
+        verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)", noisy)
 
 
 def _least(inputs: ExampleInputs, entry: dict[str, Any]) -> ExampleInputs:

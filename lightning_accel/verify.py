@@ -5,21 +5,24 @@
 
     KL(trained || artifact) <= KL_FRACTION * KL(plain || artifact)
 
-for logits, ERROR_FRACTION in place of KL_FRACTION with relative L2 errors for other outputs; and predictions must agree
-wherever the margin between the two best logits exceeds twice the largest error seen on another half of the inputs (or
-twice the share sqrt(KL_FRACTION) of quantization's own error there: a single flip may not occur in that half). What is
-not quantized must agree to float rounding.
+for logits, ERROR_FRACTION in place of KL_FRACTION with relative L2 errors for other outputs. In deep models with flat
+logits, as with random weights, flips alone make more: a KL(trained || artifact) beyond that bound may still be
+NOISE_FACTOR times what noise of NOISE in its vectors (biases, gains) does to the trained model itself, the largest of
+three draws. And predictions must agree wherever the margin between the two best logits exceeds twice the largest error
+seen on another half of the inputs (or twice the share sqrt(KL_FRACTION) of quantization's own error there: a single
+flip may not occur in that half). What is not quantized must agree to float rounding.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import artifact, engines
 from .distill import logits_of
@@ -29,6 +32,8 @@ KL_FRACTION = 0.1
 ERROR_FRACTION = 0.5
 ROUNDING = 1e-3  # relative L2 error that float reordering alone may cause
 SMALL_KL = 1e-6  # nats; below it a ratio of divergences means nothing
+NOISE = 1e-6  # relative; what another order of float operations does to sums of about a thousand products
+NOISE_FACTOR = 2.0
 
 Call = Callable[[Any], Any]  # inputs -> output
 
@@ -43,6 +48,7 @@ class Verification:
 
     Attributes:
         kl_trained, kl_plain: nats a position; `None` where the model puts out no logits.
+        kl_noise: KL(trained || trained with noise), where it was needed to judge `kl_trained`.
         error_trained, error_plain: relative L2 error of the float outputs.
         margin: logit margin above which predictions must agree, from the errors of the calibration half.
         agreement: share of positions of the test half with the same prediction, and of those over the margin.
@@ -53,6 +59,7 @@ class Verification:
     error_plain: float
     kl_trained: float | None = None
     kl_plain: float | None = None
+    kl_noise: float | None = None
     margin: float | None = None
     agreement: float | None = None
     agreement_over_margin: float | None = None
@@ -62,11 +69,19 @@ class Verification:
         return {**asdict(self), "kl_fraction_allowed": KL_FRACTION}
 
 
-def verify(inputs: Sequence[Any], artifact: Call, trained: Call, plain: Call | None, name: str) -> Verification:
+def verify(
+    inputs: Sequence[Any],
+    artifact: Call,
+    trained: Call,
+    plain: Call | None,
+    name: str,
+    noisy: Callable[[int], Call] | None = None,
+) -> Verification:
     """Compares a program with the eager models on `inputs`.
 
     Args:
         plain: the unquantized model; `None` when nothing is quantized.
+        noisy: the trained model with noise, from a seed (see `with_noise`).
 
     Raises:
         DriftError: the program computes something else; the message holds the figures.
@@ -88,8 +103,29 @@ def verify(inputs: Sequence[Any], artifact: Call, trained: Call, plain: Call | N
     _check_error(_error(rest[0], rest[1]), allowed, explained, name)
     if logits:
         ours_PV, trained_PV, plain_PV = (torch.cat([b[0].flatten(0, -2) for b in o]) for o in (ours, fake, full))
-        _compare_logits(result, ours_PV, trained_PV, plain_PV, name)
+
+
+        def noise() -> float:
+            draws = [noisy(seed) for seed in range(3)] if noisy else []
+            with torch.no_grad():
+                return max((_kl(trained_PV, _all_logits(draw, inputs)) for draw in draws), default=0.0)
+
+        _compare_logits(result, ours_PV, trained_PV, plain_PV, name, noise)
     return result
+
+
+def with_noise(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of a model whose vectors (biases, gains of normalization) are multiplied by 1 + NOISE * normal."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.dim() < 2):
+            parameter.mul_(1 + NOISE * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _all_logits(call: Call, inputs: Sequence[Any]) -> Tensor:
+    logits = (_logits(call(x), x) for x in inputs)
+    return torch.cat([batch.detach().float().flatten(0, -2) for batch in logits if batch is not None])
 
 
 def _check_error(error: float, allowed: float, explained: str, name: str) -> None:
@@ -97,13 +133,23 @@ def _check_error(error: float, allowed: float, explained: str, name: str) -> Non
         raise DriftError(f"the {name} program drifted: relative error {error:.2g} of its outputs, {explained}")
 
 
-def _compare_logits(result: Verification, ours_PV: Tensor, trained_PV: Tensor, plain_PV: Tensor, name: str) -> None:
+def _compare_logits(
+    result: Verification,
+    ours_PV: Tensor,
+    trained_PV: Tensor,
+    plain_PV: Tensor,
+    name: str,
+    noise: Callable[[], float],
+) -> None:
     result.kl_trained, result.kl_plain = _kl(trained_PV, ours_PV), _kl(plain_PV, ours_PV)
     if not result.kl_trained <= max(KL_FRACTION * result.kl_plain, SMALL_KL):
-        raise DriftError(
-            f"the {name} program drifted: KL(trained || artifact) is {result.kl_trained:.2g} nats, more than "
-            f"{KL_FRACTION} of KL(float || artifact), {result.kl_plain:.2g}"
-        )
+        result.kl_noise = noise()
+        if not result.kl_trained <= NOISE_FACTOR * result.kl_noise:
+            raise DriftError(
+                f"the {name} program drifted: KL(trained || artifact) is {result.kl_trained:.2g} nats, more than "
+                f"{KL_FRACTION} of KL(float || artifact), {result.kl_plain:.2g}, and than {NOISE_FACTOR} times what "
+                f"noise of {NOISE:g} does to the trained model, {result.kl_noise:.2g}"
+            )
     half = len(ours_PV) // 2
     if half == 0:
         return

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_accel import DriftError
-from lightning_accel.verify import ERROR_FRACTION, KL_FRACTION, ROUNDING, Verification, verify
+from lightning_accel.verify import ERROR_FRACTION, KL_FRACTION, NOISE, ROUNDING, Verification, verify, with_noise
 
 POSITIONS, CLASSES = 400, 20
 
@@ -59,6 +60,33 @@ def test_kl_above_a_tenth_of_quantizations_own_is_drift(share: float, drifts: bo
     else:
         result = compare(ours)
         assert result.kl_trained < KL_FRACTION * result.kl_plain
+
+
+@pytest.mark.parametrize(("size", "drifts"), [(0.05, False), (0.02, True)])
+def test_kl_that_float_noise_explains_is_no_drift(size: float, drifts: bool) -> None:
+    ours = TRAINED + noise(2, 0.05)
+
+    def compare_with_noise() -> Verification:
+        noisy = lambda seed: lambda _: TRAINED + noise(10 + seed, size)  # noqa: E731
+        return verify([None], lambda _: ours, lambda _: TRAINED, lambda _: PLAIN, "aoti", noisy)
+
+    if drifts:
+        with pytest.raises(DriftError, match=r"more than 0.1 of KL.*, and than 2.0 times what noise of 1e-06 does"):
+            compare_with_noise()
+    else:
+        result = compare_with_noise()
+        assert KL_FRACTION * result.kl_plain < result.kl_trained < 2 * result.kl_noise
+
+
+def test_noise_is_relative_in_vectors_only_and_leaves_the_model() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    before = copy.deepcopy(model.state_dict())
+    noisy = with_noise(model, 0)
+    assert torch.equal(noisy[0].weight, model[0].weight)
+    assert 0 < ((noisy[1].weight - model[1].weight) / model[1].weight).abs().max() < 6 * NOISE
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(with_noise(model, 0)[0].bias, noisy[0].bias)
+    assert not torch.equal(with_noise(model, 1)[0].bias, noisy[0].bias)
 
 
 def test_a_single_other_prediction_over_the_margin_is_drift() -> None:
