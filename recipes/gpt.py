@@ -193,7 +193,11 @@ def test_loss(logits: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tens
 
 # --- the report ------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("loss", "perplexity", "prefill_ms", "decode_tokens_per_s", "size_bytes", "peak_rss_bytes", "load_s")
+COLUMNS = {  # key in report.json -> head, format and unit in the table
+    "loss": ("loss", "{:.4f}", 1), "perplexity": ("perplexity", "{:.2f}", 1), "prefill_ms": ("prefill ms", "{:.2f}", 1),
+    "decode_tokens_per_s": ("decode tokens/s", "{:,.0f}", 1), "size_bytes": ("disk MB", "{:.2f}", 1e6),
+    "peak_rss_bytes": ("peak RSS MB", "{:.0f}", 1e6), "load_s": ("load s", "{:.3f}", 1),
+}
 
 
 def row(loss: float, measured: Measurement, size: int) -> dict[str, float]:
@@ -210,16 +214,16 @@ def row(loss: float, measured: Measurement, size: int) -> dict[str, float]:
 def show(report: dict[str, Any], out: Path) -> None:
     """Prints the table and writes report.json and report.md."""
     names = ("eager_fp32", "engine_fp32", "artifact")
-    formats = {"loss": "{:.4f}", "perplexity": "{:.2f}", "prefill_ms": "{:.2f}", "decode_tokens_per_s": "{:.0f}",
-               "size_bytes": "{:,.0f}", "peak_rss_bytes": "{:,.0f}", "load_s": "{:.3f}"}
-    cells = [[name, *(formats[c].format(report[name][c]) for c in COLUMNS)] for name in names]
-    table = Table("", *(c.replace("_", " ") for c in COLUMNS), title="held-out test split", padding=0)
+    cells = [[name, *(form.format(report[name][key] / unit) for key, (_, form, unit) in COLUMNS.items())]
+             for name in names]
+    heads = [head for head, _, _ in COLUMNS.values()]
+    table = Table("", *heads, title="held-out test split", padding=0)
     for line in cells:
         table.add_row(*line)
     console.print(table)
     text = "\n".join(report["summary"])
     console.print(text, highlight=False)
-    markdown = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    markdown = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     markdown += ["| " + " | ".join(line) + " |" for line in cells]
     details = f"{report['machine']}\n\n{report['versions']}\n\nseed {report['seed']}"
     (out / "report.md").write_text("\n".join(markdown) + "\n\n" + text.replace("\n", "\n\n") + "\n\n" + details + "\n")
@@ -249,6 +253,7 @@ def summarize(report: dict[str, Any]) -> list[str]:
         f"{report['baseline_loss']:.4f}, interpolated bigram {report['bigram_loss']:.4f}",
         f"quantized: {report['quantized_share_of_flops']:.1%} of FLOPs, "
         f"{report['quantized_share_of_parameters']:.1%} of parameters",
+        f"compressed fit: {report['precision']['reason']}",
     ]
 
 
@@ -258,6 +263,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model, for CI")
     parser.add_argument("--text", type=Path, help="train on this file, not on Python's documentation and sources")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+                        help="of the compressed fit; auto times both, so write one where losses must repeat anywhere")
     options = parser.parse_args()
     settings = QUICK if options.quick else FULL
     out: Path = options.out
@@ -292,8 +299,9 @@ def main() -> None:
                      progress=status.update)
 
     console.rule("3b. the compressed fit")
+    precision = AutoMixedPrecision(options.precision)
     fit(copy.deepcopy(baseline), data, settings.further_steps, settings.further_lr, options.seed + 1, [
-        AutoMixedPrecision("auto"),
+        precision,
         Distillation(DistillConfig(temperature=2.0, alpha=0.5), teacher=baseline, student="model"),
         Pruning(PruneConfig("neurons", amount=0.5), schedule=Cubic(begin=0.0, end=0.5), module="model"),
         QuantizationAwareTraining(QuantConfig("int8"), begin=0.6, module="model"),
@@ -325,7 +333,8 @@ def main() -> None:
         "portable_bytes": sizes[ours]["portable_bytes"], "baseline_loss": baseline_loss, "bigram_loss": bigram,
         "quantized_share_of_flops": coverage["share_of_flops"],
         "quantized_share_of_parameters": coverage["share_of_parameters"],
-        "machine": machine(), "versions": versions(), "seed": options.seed, "quick": options.quick,
+        "precision": vars(precision.choice), "machine": machine(), "versions": versions(), "seed": options.seed,
+        "quick": options.quick,
     }
     report["summary"] = summarize(report)
     report["seconds"] = time.perf_counter() - started
