@@ -1,4 +1,4 @@
-"""The compiled int8 kernel, bit by bit against its meaning in aten operators, on its vector and its plain path."""
+"""The compiled int8 kernel, bit by bit against its meaning in aten operators, on its tile, vector and plain paths."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lightning_accel.quantize.ops import int8_embedding_reference, int8_linear_r
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 X86 = platform.machine() in ("x86_64", "AMD64")
-PATHS = (
-    {"this machine": [], "plain": ["-march=x86-64-v3"], "oldest": ["-march=x86-64"]} if X86 else {"this machine": []}
-)
+PATHS = {"this machine": []}
+if X86:
+    PATHS |= {"no AMX": ["-mno-amx-int8"], "plain": ["-march=x86-64-v3"], "oldest": ["-march=x86-64"]}
 
 ENTRY = """
 #include "{source}"
@@ -74,7 +74,7 @@ def assert_bitwise(kernel: Kernel, x: Tensor, weight: Tensor, scale: Tensor, bia
 
 @settings(deadline=None, max_examples=75)
 @given(
-    st.integers(1, 13),
+    st.integers(1, 50),
     st.integers(1, 130),
     st.integers(1, 150),
     st.sampled_from(KINDS),
@@ -89,7 +89,7 @@ def test_outputs_are_the_references_bit_by_bit(
 
 @pytest.mark.parametrize(("n", "out"), [(64, 64), (61, 67), (3, 1), (1, 15), (257, 200)])
 def test_every_number_of_rows_and_ragged_sizes(kernel: Kernel, n: int, out: int) -> None:
-    for rows in (*range(1, 14), 128):
+    for rows in (*range(1, 18), 31, 32, 33, 128):
         for kind in KINDS:
             assert_bitwise(kernel, kinds_of_rows(rows, n, kind, rows), *layer(n, out, rows))
 
@@ -122,6 +122,18 @@ def test_the_largest_sum_fits(kernel: Kernel) -> None:
     weight, x = torch.full((16, n), -127, dtype=torch.int8), torch.ones(2, n)
     y = kernel(x, tile(weight), torch.ones(16), None)
     assert torch.equal(y, torch.full((2, 16), float(-127 * 127 * n)) * (1 / torch.tensor(127.0)))
+
+
+def test_products_of_torch_before_and_after_are_not_disturbed(kernel: Kernel) -> None:
+    # oneDNN's AMX kernels keep what they configured in a thread
+    x, (weight, scale, bias) = torch.randn(64, 96), layer(96, 64, 0)
+    a, b = (torch.randint(-127, 128, (64, 128), dtype=torch.int8) for _ in range(2))
+    half = torch.randn(64, 128).bfloat16()
+    expected = torch._int_mm(a, b.t()), half @ half.t()
+    for _ in range(3):
+        assert_bitwise(kernel, x, weight, scale, bias)
+        assert torch.equal(torch._int_mm(a, b.t()), expected[0])
+        assert torch.equal(half @ half.t(), expected[1])
 
 
 def test_denormals_and_signed_zeros(kernel: Kernel) -> None:

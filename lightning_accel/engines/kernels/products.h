@@ -1,0 +1,236 @@
+// Integer products: rows of 8-bit codes by tiles of int8 weights, int32 sums handed to an epilogue.
+//
+// Weights come in tiles of 16 channels by 4 inputs, [ceil(N/16), ceil(K/4), 16, 4], one 512-bit register each: what one
+// VNNI instruction reads, and 16 of them below each other are what one AMX instruction reads. Codes are rows of `stride`
+// bytes, padded with zeros, signed (symmetric quantization) or unsigned (with a zero point).
+//
+// An epilogue is an object with
+//     void store(int64_t m, int64_t n, int64_t count, sums)      // 16 sums of row m, channels n .. n + count
+// where `sums` is a __m512i on CPUs with AVX512 and a pointer to 16 int32 elsewhere.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define VNNI 1
+#endif
+#if defined(VNNI) && defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AMX 1
+#endif
+
+namespace {
+
+constexpr int64_t kRows = 16, kCols = 4, kTile = kRows * kCols;  // of a tile, and its bytes
+constexpr int64_t kPanel = 4;                                    // tiles of channels that one task computes
+constexpr int64_t kTileRows = 5;                                 // rows from which AMX is faster than VNNI
+constexpr int64_t kParallel = 1 << 21;                           // products below which threads cost more than they give
+
+struct Codes {
+  const int8_t* data;  // [M rounded up to 16, stride]
+  int64_t stride;      // bytes, a multiple of 64 and at least K
+};
+
+#ifdef VNNI
+
+inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+template <bool kUnsigned, int M, int N, class Out>  // M rows by N tiles of channels, sums in registers over all of K
+inline void block(const Codes& x, int64_t m, const int8_t* w, int64_t K4, int64_t n, int64_t channels, const Out& out) {
+  __m512i sums[M][N];
+  // the instruction multiplies unsigned by signed bytes: of signed codes, a weight's sign bit is flipped (w + 128) and
+  // 128 * sum(codes) taken off
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) sums[i][j] = _mm512_set1_epi32(kUnsigned ? 0 : out.start(m + i));
+  for (int64_t k = 0; k < K4; k++) {
+    __m512i tiles[N];
+    for (int j = 0; j < N; j++) {
+      tiles[j] = _mm512_loadu_si512(w + (j * K4 + k) * kTile);
+      if (!kUnsigned) tiles[j] = _mm512_xor_si512(tiles[j], flip);
+    }
+    for (int i = 0; i < M; i++) {
+      int32_t four;
+      std::memcpy(&four, x.data + (m + i) * x.stride + k * kCols, 4);
+      const __m512i codes = _mm512_set1_epi32(four);
+      for (int j = 0; j < N; j++)
+        sums[i][j] = kUnsigned ? _mm512_dpbusd_epi32(sums[i][j], codes, tiles[j])
+                               : _mm512_dpbusd_epi32(sums[i][j], tiles[j], codes);
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) out.store(m + i, n + j * kRows, channels - j * kRows, sums[i][j]);
+}
+
+template <bool kUnsigned, int N, class Out>
+inline void panel_vnni(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t n, int64_t channels,
+                       const Out& out) {
+  int64_t m = 0;
+  for (; m + 6 <= M; m += 6) block<kUnsigned, 6, N>(x, m, w, K4, n, channels, out);
+  for (; m + 2 <= M; m += 2) block<kUnsigned, 2, N>(x, m, w, K4, n, channels, out);
+  for (; m < M; m++) block<kUnsigned, 1, N>(x, m, w, K4, n, channels, out);
+}
+#endif
+
+#ifdef AMX
+
+// The system grants a process the use of AMX on demand; where it refuses, the vector path computes the same.
+inline bool amx_granted() {
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  return granted;
+}
+
+// GCC's AMX intrinsics do not tell the compiler all of the memory that they read and write.
+inline void in_memory(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Our eight tiles, each 16 rows of 64 bytes, for as long as it lives; then those of whoever used them before: oneDNN
+// remembers what it configured in a thread and does not configure it again.
+class Tiles {
+ public:
+  Tiles() {
+    in_memory(&before_);
+    _tile_storeconfig(&before_);
+    TileConfig config;
+    std::fill(config.bytes, config.bytes + 8, 64);
+    std::fill(config.rows, config.rows + 8, 16);
+    in_memory(&config);
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    in_memory(&before_);
+    _tile_loadconfig(&before_);
+  }
+
+ private:
+  TileConfig before_;
+};
+
+template <bool kUnsigned, class Out>  // 32 (or 16) rows by 32 (or 16) channels at a time
+void panel_amx(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
+               const Out& out) {
+  alignas(64) int32_t sums[4][256];
+  alignas(64) int8_t rest[2][1024];
+  const Tiles configured;
+  const int64_t whole = K4 / 16, left = K4 % 16;
+  for (int64_t t = 0; t < tiles; t += 2) {
+    const bool two = t + 1 < tiles;
+    const int8_t* first_w = w + t * K4 * kTile;
+    const int8_t* second_w = two ? first_w + K4 * kTile : first_w;
+    if (left) {  // the last inputs, padded with zeros: past the end of the last tile there may be no memory
+      std::memset(rest, 0, sizeof rest);
+      std::memcpy(rest[0], first_w + whole * 1024, left * kTile);
+      std::memcpy(rest[1], second_w + whole * 1024, left * kTile);
+    }
+    in_memory(rest);
+    for (int64_t m = 0; m < M; m += 32) {
+      const bool both = m + 16 < M;
+      const int8_t* a = x.data + m * x.stride;
+      const int8_t* b = both ? a + 16 * x.stride : a;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t k = 0; k < whole + (left > 0); k++) {
+        const bool last = k == whole;
+        _tile_loadd(6, last ? rest[0] : first_w + k * 1024, 64);
+        _tile_loadd(7, last ? rest[1] : second_w + k * 1024, 64);
+        _tile_loadd(4, a + k * 64, x.stride);
+        _tile_loadd(5, b + k * 64, x.stride);
+        if (kUnsigned) {
+          _tile_dpbusd(0, 4, 6);
+          _tile_dpbusd(1, 4, 7);
+          _tile_dpbusd(2, 5, 6);
+          _tile_dpbusd(3, 5, 7);
+        } else {
+          _tile_dpbssd(0, 4, 6);
+          _tile_dpbssd(1, 4, 7);
+          _tile_dpbssd(2, 5, 6);
+          _tile_dpbssd(3, 5, 7);
+        }
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+      for (int64_t i = 0; i < std::min<int64_t>(32, M - m); i++)
+        for (int64_t j = 0; j < 1 + two; j++)
+          out.store(m + i, n + (t + j) * kRows, channels - (t + j) * kRows,
+                    _mm512_load_si512(sums[i / 16 * 2 + j] + i % 16 * 16));
+    }
+  }
+}
+#endif
+
+#ifndef VNNI  // any other CPU: the same numbers, as fast as the compiler makes it
+
+template <bool kUnsigned, class Out>
+void panel_plain(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
+                 const Out& out) {
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t t = 0; t < tiles; t++) {
+      int32_t sums[kRows] = {};
+      const int8_t* codes = x.data + m * x.stride;
+      for (int64_t k = 0; k < K4; k++, codes += kCols) {
+        const int8_t* tile = w + (t * K4 + k) * kTile;
+        for (int r = 0; r < kRows; r++)
+          for (int c = 0; c < kCols; c++)
+            sums[r] += int32_t(tile[r * kCols + c]) * (kUnsigned ? uint8_t(codes[c]) : codes[c]);
+      }
+      out.store(m, n + t * kRows, channels - t * kRows, sums);
+    }
+}
+#endif
+
+// Products of a panel of up to kPanel tiles of channels with all rows.
+template <bool kUnsigned, class Out>
+void panel(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
+           const Out& out) {
+#ifdef AMX
+  if (M >= kTileRows && amx_granted()) return panel_amx<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
+#endif
+#ifdef VNNI
+  switch (tiles) {
+    case 4: return panel_vnni<kUnsigned, 4>(x, M, w, K4, n, channels, out);
+    case 3: return panel_vnni<kUnsigned, 3>(x, M, w, K4, n, channels, out);
+    case 2: return panel_vnni<kUnsigned, 2>(x, M, w, K4, n, channels, out);
+    default: return panel_vnni<kUnsigned, 1>(x, M, w, K4, n, channels, out);
+  }
+#else
+  panel_plain<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
+#endif
+}
+
+// Quantizes M rows, then multiplies them by panels of channels, in parallel where it pays.
+template <class Quantize, class Multiply>
+void run(int64_t M, int64_t panels, int64_t products, const Quantize& quantize, const Multiply& multiply) {
+#ifdef _OPENMP
+  if (omp_get_max_threads() > 1 && products >= kParallel) {
+#pragma omp parallel
+    {
+#pragma omp for
+      for (int64_t m = 0; m < M; m++) quantize(m);
+#pragma omp for
+      for (int64_t p = 0; p < panels; p++) multiply(p);
+    }
+    return;
+  }
+#endif
+  for (int64_t m = 0; m < M; m++) quantize(m);
+  for (int64_t p = 0; p < panels; p++) multiply(p);
+}
+
+}  // namespace
