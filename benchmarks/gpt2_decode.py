@@ -1,6 +1,6 @@
 """Decode at GPT-2-small shape, random weights: the int8 artifact against transformers' `generate` and the float engine.
 
-    lightning-accel run benchmarks/gpt2_decode.py --threads 1 --out out/gpt2   # builds both artifacts once, then measures
+    lightning-accel run benchmarks/gpt2_decode.py --threads 1 --out out/gpt2  # builds both once, then measures
 """
 
 from __future__ import annotations

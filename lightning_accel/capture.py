@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .distill import without_labels
-from .prune.groups import ExampleInputs, copy_inputs, explain_export, split_inputs
+from .inputs import ExampleInputs, copy_inputs, explain_export, split_inputs, without_labels
 
 MAX_BATCH = 1024
 _HINT = (

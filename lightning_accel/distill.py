@@ -89,11 +89,6 @@ def logits_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() and output.dim() >= 2 else None
 
 
-def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword inputs for a teacher: labels left out, so that it computes no loss of its own."""
-    return {name: value for name, value in kwargs.items() if name not in ("labels", "label")}
-
-
 @contextmanager
 def guest(teacher: nn.Module) -> Iterator[nn.Module]:
     """The teacher in eval mode and without gradients; its own state is put back afterwards (contract 9)."""

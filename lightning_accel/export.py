@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from . import artifact, engines, select
 from .capture import call_example, capture, flatten_output, input_names, is_causal_lm
-from .distill import without_labels
 from .engines.aoti import CompilerMissing
 from .finalize import Finalized, finalize, restore_
+from .inputs import ExampleInputs, copy_inputs, split_inputs, without_labels
 from .measure import Measurement, Target, compare, machine, size_on_disk, versions
 from .prune import Masks, pruning_coverage, shrink_model
-from .prune.groups import ExampleInputs, copy_inputs, split_inputs
 from .quantize import QuantConfig, quantization_coverage, unprepare_
 from .report import ExportReport
 from .verify import DriftError, Verification, verify, with_noise

@@ -12,8 +12,8 @@ from torch import nn
 
 from . import select
 from .capture import as_inputs
+from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
-from .prune.groups import ExampleInputs
 from .quantize import QuantConfig, convert_, is_prepared, prepare_, unprepare_
 from .quantize.fake import count_own
 

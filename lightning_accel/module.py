@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from .distill import logits_of, without_labels
+from .distill import logits_of
+from .inputs import without_labels
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

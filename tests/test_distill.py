@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel import DistillConfig, distillation_loss
-from lightning_accel.distill import combine, guest, logits_of, without_labels
+from lightning_accel.distill import combine, guest, logits_of
+from lightning_accel.inputs import without_labels
 
 
 def kl_by_hand(teacher: list[float], student: list[float], temperature: float) -> float:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import select
-from ..distill import DistillConfig, combine, distillation_loss, guest, logits_of, without_labels
+from ..distill import DistillConfig, combine, distillation_loss, guest, logits_of
+from ..inputs import without_labels
 from .base import AccelCallback
 from .patches import patch, unpatch
 

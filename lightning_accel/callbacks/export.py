@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import artifact
 from ..export import ExportError, ExportReport, Metric, export_model
+from ..inputs import ExampleInputs
 from ..prune import Masks
-from ..prune.groups import ExampleInputs
 from .base import AccelCallback
 from .checkpoints import best_checkpoint, monitored
 from .inputs import InputRecorder, example_of, held_out_batches

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import select
 from ..capture import as_inputs
-from ..prune.groups import ExampleInputs
+from ..inputs import ExampleInputs
 
 _Call = tuple[tuple, dict[str, Any]]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .. import select
 from ..capture import as_inputs
 from ..export import Metric
+from ..inputs import ExampleInputs
 from ..loaded import Output
-from ..prune.groups import ExampleInputs
 from .inputs import InputRecorder
 
 

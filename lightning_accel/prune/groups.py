@@ -9,10 +9,8 @@ normalization or the residual stream are something else.
 from __future__ import annotations
 
 import copy
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +18,7 @@ from torch import nn
 from torch.fx import Node
 
 from .. import select
-
-ExampleInputs = tuple | Mapping[str, Any]
+from ..inputs import ExampleInputs, explain_export, split_inputs
 
 aten = torch.ops.aten
 _SAME_SHAPE = {
@@ -96,29 +93,6 @@ def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs]) -> l
     if errors and not groups:
         raise errors[0]
     return groups
-
-
-def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """Example inputs as (args, kwargs): a dict is keyword inputs, a tuple positional ones."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    return tuple(example_inputs), {}
-
-
-def explain_export(error: Exception) -> str:
-    """What torch.export says, without its advice for torch's own developers: the reason and the user's line."""
-    reason = "\n".join(str(error).strip().split("\n\n")[0].splitlines()[:4])
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
-    where = f'\n  File "{frames[-1].filename}", line {frames[-1].lineno}\n    {frames[-1].line}' if frames else ""
-    return f"{type(error).__name__}: {reason}{where}"
-
-
-def copy_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """`split_inputs` with the tensors copied, for a model that writes to its inputs (an in-place activation)."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, split_inputs(example_inputs))
 
 
 def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Graph, dict[Node, str]]:

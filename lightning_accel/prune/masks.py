@@ -19,7 +19,7 @@ from ..select import Coverage, Entry
 from .groups import Group, find_groups, find_groups_below
 
 if TYPE_CHECKING:
-    from .groups import ExampleInputs
+    from ..inputs import ExampleInputs
 
 Masks = dict[str, Tensor]  # parameter name -> bool, broadcastable to the parameter; True keeps
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import select
 from .._quiet import Conv1D
-from .groups import ExampleInputs, Group, find_groups
+from ..inputs import ExampleInputs
+from .groups import Group, find_groups
 from .masks import Masks, apply_masks_
 
 

@@ -1,0 +1,40 @@
+"""How a model is called: example inputs as a tuple or a dict, and what torch.export says of a model that it refuses."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ExampleInputs = tuple | Mapping[str, Any]
+
+
+def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
+    """Example inputs as (args, kwargs): a dict is keyword inputs, a tuple positional ones."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    return tuple(example_inputs), {}
+
+
+def copy_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
+    """`split_inputs` with the tensors copied, for a model that writes to its inputs (an in-place activation)."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, split_inputs(example_inputs))
+
+
+def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs without labels, so that a model computes no loss of its own."""
+    return {name: value for name, value in kwargs.items() if name not in ("labels", "label")}
+
+
+def explain_export(error: Exception) -> str:
+    """What torch.export says, without its advice for torch's own developers: the reason and the user's line."""
+    reason = "\n".join(str(error).strip().split("\n\n")[0].splitlines()[:4])
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    where = f'\n  File "{frames[-1].filename}", line {frames[-1].lineno}\n    {frames[-1].line}' if frames else ""
+    return f"{type(error).__name__}: {reason}{where}"
