@@ -77,7 +77,7 @@ def verify(
     name: str,
     noisy: Callable[[int], Call] | None = None,
 ) -> Verification:
-    """Compares a program with the eager models on `inputs`.
+    """Compares a program with the eager models on `inputs`, one batch in memory at a time.
 
     Args:
         plain: the unquantized model; `None` when nothing is quantized.
@@ -86,32 +86,94 @@ def verify(
     Raises:
         DriftError: the program computes something else; the message holds the figures.
     """
+    tally = _Tally()
     with torch.no_grad():
-        answers = [[call(x) for x in inputs] for call in (artifact, trained, plain or trained)]
-    alone = isinstance(answers[0][0], Tensor)  # a causal LM's program gives its logits only
-    ours, fake, full = ([_tensors(y, x, alone) for y, x in zip(a, inputs, strict=True)] for a in answers)
-    if any(not torch.isfinite(t).all() for batch in ours for t in batch):
-        raise DriftError(f"the {name} program puts out NaN or infinite values on held-out inputs")
-    result = Verification(sum(b[0].shape[:-1].numel() for b in ours), _error(ours, fake), _error(ours, full))
+        for x in inputs:
+            answers = [call(x) for call in (artifact, trained, plain or trained)]
+            alone = isinstance(answers[0], Tensor)  # a causal LM's program gives its logits only
+            ours, fake, full = (_tensors(answer, x, alone) for answer in answers)
+            if any(not torch.isfinite(t).all() for t in ours):
+                raise DriftError(f"the {name} program puts out NaN or infinite values on held-out inputs")
+            logits = int(_logits(answers[0], x) is not None)
+            tally.add(ours, fake, full, logits if plain is not None else 0)
+    result = Verification(tally.positions, _error(tally.all_trained), _error(tally.all_plain))
     if plain is None:
         _check_error(result.error_trained, ROUNDING, f"float rounding explains {ROUNDING:g}", name)
         return result
-    logits = int(_logits(answers[0][0], inputs[0]) is not None)
-    rest = [[batch[logits:] for batch in outputs] for outputs in (ours, fake, full)]
-    allowed = max(ERROR_FRACTION * _error(rest[0], rest[2]), ROUNDING)
+    allowed = max(ERROR_FRACTION * _error(tally.rest_plain), ROUNDING)
     explained = f"{allowed:.2g} allowed ({ERROR_FRACTION} of its error against the float model)"
-    _check_error(_error(rest[0], rest[1]), allowed, explained, name)
-    if logits:
-        ours_PV, trained_PV, plain_PV = (torch.cat([b[0].flatten(0, -2) for b in o]) for o in (ours, fake, full))
-
-
-        def noise() -> float:
-            draws = [noisy(seed) for seed in range(3)] if noisy else []
-            with torch.no_grad():
-                return max((_kl(trained_PV, _all_logits(draw, inputs)) for draw in draws), default=0.0)
-
-        _compare_logits(result, ours_PV, trained_PV, plain_PV, name, noise)
+    _check_error(_error(tally.rest_trained), allowed, explained, name)
+    if tally.rows:
+        _check_divergence(result, tally, name, lambda: _noise(inputs, trained, noisy))
+        _check_predictions(result, tally, name)
     return result
+
+
+class _Tally:
+    """Sums over batches: [squared difference, squared size] of outputs, and a row of figures a position of logits."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self.all_trained, self.all_plain, self.rest_trained, self.rest_plain = ([0.0, 0.0] for _ in range(4))
+        self.rows: list[Tensor] = []  # [P, 6]: KL, KL, largest error, largest error, margin, same prediction
+
+    def add(self, ours: list[Tensor], trained: list[Tensor], plain: list[Tensor], logits: int) -> None:
+        self.positions += ours[0].shape[:-1].numel()
+        for index, (a, b, c) in enumerate(zip(ours, trained, plain, strict=True)):
+            rest = [(self.rest_trained, b), (self.rest_plain, c)] if index >= logits else []
+            for sums, other in ((self.all_trained, b), (self.all_plain, c), *rest):
+                sums[0] += float((a - other).square().sum())
+                sums[1] += float(other.square().sum())
+        if logits:
+            flat = (t[0].flatten(0, -2).split(1024) for t in (ours, trained, plain))
+            self.rows += [_figures(*chunk) for chunk in zip(*flat, strict=True)]
+
+
+def _figures(ours_PV: Tensor, trained_PV: Tensor, plain_PV: Tensor) -> Tensor:
+    top2_P2 = trained_PV.topk(2).values
+    columns = (
+        _kl(trained_PV, ours_PV),
+        _kl(plain_PV, ours_PV),
+        (ours_PV - trained_PV).abs().amax(-1),
+        (ours_PV - plain_PV).abs().amax(-1),
+        top2_P2[:, 0] - top2_P2[:, 1],
+        (ours_PV.argmax(-1) == trained_PV.argmax(-1)).float(),
+    )
+    return torch.stack(columns, -1)
+
+
+def _check_error(error: float, allowed: float, explained: str, name: str) -> None:
+    if not error <= allowed:  # so that NaN fails
+        raise DriftError(f"the {name} program drifted: relative error {error:.2g} of its outputs, {explained}")
+
+
+def _check_divergence(result: Verification, tally: _Tally, name: str, noise: Callable[[], float]) -> None:
+    result.kl_trained, result.kl_plain = torch.cat(tally.rows)[:, :2].double().mean(0).tolist()
+    if result.kl_trained <= max(KL_FRACTION * result.kl_plain, SMALL_KL):
+        return
+    result.kl_noise = noise()
+    if not result.kl_trained <= NOISE_FACTOR * result.kl_noise:
+        raise DriftError(
+            f"the {name} program drifted: KL(trained || artifact) is {result.kl_trained:.2g} nats, more than "
+            f"{KL_FRACTION} of KL(float || artifact), {result.kl_plain:.2g}, and than {NOISE_FACTOR} times what noise "
+            f"of {NOISE:g} does to the trained model, {result.kl_noise:.2g}"
+        )
+
+
+def _check_predictions(result: Verification, tally: _Tally, name: str) -> None:
+    _, _, error_P, error_plain_P, gap_P, same_P = torch.cat(tally.rows).unbind(-1)
+    half = len(gap_P) // 2
+    if half == 0:
+        return
+    result.margin = 2 * max(error_P[:half].max().item(), KL_FRACTION**0.5 * error_plain_P[:half].max().item())
+    same, over = same_P[half:], gap_P[half:] > result.margin
+    result.agreement = same.mean().item()
+    result.agreement_over_margin = same[over].mean().item() if over.any() else 1.0
+    if result.agreement_over_margin < 1.0:
+        raise DriftError(
+            f"the {name} program predicts otherwise than the trained model at {1 - result.agreement_over_margin:.1%} "
+            f"of the positions whose margin exceeds {result.margin:.2g}"
+        )
 
 
 def with_noise(model: nn.Module, seed: int) -> nn.Module:
@@ -123,48 +185,18 @@ def with_noise(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def _all_logits(call: Call, inputs: Sequence[Any]) -> Tensor:
-    logits = (_logits(call(x), x) for x in inputs)
-    return torch.cat([batch.detach().float().flatten(0, -2) for batch in logits if batch is not None])
-
-
-def _check_error(error: float, allowed: float, explained: str, name: str) -> None:
-    if not error <= allowed:  # so that NaN fails
-        raise DriftError(f"the {name} program drifted: relative error {error:.2g} of its outputs, {explained}")
-
-
-def _compare_logits(
-    result: Verification,
-    ours_PV: Tensor,
-    trained_PV: Tensor,
-    plain_PV: Tensor,
-    name: str,
-    noise: Callable[[], float],
-) -> None:
-    result.kl_trained, result.kl_plain = _kl(trained_PV, ours_PV), _kl(plain_PV, ours_PV)
-    if not result.kl_trained <= max(KL_FRACTION * result.kl_plain, SMALL_KL):
-        result.kl_noise = noise()
-        if not result.kl_trained <= NOISE_FACTOR * result.kl_noise:
-            raise DriftError(
-                f"the {name} program drifted: KL(trained || artifact) is {result.kl_trained:.2g} nats, more than "
-                f"{KL_FRACTION} of KL(float || artifact), {result.kl_plain:.2g}, and than {NOISE_FACTOR} times what "
-                f"noise of {NOISE:g} does to the trained model, {result.kl_noise:.2g}"
-            )
-    half = len(ours_PV) // 2
-    if half == 0:
-        return
-    error, error_plain = ((ours_PV[:half] - other[:half]).abs().max().item() for other in (trained_PV, plain_PV))
-    result.margin = 2 * max(error, KL_FRACTION**0.5 * error_plain)
-    top2 = trained_PV[half:].topk(2).values
-    over = (top2[:, 0] - top2[:, 1]) > result.margin
-    same = ours_PV[half:].argmax(-1) == trained_PV[half:].argmax(-1)
-    result.agreement = same.float().mean().item()
-    result.agreement_over_margin = same[over].float().mean().item() if over.any() else 1.0
-    if result.agreement_over_margin < 1.0:
-        raise DriftError(
-            f"the {name} program predicts otherwise than the trained model at {1 - result.agreement_over_margin:.1%} "
-            f"of the positions whose margin exceeds {result.margin:.2g}"
-        )
+@torch.no_grad()
+def _noise(inputs: Sequence[Any], trained: Call, noisy: Callable[[int], Call] | None) -> float:
+    """The largest KL(trained || trained with noise), in nats, of three draws."""
+    draws = [noisy(seed) for seed in range(3)] if noisy else []
+    rows: list[list[Tensor]] = [[] for _ in draws]
+    for x in inputs:
+        answers = [_logits(call(x), x) for call in (trained, *draws)]
+        if answers[0] is not None:
+            expected, *others = (t.detach().float().flatten(0, -2) for t in answers if t is not None)
+            for row, other in zip(rows, others, strict=True):
+                row.append(_kl(expected, other))
+    return max((torch.cat(row).mean().item() for row in rows if row), default=0.0)
 
 
 def _logits(output: Any, inputs: Any) -> Tensor | None:
@@ -188,17 +220,14 @@ def _tensors(output: Any, inputs: Any, alone: bool) -> list[Tensor]:
     return [t.detach().float() for t in floats or rest]
 
 
-def _error(ours: list[list[Tensor]], others: list[list[Tensor]]) -> float:
-    difference = sum(
-        float((a - b).square().sum()) for x, y in zip(ours, others, strict=True) for a, b in zip(x, y, strict=True)
-    )
-    size = sum(float(b.square().sum()) for y in others for b in y)
-    return (difference / max(size, 1e-30)) ** 0.5
+def _error(sums: Sequence[float]) -> float:
+    return (sums[0] / max(sums[1], 1e-30)) ** 0.5
 
 
-def _kl(p_PV: Tensor, q_PV: Tensor) -> float:
+def _kl(p_PV: Tensor, q_PV: Tensor) -> Tensor:
+    """KL(softmax(p) || softmax(q)) of each position [P], in nats."""
     p, q = torch.log_softmax(p_PV, -1), torch.log_softmax(q_PV, -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return (p.exp() * (p - q)).sum(-1)
 
 
 # --- an artifact on disk ----------------------------------------------------------------------------------------------
@@ -216,6 +245,9 @@ def verify_artifact(directory: str | Path) -> list[str]:
     golden = artifact.load_weights(artifact.check_file(directory, **_digest(manifest["golden"])))
     for item in (*manifest.get("assets", ()), *([manifest["weights"]] if "weights" in manifest else [])):
         artifact.check_file(directory, **_digest(item))
+    for entry in manifest["programs"]:  # those too that cannot run here
+        for item in (entry, *([entry["nodes"]] if "nodes" in entry else [])):
+            artifact.check_file(directory, **_digest(item))
     lines = [f"files: {len(list(directory.iterdir()))}, hashes as written"]
     for entry in manifest["programs"]:
         reason = engines.get(entry["engine"]).unusable(entry)
@@ -232,8 +264,10 @@ def _golden_again(directory: Path, entry: dict[str, Any], golden: Mapping[str, T
     inputs = {n.removeprefix("input."): t.clone() for n, t in golden.items() if n.startswith("input.")}
     outputs = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
     answers = artifact.load(directory, engine=entry["engine"])(**inputs), structure(entry["outputs"], outputs)
-    ours, expected = ([_tensors(answer, inputs, alone=False)] for answer in answers)
-    error, error_plain = _error(ours, expected), (entry.get("verification") or {}).get("error_plain", 0.0)
+    tally = _Tally()
+    ours, expected = (_tensors(answer, inputs, alone=False) for answer in answers)
+    tally.add(ours, expected, expected, 0)
+    error, error_plain = _error(tally.all_trained), (entry.get("verification") or {}).get("error_plain", 0.0)
     allowed = max(ERROR_FRACTION * error_plain, ROUNDING)
     _check_error(error, allowed, f"{allowed:.2g} allowed", entry["engine"])
     return error
