@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Perceptron, Plain, assert_same, llama, loader, seeded, texts, trainer, weights
-from lightning.pytorch.callbacks import Callback
+from helpers import Perceptron, Plain, assert_same, data, llama, loader, seeded, texts, trainer, weights
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from lightning_accel import (
@@ -19,7 +19,7 @@ from lightning_accel import (
     QuantConfig,
     QuantizationAwareTraining,
 )
-from lightning_accel.quantize import is_prepared, prepare_
+from lightning_accel.quantize import is_prepared, prepare_, unprepare_
 
 
 class Active(Callback):
@@ -69,6 +69,38 @@ def test_training_after_begin_is_bitwise_that_of_the_prepared_model(tmp_path):
     trainer(tmp_path).fit(prepared, loader())
     trainer(tmp_path, [QuantizationAwareTraining(begin=0, module="model")]).fit(trained, loader())
     assert_same(weights(prepared), weights(trained))
+
+
+class Scored(Plain):
+    """Keeps the logits of what it scores."""
+
+    def keep(self, batch: Any, batch_idx: int) -> None:
+        self.logits = self.model(batch[0])
+
+    validation_step = test_step = predict_step = keep
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("begin", [0.5, 8], ids=["past-begin", "before-begin"])
+def test_a_checkpoint_is_scored_as_the_network_that_was_trained(tmp_path, stage, begin):
+    x = data(16)[:][0]
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    module = seeded(Scored)
+    trainer(tmp_path, [QuantizationAwareTraining(begin=begin, module="model"), keep], max_epochs=3).fit(
+        module, loader()
+    )
+    saved = tmp_path / f"epoch={2 if begin == 0.5 else 1}.ckpt"
+    module.load_state_dict(torch.load(saved, weights_only=True)["state_dict"])
+    with torch.no_grad():
+        quantized = module.model(x)
+        floating = unprepare_(module.model)(x)
+    assert not torch.equal(quantized, floating)
+
+    fresh = seeded(Scored, seed=5)
+    score = getattr(trainer(tmp_path, [QuantizationAwareTraining(begin=begin, module="model")]), stage)
+    score(fresh, loader(16, batch=16), ckpt_path=str(saved))
+    assert is_prepared(fresh.model) == (begin == 0.5)
+    assert torch.equal(fresh.logits, quantized if begin == 0.5 else floating)
 
 
 class Shared(Perceptron):

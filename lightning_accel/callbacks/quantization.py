@@ -59,8 +59,23 @@ class QuantizationAwareTraining(AccelCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a resume past `begin`, quantizes before anything runs."""
-        if self.prepared:
-            prepare_(self.target(pl_module), self.config)
+        self._prepare_again(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With a checkpoint from past `begin`, scores the network that was trained."""
+        self._prepare_again(pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As `on_validation_start`."""
+        self._prepare_again(pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As `on_validation_start`."""
+        self._prepare_again(pl_module)
+
+    def _prepare_again(self, pl_module: pl.LightningModule) -> None:
+        if self.prepared:  # where it is prepared already, nothing changes
+            self.coverage = prepare_(self.target(pl_module), self.config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks `begin` against the length of training."""
