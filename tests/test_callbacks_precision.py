@@ -78,6 +78,26 @@ def test_nonfinite_gradients_in_a_row_stop_training_and_name_the_parameter(tmp_p
     assert callback.skipped == (3 if precision == "fp16" else 0)  # without a scaler nothing is skipped
 
 
+@pytest.mark.parametrize(("precision", "then"), [("fp16", "skipped"), ("bf16", "taken all the same")])
+@pytest.mark.filterwarnings("ignore:fp16 on a CPU")
+def test_nonfinite_gradients_are_said_once_where_they_begin(tmp_path, monkeypatch, precision, then):
+    import lightning_accel.callbacks.precision as where
+
+    said: list[str] = []
+    monkeypatch.setattr(where, "rank_zero_info", said.append)
+
+    class Zeroed(Overflows):
+        """Where there is no scaler, the gradient is zeroed after it was seen, so that the weights stay finite."""
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if precision == "bf16":
+                self.zero_grad()
+
+    trainer(tmp_path, [AutoMixedPrecision(precision)], max_epochs=1).fit(seeded(Zeroed, {1, 2, 4}), loader(48))
+    begin = "AutoMixedPrecision: the gradient of 'model.first.weight' is not finite at optimizer step"
+    assert said[1:] == [f"{begin} {step}, which is {then}" for step in (1, 4)]
+
+
 def test_nonfinite_gradients_that_end_do_not_stop_training(tmp_path):
     module, callback = seeded(Overflows, {1, 2}), AutoMixedPrecision("fp16", patience=3)
     with pytest.warns(UserWarning, match="fp16 on a CPU"):
@@ -117,6 +137,16 @@ def test_bf16_computes_in_bf16_and_keeps_the_weights_in_fp32(tmp_path):
 def test_a_precision_given_to_the_trainer_too_raises(tmp_path, asked):
     fit = trainer(tmp_path, [AutoMixedPrecision(asked)], precision="bf16-mixed")
     with pytest.raises(ValueError, match=r"Trainer\(precision='bf16-mixed'\) and AutoMixedPrecision.*leave one out"):
+        fit.fit(seeded(Plain), loader())
+
+
+def test_the_precision_that_lightning_turned_into_another_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU"):
+        fit = trainer(tmp_path, [AutoMixedPrecision("fp16")], precision="16-mixed")
+    with pytest.raises(ValueError, match=r"leave one out \(on a CPU, Lightning turns '16-mixed' into 'bf16-mixed'\)"):
+        fit.fit(seeded(Plain), loader())
+    fit = trainer(tmp_path, [AutoMixedPrecision("fp16")], precision="64-true")
+    with pytest.raises(ValueError, match=r"leave one out$"):
         fit.fit(seeded(Plain), loader())
 
 

@@ -40,11 +40,28 @@ def test_masks_phases_and_choices_are_identical_on_both_ranks(ranks):
     assert int(one["masks"]["model.first.bias"].sum()) == 8
 
 
-def test_rank_0_times_and_its_choice_is_taken_by_both(ranks):
+def test_both_ranks_time_and_the_choice_of_rank_0_is_taken_by_both(ranks):
     _, (one, other) = ranks
-    assert (one["timed"], other["timed"]) == (1, 0)
+    assert (one["timed"], other["timed"]) == (1, 1)
     assert one["whole"]["choice"] == other["whole"]["choice"]
-    assert one["whole"]["choice"]["precision"] == "bf16"
+    assert one["whole"]["choice"]["precision"] == "bf16"  # rank 1 measured otherwise
+
+
+def test_a_step_in_which_the_ranks_wait_for_each_other_is_timed_as_often_on_each(ranks):
+    _, (one, other) = ranks
+    timed, trained = 6 * 2, 4  # rounds of two candidates; batches
+    for rank in (one, other):
+        assert rank["timing waits"]["gathered"] == [(2, 8, 8)] * (timed + trained)
+    assert one["auto"] == other["auto"] and set(one["auto"]["seconds"]) == {"fp32", "bf16"}
+    assert_same(one["timing waits"]["weights"], other["timing waits"]["weights"])
+
+
+def test_an_export_runs_a_step_with_all_gather_on_rank_0_alone(ranks):
+    path, (one, other) = ranks
+    assert other["export alone"]["gathered"] == [(2, 8, 8)] * 4
+    assert set(one["export alone"]["gathered"][4:]) == {(8, 8)}
+    manifest = json.loads((path / "alone" / "manifest.json").read_text())
+    assert "loss (artifact)" in {metric["name"] for metric in manifest["metrics"]}
 
 
 def test_the_export_happens_once_and_computes_what_was_trained(ranks):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from helpers import Perceptron, Plain, loader, seeded, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_accel.callbacks.precision as precision
 import lightning_accel.engines.portable as portable
@@ -34,6 +37,23 @@ class Called(Plain):
         return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
+class Waits(Plain):
+    """Its training_step waits for the other rank: in all_gather and, where `layer` is set, within the network."""
+
+    gathered: ClassVar[list[tuple[int, ...]]] = []  # shapes, of the copies too
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        everywhere = self.all_gather(batch[0])
+        self.gathered.append(tuple(everywhere.shape))
+        if self.layer:  # as SyncBatchNorm does, which torch has for GPUs only
+            torch.distributed.all_reduce(torch.zeros(1))
+        return super().training_step(batch, batch_idx) + 0 * everywhere.mean()
+
+
 def callbacks(path: Path) -> list[Any]:
     options: dict[str, Any] = {"engines": ("portable",), "measure": False}
     return [
@@ -47,10 +67,14 @@ def callbacks(path: Path) -> list[Any]:
     ]
 
 
+def two_ranks(path: Path, chosen: list[Any]) -> Any:
+    return trainer(path, chosen, strategy=DDPStrategy(timeout=timedelta(seconds=100)), devices=2)
+
+
 def fit(path: Path, seed: int = 0, resume: str | None = None) -> dict[str, Any]:
     chosen = callbacks(path)
     module = seeded(Called, seeded(Perceptron, dropout=0.2), seed=seed)
-    runner = trainer(path, chosen, strategy="ddp", devices=2)
+    runner = two_ranks(path, chosen)
     torch.manual_seed(seed + 100 * runner.global_rank)  # dropout differs between the ranks
     error = None
     try:
@@ -69,17 +93,29 @@ def fit(path: Path, seed: int = 0, resume: str | None = None) -> dict[str, Any]:
     }
 
 
+def waiting(path: Path, callback: Any, layer: bool) -> dict[str, Any]:
+    Waits.gathered.clear()
+    module = seeded(Waits, layer)
+    two_ranks(path, [callback]).fit(module, loader(), loader(16))
+    return {"gathered": list(Waits.gathered), "weights": weights(module)}
+
+
 def main(path: Path) -> None:
     def choose_precision(*_: Any, **__: Any) -> PrecisionChoice:
         timed.append(1)
-        return PrecisionChoice("bf16", "as the test wants it", {"fp32": 1.0})
+        here = "fp32" if int(os.environ.get("LOCAL_RANK", "0")) else "bf16"
+        return PrecisionChoice(here, "as the test wants it", {"fp32": 1.0})
 
     def build(*_: Any, **__: Any) -> None:
         raise OSError("no space left, says the test")
 
     timed: list[int] = []
+    auto = AutoMixedPrecision("auto")
+    results: dict[str, Any] = {"timing waits": waiting(path, auto, layer=True), "auto": vars(auto.choice)}
+    alone = Export(path / "alone", engines=("portable",), module="model", measure=False)
+    results["export alone"] = waiting(path, alone, layer=False)
     precision.choose_precision = choose_precision
-    results = {"whole": fit(path / "first"), "timed": len(timed)}
+    results |= {"whole": fit(path / "first"), "timed": len(timed)}
     results["resumed"] = fit(path / "second", 5, str(path / "first" / "epoch=0.ckpt"))
     results["timed again"] = len(timed) - results["timed"]
     portable.build = build

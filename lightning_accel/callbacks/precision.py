@@ -61,9 +61,10 @@ class AutoMixedPrecision(AccelCallback):
             return
         plugin = trainer.strategy.precision_plugin
         if not getattr(plugin, "_set_by_lightning_accel", False) and plugin.precision != "32-true":
+            renamed = plugin.precision == "bf16-mixed" and trainer.strategy.root_device.type == "cpu"
             raise ValueError(
                 f"Trainer(precision={plugin.precision!r}) and AutoMixedPrecision({self.precision!r}) both set the "
-                "precision; leave one out"
+                "precision; leave one out" + " (on a CPU, Lightning turns '16-mixed' into 'bf16-mixed')" * renamed
             )
         if self.precision != "auto":
             self.choice = PrecisionChoice(self.precision, f"trains in {self.precision}, as asked for")
@@ -101,26 +102,26 @@ class AutoMixedPrecision(AccelCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Times the candidates on the first batch, on a copy; rank 0 decides.
+        """Times the candidates on the first batch, on a copy; every rank takes part, rank 0 decides.
 
         Here and not in `on_fit_start`: taking a batch from the loader there would move its order on.
         """
         if self.choice is None:
-            choice = self._time(trainer, pl_module, batch) if trainer.is_global_zero else None
-            self.choice = trainer.strategy.broadcast(choice)
-            assert self.choice is not None
+            self.choice = trainer.strategy.broadcast(self._time(trainer, pl_module, batch))
             self._set(trainer, self.choice.precision)
             rank_zero_info(f"AutoMixedPrecision: {self.choice.reason}")
 
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> PrecisionChoice:
         state = random_state()
+        # a step may wait for the other ranks (all_gather, SyncBatchNorm): each must run as many of them
+        budget: dict[str, Any] = {"budget": 0.0} if trainer.world_size > 1 else {}
 
         def step(trial: Any) -> torch.Tensor:
-            with muted(trial, trainer):
+            with muted(trial, trainer, alone=False):
                 return loss_of(trial, copy.deepcopy(batch))
 
         try:
-            return choose_precision(pl_module, step, trainer.strategy.root_device)
+            return choose_precision(pl_module, step, trainer.strategy.root_device, **budget)
         except Exception as error:
             return PrecisionChoice(
                 "fp32",
@@ -133,13 +134,19 @@ class AutoMixedPrecision(AccelCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Looks for non-finite gradients; stops after `patience` steps with them in a row."""
+        """Looks for non-finite gradients; says where they begin, stops after `patience` steps with them in a row."""
         self._nonfinite = first_nonfinite_gradient(pl_module)
         if self._nonfinite is None:
             self._in_a_row = 0
             return
-        self.skipped += self._scaler(trainer) is not None  # without a scaler the step is taken all the same
+        skips = self._scaler(trainer) is not None  # without a scaler the step is taken all the same
+        self.skipped += skips
         self._in_a_row += 1
+        if self._in_a_row == 1:
+            rank_zero_info(
+                f"AutoMixedPrecision: the gradient of {self._nonfinite!r} is not finite at optimizer step "
+                f"{trainer.global_step}, which is {'skipped' if skips else 'taken all the same'}"
+            )
         if self._in_a_row >= self.patience:
             raise FloatingPointError(
                 f"the gradient of {self._nonfinite!r} was not finite for {self._in_a_row} optimizer steps in a "

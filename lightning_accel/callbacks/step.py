@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import convert_to_tensors
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -24,10 +25,19 @@ from .inputs import InputRecorder
 
 
 @contextmanager
-def muted(host: pl.LightningModule, trainer: pl.Trainer) -> Iterator[pl.LightningModule]:
-    """A copy of a LightningModule with its trainer, and with logging that does nothing."""
+def muted(host: pl.LightningModule, trainer: pl.Trainer, alone: bool = True) -> Iterator[pl.LightningModule]:
+    """A copy of a LightningModule with its trainer, and with logging that does nothing.
+
+    Where it runs `alone`, on one rank, `all_gather` gives its data back, as with one process: nobody else would answer.
+    """
+
+    def all_gather(data: Any, *_: Any, **__: Any) -> Any:
+        return convert_to_tensors(data, device=host.device)
+
     host.trainer = trainer
     host.__dict__.update(log=_nothing, log_dict=_nothing)
+    if alone:
+        host.__dict__["all_gather"] = all_gather
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
