@@ -21,7 +21,7 @@ class AccelModule(pl.LightningModule):
 
     Batches are mappings of keyword inputs with `labels` (transformers), or `(input, target)`. The network is called
     without the labels and the loss computed here, so that an artifact can stand in for it. For a causal language
-    model logits and labels are shifted by one.
+    model, whose labels are its input, logits and labels are shifted by one.
 
     Args:
         model: the network, as `self.model`.
@@ -30,6 +30,10 @@ class AccelModule(pl.LightningModule):
         weight_decay: of AdamW, on parameters with two or more dimensions.
         warmup: share in [0, 1] of training with rising learning rate.
         metrics: torchmetrics updated with (logits, targets) in validation and test.
+        causal: whether the model predicts the next token; `None` finds transformers' own models that do.
+
+    Raises:
+        ValueError: while training, with causal=None, where the labels are the input of a model that was not recognised.
 
     Example:
         >>> network = torch.nn.Linear(4, 2)
@@ -46,11 +50,13 @@ class AccelModule(pl.LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
+        causal: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss if loss is not None else nn.CrossEntropyLoss(ignore_index=-100)
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.causal = causal
         self.metrics = (
             None if metrics is None else MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else metrics)
         )
@@ -78,17 +84,34 @@ class AccelModule(pl.LightningModule):
                 f"{type(self.model).__name__} puts out no logits; write your own LightningModule, the callbacks "
                 "work with any"
             )
-        if isinstance(batch, Mapping) and logits.dim() == 3 and logits.shape[:2] == targets.shape and self._is_causal():
+        if self._predicts_next(batch, logits, targets):
             logits, targets = logits[:, :-1], targets[:, 1:]
         if logits.dim() == targets.dim() + 1:
             logits, targets = logits.flatten(0, -2), targets.flatten()
         return logits, targets
 
-    def _is_causal(self) -> bool:
+    def _predicts_next(self, batch: Any, logits: Tensor, targets: Tensor) -> bool:
         from .capture import is_causal_lm
         from .select import unwrap
 
-        return is_causal_lm(unwrap(getattr(self.model, "stands_in_for", self.model)))
+        fits = logits.dim() == 3 and logits.shape[:2] == targets.shape
+        if self.causal and not fits:
+            raise ValueError(
+                f"causal=True needs logits [batch, length, classes] and labels [batch, length], got "
+                f"{tuple(logits.shape)} and {tuple(targets.shape)}; leave causal=True out"
+            )
+        if self.causal is not None or not fits or not isinstance(batch, Mapping):
+            return bool(self.causal)
+        network = unwrap(getattr(self.model, "stands_in_for", self.model))
+        if is_causal_lm(network):
+            return True
+        if _repeats(batch.get("input_ids"), targets):
+            raise ValueError(
+                f"the labels are the input_ids, and {type(network).__name__} is not known as a causal language model: "
+                "it would learn to repeat each token; write AccelModule(model, causal=True) to predict the next one, "
+                "or causal=False to predict the same one"
+            )
+        return False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss, logged as `train_loss`."""
@@ -131,3 +154,11 @@ class AccelModule(pl.LightningModule):
         ]
         schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones=[rise])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _repeats(ids: Any, labels: Tensor) -> bool:
+    """Whether all labels that count are the input; a few may be, where tokens were masked to be guessed."""
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape:
+        return False
+    counted = labels != -100
+    return bool((ids == labels)[counted].all() and (counted.all() or counted.sum() >= 8))

@@ -24,6 +24,51 @@ def test_the_loss_of_a_causal_language_model_is_transformers_own():
         assert torch.allclose(ours, model(**batch).loss, rtol=1e-6)
 
 
+class Wrapped(nn.Module):
+    """A causal language model inside another module, as PEFT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = llama()
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self.base(**inputs)
+
+
+def test_a_causal_model_that_is_not_recognised_raises_and_is_shifted_when_it_is_said():
+    model, batch = Wrapped().eval(), next(iter(texts()))
+    for masked in (0, 9):  # of 12; three a row are left
+        batch["labels"][:, :masked] = -100
+        with pytest.raises(ValueError, match=r"Wrapped is not known.*write AccelModule\(model, causal=True\)"):
+            AccelModule(model).training_step(batch, 0)
+        with torch.no_grad():
+            ours = AccelModule(model, causal=True).training_step(batch, 0)
+            assert torch.allclose(ours, model(**batch).loss, rtol=1e-6)
+
+
+def test_a_model_said_not_to_be_causal_is_not_shifted():
+    batch = next(iter(texts()))
+    for model in (llama(), Wrapped()):
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        assert torch.equal(AccelModule(model, causal=False).training_step(batch, 0), expected)
+
+
+def test_a_masked_model_whose_few_targets_happen_to_be_the_input_does_not_raise():
+    model, batch = Wrapped().eval(), next(iter(texts()))
+    batch["labels"][:, 1:] = -100
+    assert batch["labels"].ne(-100).sum() == 4
+    assert AccelModule(model).training_step(batch, 0).isfinite()
+
+
+def test_causal_in_an_input_and_target_batch_is_shifted_and_needs_a_target_a_token():
+    model, ids = seeded(nn.Embedding, 64, 64), torch.arange(12).view(2, 6)
+    expected = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.equal(AccelModule(model, causal=True).training_step((ids, ids), 0), expected)
+    with pytest.raises(ValueError, match=r"got \(2, 6, 64\) and \(2,\); leave causal=True out"):
+        AccelModule(model, causal=True).training_step((ids, ids[:, 0]), 0)
+
+
 def test_the_loss_of_a_token_classifier_is_not_shifted():
     class Tags(nn.Module):
         def __init__(self) -> None:
