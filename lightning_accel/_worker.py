@@ -21,7 +21,10 @@ Workloads = dict[str, Callable[[], float]]
 
 
 def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, Any]) -> Workloads:
-    """Prefill and decode of a causal LM, or forward on the golden inputs of any other model.
+    """Prefill and decode of a causal LM, or forward of any other model, each with its `shape` in words.
+
+    Args:
+        arguments: `prompt` and `new`, in tokens; `inputs`, a file of golden inputs, by default the artifact's own.
 
     The decode workload gives seconds a token.
     """
@@ -29,9 +32,16 @@ def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, 
 
     model = artifact.load(directory, engine=engine)
     if model.entry["cache"] is None:
-        golden = artifact.load_weights(model.directory / model.manifest["golden"]["file"])
-        inputs = [golden[f"input.{spec['name']}"].clone() for spec in model.entry["inputs"]]
-        return {"forward": lambda: _timed(lambda: model(*inputs))}
+        golden = artifact.load_weights(
+            Path(arguments.get("inputs") or model.directory / model.manifest["golden"]["file"])
+        )
+        inputs = {spec["name"]: golden[f"input.{spec['name']}"].clone() for spec in model.entry["inputs"]}
+
+        def forward() -> float:
+            return _timed(lambda: model(**inputs))
+
+        shape = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        return {"forward": _shaped(forward, shape)}
     positions = model.entry["cache"]["max_length"]
     prompt = min(arguments.get("prompt", 64), positions // 2)
     new = min(arguments.get("new", 64), positions - prompt)
@@ -47,7 +57,15 @@ def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, 
         next(tokens)
         return _timed(lambda: list(tokens)) / new
 
-    return {"prefill": prefill, "decode": decode}
+    return {
+        "prefill": _shaped(prefill, f"input_ids [1, {prompt}]"),
+        "decode": _shaped(decode, f"input_ids [1, {prompt}], {new} new"),
+    }
+
+
+def _shaped(workload: Callable[[], float], shape: str) -> Callable[[], float]:
+    workload.shape = shape  # type: ignore[attr-defined]
+    return workload
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -93,7 +111,8 @@ def main() -> None:
     torch.set_num_threads(first["threads"])
     start = time.perf_counter()
     workloads = _open(first)
-    answer({"load_s": time.perf_counter() - start, "workloads": list(workloads)})
+    load_s = time.perf_counter() - start
+    answer({"load_s": load_s, "workloads": {name: getattr(work, "shape", "") for name, work in workloads.items()}})
     for line in sys.stdin:
         message = json.loads(line)
         if message.get("close"):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,23 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import artifact, engines, select
-from .capture import call_example, capture, flatten_output, input_names, is_causal_lm
-from .engines.aoti import CompilerMissing
+from . import artifact, build, select
+from . import engines as all_engines
+from .build import ExportError
+from .capture import is_causal_lm
 from .finalize import Finalized, finalize, restore_
-from .inputs import ExampleInputs, copy_inputs, split_inputs, without_labels
-from .measure import Measurement, Target, compare, machine, size_on_disk, versions
-from .prune import Masks, pruning_coverage, shrink_model
-from .quantize import QuantConfig, quantization_coverage, unprepare_
+from .inputs import ExampleInputs, copy_inputs, first_rows, split_inputs, without_labels
+from .measure import Measurement, Target, compare, size_on_disk
+from .prune import Masks
+from .quantize import QuantConfig
 from .report import ExportReport
 from .verify import DriftError, Verification, verify, with_noise
 
 Metric = Callable[[Any, Sequence[Any]], float]  # (model, batches) -> float; lower is better unless it says so
 METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from the trained model's
-
-
-class ExportError(RuntimeError):
-    """The export failed; nothing was replaced, and the message says how to go on."""
 
 
 def export_model(
@@ -50,6 +45,7 @@ def export_model(
     masks: Masks | None = None,
     engines: Sequence[str] = ("aoti", "portable"),
     data: Iterable[Any] | None = None,
+    split: str = "held-out",
     metric: Metric | None = None,
     reference: str | Path | None = None,
     measure: bool = True,
@@ -70,9 +66,10 @@ def export_model(
         module: the name that the model had in the LightningModule of the checkpoint.
         quantize: quantizes after training (a model that QAT prepared needs none).
         masks: from `prune_model_`; structured ones are cut out.
-        engines: programs to build, the default first.
+        engines: programs to build; the first is the one that `load` takes.
         data: held-out batches for verification and `metric`: mappings of keyword inputs, tensors, or tuples whose
             first item is the input.
+        split: where `data` comes from, as the manifest says it.
         metric: (model, batches) -> float; lower is better unless it has `higher_is_better = True`.
         reference: an artifact of the float model to be measured against; built for the purpose by default.
         measure: time the artifact against the float model through the same engine, and against eager.
@@ -94,6 +91,7 @@ def export_model(
     """
     directory = Path(directory)
     artifact.check_destination(directory)
+    check_options(engines, measure, min_speedup, reference, assets)
     model = select.unwrap(model)
     if checkpoint is not None:
         restored = restore_(copy.deepcopy(model), checkpoint, module)
@@ -106,12 +104,12 @@ def export_model(
     final = finalize(model, inputs, masks, quantize)
     held_out = [_as_float(_inputs_of_batch(final.trained, batch)) for batch in batches] or [inputs]
     with artifact.staging(directory) as path:
-        manifest = _write(path, final, inputs, dynamic_shapes, engines, assets or {}, say)
-        manifest["coverage"] = _coverage(final, inputs, masks)
+        manifest = build.write(path, final, inputs, dynamic_shapes, engines, assets or {}, say)
+        manifest["coverage"] = build.coverage(final, inputs, masks)
         manifest["configs"] = dict(configs or {})
         say("verifying against the trained model")
         _verify_all(path, manifest, final, held_out)
-        manifest["metrics"] = _metrics(path, final, metric, batches)
+        manifest["metrics"] = _metrics(path, final, metric, batches, split)
         report = ExportReport(directory, manifest)
         if measure:
             _measure(path, report, final, inputs, dynamic_shapes, reference, say)
@@ -128,6 +126,34 @@ def export_model(
     return report
 
 
+def check_options(
+    engines: Sequence[str],
+    measure: bool = True,
+    min_speedup: float | None = None,
+    reference: str | Path | None = None,
+    assets: Mapping[str, str | Path] | None = None,
+) -> None:
+    """Raises where an export is bound to fail, before anything is computed.
+
+    Raises:
+        ValueError: no or unknown engines, a reference that is no artifact, an asset that is no file, or a least speedup
+            that nothing measures.
+    """
+    if not engines or isinstance(engines, str):
+        raise ValueError(f"engines={engines!r} is no list of engines; write engines=('aoti', 'portable')")
+    for name in engines:
+        all_engines.get(name)
+    if min_speedup is not None and not measure:
+        raise ValueError(f"min_speedup={min_speedup} needs measure=True: without it no speed is known")
+    if reference is not None and measure:
+        built = {entry["engine"] for entry in artifact.read_manifest(reference)["programs"]}
+        if engines[0] not in built:
+            raise ValueError(f"{reference} has no {engines[0]} program to be compared with, only {sorted(built)}")
+    for name, source in (assets or {}).items():
+        if not Path(source).is_file():
+            raise ValueError(f"the asset {name!r} is no file: {source}; write it before the export")
+
+
 def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> ExampleInputs:
     if example_inputs is None:
         if not is_causal_lm(model):
@@ -137,9 +163,18 @@ def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> Example
     args, kwargs = split_inputs(example_inputs)
     kwargs = {k: v for k, v in without_labels(kwargs).items() if v is not None}
     args, kwargs = _as_float((args, kwargs))
-    if is_causal_lm(model):  # the program makes its own masks and positions
-        kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-    return args or kwargs
+    if not is_causal_lm(model):
+        return args or kwargs
+    if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _CAUSAL]:
+        raise ValueError(
+            f"a causal language model is exported as text in, logits out, and its input {unknown[0]!r} would be lost; "
+            "give example_inputs={'input_ids': ids} if it is not needed"
+        )
+    kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
+    return first_rows(args or kwargs, 2, length=64)  # its program is measured at lengths of its own
+
+
+_CAUSAL = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position")  # known or made anew
 
 
 def _as_float(inputs: Any) -> Any:
@@ -162,99 +197,6 @@ def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
             {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")} if is_causal_lm(model) else batch
         )
     return (batch,) if isinstance(batch, Tensor) else (batch[0],)
-
-
-# --- build ------------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    path: Path,
-    final: Finalized,
-    inputs: ExampleInputs,
-    dynamic_shapes: Any,
-    names: Sequence[str],
-    assets: Mapping[str, str | Path],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
-    call_example(final.trained, inputs)
-    stored: dict[str, Tensor] = {}
-    programs = []
-    for name in names:
-        say(f"building the {name} program")
-        engine = engines.get(name)
-        role = "decoder" if is_causal_lm(final.deployed) else "forward"
-        captured = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
-        try:
-            entry = engine.build(captured, path, role)
-        except CompilerMissing as error:
-            warnings.warn(f"{error}; the {name} program is left out", stacklevel=3)
-            continue
-        weights = captured.weights()
-        entry["layouts"] = {}
-        for index, weight in entry["weights"].items():
-            if weight in stored and stored[weight].shape != weights[weight].shape:
-                entry["layouts"][index] = list(weights[weight].shape)
-            else:
-                stored.setdefault(weight, weights[weight])
-        programs.append(
-            {
-                "role": role,
-                "engine": name,
-                **entry,
-                "sha256": artifact.sha256(path / entry["file"]),
-                "torch": torch.__version__,
-                "inputs": captured.inputs,
-                "outputs": captured.outputs,
-                "cache": captured.cache,
-            }
-        )
-    if not programs:
-        raise ExportError("none of the engines could be built; write engines=('portable',)")
-    manifest: dict[str, Any] = {"programs": programs, "timings": [], "versions": versions(), "machine": machine()}
-    if stored:
-        artifact.save_weights(stored, path / artifact.WEIGHTS)
-        manifest["weights"] = _file(path / artifact.WEIGHTS)
-    manifest["golden"] = _golden(path, final, inputs, programs[0])
-    manifest["assets"] = [
-        {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
-    ]
-    return manifest
-
-
-def _copied(source: str | Path, target: Path) -> Path:
-    if target.exists() or target.name == artifact.MANIFEST:
-        raise ValueError(f"the asset {target.name!r} has the name of a file of the artifact; give it another one")
-    return Path(shutil.copy(source, target))
-
-
-def _file(path: Path) -> dict[str, str]:
-    return {"file": path.name, "sha256": artifact.sha256(path)}
-
-
-def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str, Any]) -> dict[str, str]:
-    """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
-    args, kwargs = split_inputs(inputs)
-    named = dict(zip(input_names(final.deployed, args, kwargs), (*args, *kwargs.values()), strict=True))
-    output = call_example(final.deployed, inputs)
-    outputs = [output.logits] if entry["cache"] else flatten_output(output)[0]
-    tensors = {f"input.{name}": value for name, value in named.items() if isinstance(value, Tensor)}
-    tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
-    artifact.save_weights({n: t.contiguous() for n, t in tensors.items()}, path / "golden.safetensors")
-    return _file(path / "golden.safetensors")
-
-
-def _coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> list[dict[str, Any]]:
-    args, kwargs = copy_inputs(inputs)
-    coverage = []
-    if masks:
-        coverage.append(pruning_coverage(final.plain, masks).as_dict())
-    if final.quantized:
-        shrunk = unprepare_(copy.deepcopy(final.plain))
-        if masks:
-            shrunk = shrink_model(shrunk, masks, example_inputs=inputs)
-        coverage.append(quantization_coverage(final.deployed, select.count_flops(shrunk, args, kwargs)).as_dict())
-    return coverage
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
@@ -288,9 +230,32 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
             held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy
         )
         entry["verification"] = figures.as_dict()
+        if entry["cache"]:
+            few = [first_rows(held_out[0], 2, length=32)]
+            verify(few, _stepwise(loaded), caller(final.trained), plain, f"{entry['engine']} (with the cache)", noisy)
         least = [_least(inputs, entry) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
         reference = final.trained if plain is None else final.deployed
         verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)", noisy)
+
+
+def _stepwise(model: Any) -> Callable[[ExampleInputs], Tensor]:
+    """A function from example inputs to logits [B, T, V]: the first half at once, then a token at a time."""
+
+    def call(inputs: ExampleInputs) -> Tensor:
+        from .generate import Cache
+
+        args, kwargs = split_inputs(inputs)
+        ids_BT = args[0] if args else kwargs["input_ids"]
+        valid_BT = kwargs.get("attention_mask", torch.ones_like(ids_BT)).bool()
+        batch, length = ids_BT.shape
+        cache, half = Cache(model, batch, length), (length + 1) // 2
+        parts = [slice(half), *(slice(t, t + 1) for t in range(half, length))]
+        wanted = torch.arange(length).expand(batch, length)
+        return torch.cat(
+            [cache.step(ids_BT[:, p], valid_BT[:, p], wanted[:, : ids_BT[:, p].shape[1]]) for p in parts], 1
+        )
+
+    return call
 
 
 def _least(inputs: ExampleInputs, entry: dict[str, Any]) -> ExampleInputs:
@@ -310,7 +275,9 @@ def _least(inputs: ExampleInputs, entry: dict[str, Any]) -> ExampleInputs:
     return tuple(cut(value, next(shapes)) if isinstance(value, Tensor) else value for value in args)
 
 
-def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Sequence[Any]) -> list[dict[str, Any]]:
+def _metrics(
+    path: Path, final: Finalized, metric: Metric | None, batches: Sequence[Any], split: str
+) -> list[dict[str, Any]]:
     """The task metric of the float model, the trained model and the artifact, on the same batches."""
     if metric is None or not batches:
         return []
@@ -332,7 +299,7 @@ def _metrics(path: Path, final: Finalized, metric: Metric | None, batches: Seque
             f"{values['trained']:.4f}: more than {METRIC_TOLERANCE:.0%} worse"
         )
     return [
-        {"name": f"{name} ({which})", "value": value, "direction": direction, "split": "held-out", "n": len(batches)}
+        {"name": f"{name} ({which})", "value": value, "direction": direction, "split": split, "n": len(batches)}
         for which, value in values.items()
     ]
 
@@ -356,19 +323,22 @@ def _measure(
         if reference is None:
             reference = Path(temporary) / "reference"
             reference.mkdir()
-            names = dict.fromkeys((entry["engine"], "portable"))
+            names = list(dict.fromkeys((entry["engine"], "portable")))
             plain = Finalized(final.plain, final.plain, final.plain, quantized=False)
-            artifact.write_manifest(reference, _write(reference, plain, inputs, dynamic_shapes, list(names), {}, say))
+            artifact.write_manifest(reference, build.write(reference, plain, inputs, dynamic_shapes, names, {}, say))
         built = {p["engine"] for p in artifact.read_manifest(reference)["programs"]}
-        targets = {"artifact": Target(str(path)), "float": Target(str(reference), engine=entry["engine"])}
+        same = {"inputs": str(path / report.manifest["golden"]["file"])}
+        targets = {
+            "artifact": Target(str(path), same),
+            "float": Target(str(reference), same, engine=entry["engine"]),
+        }
         if "portable" in built and entry["engine"] != "portable":
-            targets["eager"] = Target(str(reference), engine="portable")
+            targets["eager"] = Target(str(reference), same, engine="portable")
         measured = compare(targets, progress=say)
-    ours, plain_ = measured["artifact"], measured["float"]
-    eager = measured.get("eager", plain_)
-    for workload, spread in ours.seconds.items():
-        report.speedup[workload] = plain_.seconds[workload].median / spread.median
-        report.over_eager[workload] = eager.seconds[workload].median / spread.median
+    for workload, spread in measured["artifact"].seconds.items():
+        report.speedup[workload] = measured["float"].seconds[workload].median / spread.median
+        if (eager := measured.get("eager" if entry["engine"] != "portable" else "float")) is not None:
+            report.over_eager[workload] = eager.seconds[workload].median / spread.median
     report.manifest["timings"] = [row for name, m in measured.items() for row in _timings(name, m, entry["engine"])]
     report.manifest["speedup"] = {"over_float_same_engine": report.speedup, "over_eager": report.over_eager}
 
@@ -380,7 +350,7 @@ def _timings(name: str, measured: Measurement, engine: str) -> list[dict[str, An
             "name": f"{name}.{workload}",
             "seconds": spread.median,
             "spread": asdict(spread),
-            "shape": "golden",
+            "shape": measured.shapes[workload],
             "threads": torch.get_num_threads(),
             "engine": engine,
             "load_s": measured.load_s,

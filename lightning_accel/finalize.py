@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,23 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
     Raises:
         ValueError: the checkpoint's names do not fit the model.
     """
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{checkpoint} holds more than tensors and plain types, and nothing else is unpickled ({error}); save "
+            "hyper-parameters as plain types"
+        ) from error
     weights = {select.canonical_name(name): tensor for name, tensor in saved["state_dict"].items()}
     own = {select.canonical_name(name): name for name in model.state_dict()}
-    prefixes = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
-    prefix = next((p for p in prefixes if own.keys() <= {n.removeprefix(p) for n in weights if n.startswith(p)}), None)
+    candidates = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
+    prefixes = [p for p in candidates if own.keys() <= {n.removeprefix(p) for n in weights if n.startswith(p)}]
+    if len(prefixes) > 1 and prefixes[0]:
+        raise ValueError(
+            f"{checkpoint} holds the weights of several such models; give module={prefixes[0][:-1]!r}, or another of "
+            f"{[p[:-1] for p in prefixes]}"
+        )
+    prefix = prefixes[0] if prefixes else None
     if prefix is None:
         raise ValueError(
             f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "

@@ -26,6 +26,23 @@ def copy_inputs(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
     return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, split_inputs(example_inputs))
 
 
+def first_rows(example_inputs: ExampleInputs, rows: int, length: int | None = None) -> ExampleInputs:
+    """At most the first `rows` of a batch, and of its second dimension the first `length`.
+
+    Inputs without a common first dimension (for `length`, a common second one) are left as they are.
+    """
+    tensors = [t for t in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(t, torch.Tensor)]
+
+    def cut(dim: int, count: int | None, inputs: Any) -> Any:
+        sizes = {t.shape[dim] if t.dim() > dim else -1 for t in tensors}
+        if count is None or len(sizes) != 1 or -1 in sizes:
+            return inputs
+        narrow = torch.utils._pytree.tree_map_only
+        return narrow(torch.Tensor, lambda t: t.narrow(dim, 0, min(count, t.shape[dim])).clone(), inputs)
+
+    return cut(1, length, cut(0, rows, example_inputs))
+
+
 def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword inputs without labels, so that a model computes no loss of its own."""
     return {name: value for name, value in kwargs.items() if name not in ("labels", "label")}

@@ -27,7 +27,7 @@ class Target:
     """What a worker loads: the directory of an artifact, or `"module:function"`.
 
     The function gets `arguments` and returns a dict from workload names to functions that do the work once and
-    return the seconds that it took.
+    return the seconds that it took; an attribute `shape` of such a function says on what.
     """
 
     source: str
@@ -50,6 +50,7 @@ class Measurement:
     """One target: its workloads, seconds to load, and peak resident memory of its process in bytes."""
 
     seconds: dict[str, Spread]
+    shapes: dict[str, str]
     load_s: float
     peak_rss_bytes: int
 
@@ -94,6 +95,7 @@ def compare(
         return {
             name: Measurement(
                 {w: _spread(t) for w, t in times[name].items()},
+                worker.workloads,
                 worker.load_s,
                 worker.ask({"close": True})["peak_rss_bytes"],
             )
@@ -131,7 +133,7 @@ class _Worker:
             self.stop()
             raise
         self.load_s: float = ready["load_s"]
-        self.workloads: list[str] = ready["workloads"]
+        self.workloads: dict[str, str] = ready["workloads"]
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout

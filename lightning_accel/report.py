@@ -22,9 +22,10 @@ class ExportReport:
 
     def __str__(self) -> str:
         lines = []
-        slower = [f"{w} {1 / s:.2f} x" for w, s in self.speedup.items() if s < 1]
-        if slower:
-            lines.append(f"SLOWER than the float model on this machine: {', '.join(slower)} its time")
+        for gains, than in ((self.speedup, "the float model"), (self.over_eager, "the float model run eagerly")):
+            slower = [f"{workload} {1 / gain:.2f} x" for workload, gain in gains.items() if gain < 1]
+            if slower:
+                lines.append(f"SLOWER than {than} on this machine: {', '.join(slower)} its time")
         sizes = self.manifest["sizes"]
         lines.append(
             f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
@@ -36,9 +37,10 @@ class ExportReport:
         )
         engine = self.manifest["programs"][0]["engine"]
         for workload, gain in self.speedup.items():
+            eager = self.over_eager.get(workload)
             lines.append(
                 f"{workload}: {gain:.2f} x the float model through {engine}, "
-                f"{self.over_eager[workload]:.2f} x the float model run eagerly"
+                + (f"{eager:.2f} x the float model run eagerly" if eager else "not compared with eager")
             )
         if not self.speedup:
             lines.append("speed: not measured")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_accel import DistillConfig, distillation_loss
 from lightning_accel.distill import combine, guest, logits_of
-from lightning_accel.inputs import without_labels
 
 
 def kl_by_hand(teacher: list[float], student: list[float], temperature: float) -> float:
@@ -116,7 +115,6 @@ def test_logits_are_found_in_what_models_put_out() -> None:
     assert logits_of(output) is output.logits
     for other in (None, torch.tensor([1, 2]), torch.randn(3), {"loss": logits}, (logits,), torch.zeros(2, 2).long()):
         assert logits_of(other) is None
-    assert without_labels({"input_ids": 1, "labels": 2, "label": 3}) == {"input_ids": 1}
 
 
 def test_a_guest_is_in_eval_mode_without_gradients_and_leaves_as_it_came() -> None:

@@ -21,12 +21,14 @@ from lightning_accel import (
     PruneConfig,
     QuantConfig,
     artifact,
+    build,
     export_model,
     load,
     prepare_,
     prune_model_,
 )
 from lightning_accel.engines import aoti
+from lightning_accel.finalize import finalize
 from lightning_accel.loaded import LoadedModel
 from lightning_accel.quantize import unprepare_
 from lightning_accel.select import count_flops
@@ -346,3 +348,104 @@ def test_a_model_and_inputs_of_another_float_format_are_exported_in_float32(tmp_
     export(model, tmp_path / "a", example_inputs=(X[:4].to(dtype),), data=[X.to(dtype)])
     assert torch.allclose(load(tmp_path / "a")(X), copy.deepcopy(model).float()(X), atol=1e-6)
     assert model[0].weight.dtype == dtype
+
+
+# --- options, checks before anything is computed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engines": ("onyx",)}, "unknown engine 'onyx'"),
+        ({"engines": "portable"}, r"engines='portable' is no list of engines; write engines=\('aoti', 'portable'\)"),
+        ({"engines": ()}, "is no list of engines"),
+        ({"min_speedup": 1.5}, "min_speedup=1.5 needs measure=True"),
+        ({"assets": {"tokenizer.json": "absent.json"}}, "the asset 'tokenizer.json' is no file: absent.json"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_first(
+    tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_accel.export.finalize", lambda *_: pytest.fail("something was computed"))
+    with pytest.raises(ValueError, match=message):
+        export(tiny.mlp(), tmp_path / "a", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_without_the_engine_is_refused_first(tmp_path: Path, reference: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no aoti program to be compared with, only \['portable'\]"):
+        export(tiny.mlp(), tmp_path / "a", engines=("aoti",), measure=True, reference=reference)
+
+
+def test_the_engine_named_first_is_the_default_and_the_weights_are_in_the_compiled_programs_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_compiling(capture: Any, directory: Path, name: str) -> dict[str, Any]:
+        (directory / f"{name}.aoti.so").write_bytes(b"")
+        return {"file": f"{name}.aoti.so", "isa": [], "arch": "", "weights": {n: n for n in capture.weights()}}
+
+    monkeypatch.setattr(aoti, "build", without_compiling)
+    final = finalize(tiny.mlp(), (X[:4],), None, INT8)
+    manifest = build.write(tmp_path, final, (X[:4],), None, ("portable", "aoti"), {}, lambda message: None)
+    portable, compiled = manifest["programs"]
+    assert (portable["engine"], compiled["engine"]) == ("portable", "aoti")
+    assert compiled["layouts"] == {} and list(portable["layouts"].values()) == [[24, 8], [24, 24], [3, 24]]
+    weights = artifact.load_weights(tmp_path / artifact.WEIGHTS)
+    assert all(weights[n].dim() == 4 for n in compiled["weights"].values() if weights[n].dtype == torch.int8)
+
+
+def test_a_program_that_decodes_wrongly_with_its_cache_is_drift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole sequences are right, single tokens attend to a slot too few."""
+    from lightning_accel import generate
+
+    step = generate.Cache.step
+
+    def forgetful(self: Any, ids: Tensor, valid: Tensor, wanted: Tensor) -> Tensor:
+        if self.filled:
+            self.mask_BS = self.mask_BS.clone()
+            self.mask_BS[:, -1] = False
+        return step(self, ids, valid, wanted)
+
+    monkeypatch.setattr(generate.Cache, "step", forgetful)
+    data = [{"input_ids": tiny.ids(4, 12)}]
+    with pytest.raises(DriftError, match=r"the portable \(with the cache\) program drifted"):
+        export_model(tiny.llama(), tmp_path / "a", data=data, engines=("portable",), measure=False)
+
+
+def test_a_causal_models_other_inputs_are_refused_not_dropped(tmp_path: Path) -> None:
+    inputs = {"input_ids": tiny.ids(2, 8), "pixel_values": torch.zeros(2, 3, 4, 4)}
+    with pytest.raises(ValueError, match="its input 'pixel_values' would be lost"):
+        export_model(tiny.llama(), tmp_path / "a", example_inputs=inputs, engines=("portable",), measure=False)
+
+
+def test_golden_inputs_of_a_causal_model_are_two_short_rows(tmp_path: Path) -> None:
+    inputs = {"input_ids": tiny.ids(6, 64)}
+    model = tiny.llama(max_position_embeddings=128)
+    export_model(model, tmp_path / "a", example_inputs=inputs, engines=("portable",), measure=False)
+    golden = artifact.load_weights(tmp_path / "a" / "golden.safetensors")
+    assert golden["input.input_ids"].shape == (2, 64)
+
+
+def test_a_checkpoint_of_several_such_models_needs_the_name_of_one(tmp_path: Path) -> None:
+    both = {f"{name}.{key}": value for name in ("ema", "model") for key, value in tiny.mlp().state_dict().items()}
+    torch.save({"state_dict": both}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"holds the weights of several such models; give module='ema', or another of"):
+        export(tiny.mlp(), tmp_path / "a", checkpoint=tmp_path / "last.ckpt")
+    export(tiny.mlp(1), tmp_path / "a", checkpoint=tmp_path / "last.ckpt", module="model")
+    assert torch.allclose(load(tmp_path / "a")(X), tiny.mlp()(X), atol=1e-6)
+
+
+def test_a_checkpoint_with_pickled_objects_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": tiny.mlp().state_dict(), "hyper_parameters": {"path": tmp_path}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="holds more than tensors and plain types"):
+        export(tiny.mlp(), tmp_path / "a", checkpoint=tmp_path / "last.ckpt")
+
+
+def test_slower_than_eager_is_said_first_too(tmp_path: Path) -> None:
+    from lightning_accel.report import ExportReport
+
+    export(tiny.mlp(), tmp_path / "a")
+    report = ExportReport(tmp_path / "a", manifest_of(tmp_path / "a"), {"forward": 2.0}, {"forward": 0.5})
+    assert str(report).startswith("SLOWER than the float model run eagerly on this machine: forward 2.00 x its time")

@@ -13,20 +13,21 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .. import artifact
-from ..export import ExportError, ExportReport, Metric, export_model
-from ..inputs import ExampleInputs
+from ..export import ExportError, ExportReport, Metric, check_options, export_model
+from ..inputs import ExampleInputs, first_rows, split_inputs
 from ..prune import Masks
 from .base import AccelCallback
 from .checkpoints import best_checkpoint, monitored
-from .inputs import InputRecorder, example_of, held_out_batches
+from .inputs import InputRecorder, example_of, held_out_batches, held_out_split
 from .pruning import Pruning
 from .random_state import random_state, set_random_state
 from .step import on_batches, reaching, training_loss
 
 _BATCHES = 8  # held-out batches for verification and the default metric
+_ROWS = 8  # of a recorded batch, as golden inputs
 
 
 class Export(AccelCallback):
@@ -70,6 +71,7 @@ class Export(AccelCallback):
         allow_incomplete: bool = False,
     ) -> None:
         super().__init__(None, module)
+        check_options(engines, measure, min_speedup)
         if weights not in ("last", "best"):
             raise ValueError(f"weights={weights!r} is unknown; write 'last' or 'best'")
         self.directory = Path(directory)
@@ -100,6 +102,11 @@ class Export(AccelCallback):
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fails now, not after the fit, where the directory cannot be written or weights='best' has no checkpoints."""
         artifact.check_destination(self.directory)
+        o = self._options
+        check_options(o["engines"], o["measure"], o["min_speedup"], o["reference"], o["assets"])
+        same = [c for c in self.siblings(trainer) if isinstance(c, Export) and c.directory == self.directory]
+        if len(same) > 1:
+            raise ValueError(f"two Export callbacks write to {self.directory}; give each a directory of its own")
         if self.weights == "best":
             monitored(trainer)
         self._recorder = InputRecorder(self.target(pl_module))
@@ -172,7 +179,10 @@ class Export(AccelCallback):
         best = best_checkpoint(trainer, [c.state_key for c in scheduled]) if self.weights == "best" else None
         self._source = Path(best or self.checkpoint)
         example = example_of(self._recorder, pl_module, module, self.example_inputs)
+        if self.example_inputs is None:  # a training batch, of which the artifact keeps some rows
+            example = first_rows(example, _ROWS)
         held_out, metric = self._held_out(pl_module, self._batches(trainer), example)
+        split = "given" if self.data is not None else held_out_split(trainer)
         with Console().status(f"exporting to {self.directory}") as status:
             return export_model(
                 module,
@@ -182,8 +192,9 @@ class Export(AccelCallback):
                 module=self.module,
                 masks=None if best else self._masks(trainer),
                 data=held_out,
+                split=split,
                 metric=metric,
-                configs={type(c).__name__: asdict(c.config) for c in self.siblings(trainer) if c.config is not None},
+                configs={c.state_key: asdict(c.config) for c in self.siblings(trainer) if c.config is not None},
                 progress=lambda message: status.update(f"exporting to {self.directory}: {message}"),
                 **self._options,
             )
@@ -205,6 +216,8 @@ class Export(AccelCallback):
             rank_zero_warn(f"the artifact's quality is not reported: {reason}; write Export(..., metric=...)")
         if not inputs:
             inputs = batches if self.data is not None else [example]
+            if self.data is None:
+                rank_zero_warn(f"verified on example inputs only: {reason}; write Export(..., data=...)")
         return inputs, metric and on_batches(metric, batches)
 
     def _masks(self, trainer: pl.Trainer) -> Masks | None:
@@ -223,10 +236,8 @@ class Export(AccelCallback):
     def state_dict(self) -> dict[str, Any]:
         """Where the artifact goes, and inputs to export it with again."""
         calls = self._recorder.calls if self._recorder is not None else []
-        return self.saved(directory=str(self.directory), call=_two_rows(calls[0]) if calls else None)
-
-
-def _two_rows(call: Any) -> Any:
-    """Two rows of a batch are enough to trace with; what has no common first dimension is kept as it is."""
-    rows = {t.shape[0] if t.dim() else 0 for t in tree_leaves(call) if isinstance(t, Tensor)}
-    return tree_map_only(Tensor, lambda t: t[:2].clone(), call) if len(rows) == 1 else call
+        if self.example_inputs is not None:
+            calls = [split_inputs(self.example_inputs)]
+        call = first_rows(calls[0], 2) if calls else None
+        plain = all(isinstance(leaf, Tensor | bool | int | float | str | None) for leaf in tree_leaves(call))
+        return self.saved(directory=str(self.directory), call=call if plain else None)

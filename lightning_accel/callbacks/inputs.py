@@ -97,10 +97,18 @@ def example_of(recorder: InputRecorder | None, pl_module: pl.LightningModule, mo
 
 def held_out_batches(trainer: pl.Trainer) -> Iterator[Any]:
     """Batches of the (first) validation loader, else of the training loader."""
-    for loader in tree_leaves(trainer.val_dataloaders):
-        if loader is not None:
-            return iter(loader)
+    if (loader := _validation_loader(trainer)) is not None:
+        return iter(loader)
     loaders = trainer.train_dataloader
     if isinstance(loaders, Mapping | list | tuple):
         return (batch for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"))
     return iter(loaders or ())
+
+
+def held_out_split(trainer: pl.Trainer) -> str:
+    """What `held_out_batches` takes them from, as the manifest says it."""
+    return "validation" if _validation_loader(trainer) is not None else "training"
+
+
+def _validation_loader(trainer: pl.Trainer) -> Any:
+    return next((loader for loader in tree_leaves(trainer.val_dataloaders) if loader is not None), None)

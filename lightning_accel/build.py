@@ -1,0 +1,121 @@
+"""Programs, weights, golden inputs and assets of an artifact: what `export` puts into the folder before checking it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import artifact, engines, select
+from .capture import Capture, call_example, capture, flatten_output, input_names, is_causal_lm
+from .engines.aoti import CompilerMissing
+from .finalize import Finalized
+from .inputs import ExampleInputs, copy_inputs, split_inputs
+from .measure import machine, versions
+from .prune import Masks, pruning_coverage, shrink_model
+from .quantize import quantization_coverage, unprepare_
+
+
+class ExportError(RuntimeError):
+    """The export failed; nothing was replaced, and the message says how to go on."""
+
+
+def write(
+    path: Path,
+    final: Finalized,
+    inputs: ExampleInputs,
+    dynamic_shapes: Any,
+    names: Sequence[str],
+    assets: Mapping[str, str | Path],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
+    call_example(final.trained, inputs)
+    stored: dict[str, Tensor] = {}
+    programs: dict[str, dict[str, Any]] = {}
+    for name in (known for known in engines.NAMES if known in names):  # the compiled one's layout is what is stored
+        say(f"building the {name} program")
+        engine = engines.get(name)
+        role = "decoder" if is_causal_lm(final.deployed) else "forward"
+        captured = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
+        try:
+            entry = engine.build(captured, path, role)
+        except CompilerMissing as error:
+            warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
+            continue
+        entry["layouts"] = _store(captured, entry, stored)
+        programs[name] = {
+            "role": role,
+            "engine": name,
+            **entry,
+            "sha256": artifact.sha256(path / entry["file"]),
+            "torch": torch.__version__,
+            "inputs": captured.inputs,
+            "outputs": captured.outputs,
+            "cache": captured.cache,
+        }
+    if not programs:
+        raise ExportError("none of the engines could be built; write engines=('portable',)")
+    entries = [programs[name] for name in dict.fromkeys(names) if name in programs]
+    manifest: dict[str, Any] = {"programs": entries, "timings": [], "versions": versions(), "machine": machine()}
+    if stored:
+        artifact.save_weights(stored, path / artifact.WEIGHTS)
+        manifest["weights"] = _file(path / artifact.WEIGHTS)
+    manifest["golden"] = _golden(path, final, inputs, entries[0])
+    manifest["assets"] = [
+        {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
+    ]
+    return manifest
+
+
+def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Adds a program's weights to the stored ones; returns the shapes of those that are stored in another layout."""
+    weights, layouts = captured.weights(), {}
+    for index, weight in entry["weights"].items():
+        if weight in stored and stored[weight].shape != weights[weight].shape:
+            layouts[index] = list(weights[weight].shape)
+        else:
+            stored.setdefault(weight, weights[weight])
+    return layouts
+
+
+def _copied(source: str | Path, target: Path) -> Path:
+    if target.exists() or target.name == artifact.MANIFEST:
+        raise ValueError(f"the asset {target.name!r} has the name of a file of the artifact; give it another one")
+    return Path(shutil.copy(source, target))
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": artifact.sha256(path)}
+
+
+def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str, Any]) -> dict[str, str]:
+    """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
+    args, kwargs = split_inputs(inputs)
+    named = dict(zip(input_names(final.deployed, args, kwargs), (*args, *kwargs.values()), strict=True))
+    output = call_example(final.deployed, inputs)
+    outputs = [output.logits] if entry["cache"] else flatten_output(output)[0]
+    tensors = {f"input.{name}": value for name, value in named.items() if isinstance(value, Tensor)}
+    tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
+    artifact.save_weights({n: t.contiguous() for n, t in tensors.items()}, path / "golden.safetensors")
+    return _file(path / "golden.safetensors")
+
+
+def coverage(final: Finalized, inputs: ExampleInputs, masks: Masks | None) -> list[dict[str, Any]]:
+    """What was pruned and quantized, in shares of parameters and FLOPs, and what was skipped and why."""
+    args, kwargs = copy_inputs(inputs)
+    found = []
+    if masks:
+        found.append(pruning_coverage(final.plain, masks).as_dict())
+    if final.quantized:
+        shrunk = unprepare_(copy.deepcopy(final.plain))
+        if masks:
+            shrunk = shrink_model(shrunk, masks, example_inputs=inputs)
+        found.append(quantization_coverage(final.deployed, select.count_flops(shrunk, args, kwargs)).as_dict())
+    return found
