@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 from transformers.modeling_outputs import ModelOutput
 
-from lightning_accel import QuantConfig, export_model, load, quantize_model
+from lightning_accel import ArtifactError, QuantConfig, artifact, export_model, load, quantize_model
 from lightning_accel.capture import capture, flatten_output
 from lightning_accel.loaded import LoadedModel
 from lightning_accel.quantize import unprepare_
@@ -411,6 +412,37 @@ def test_compiled_residuals_do_not_overwrite_the_callers_inputs(residual_fp32: B
     transposed = torch.randn(16, batch).t()
     ours, theirs = residual_fp32.load()(image, transposed), residual_fp32.eager(image, transposed)
     assert torch.allclose(ours[1].logits, theirs[1]["logits"], atol=1e-5)
+
+
+@pytest.mark.aoti
+@torch.no_grad()
+def test_a_compiled_program_replaced_in_one_process_is_the_new_one_and_the_loaded_one_stays(
+    residual_fp32: Built, tmp_path: Path
+) -> None:
+    directory = tmp_path / "artifact"
+    shutil.copytree(residual_fp32.directory, directory)
+    image, x = torch.randn(4, 3, 8, 8), torch.randn(4, 16)
+    old, model = load(directory), copy.deepcopy(residual_fp32.eager)
+    before = old(image, x)[0]
+    for parameter in model.parameters():
+        parameter.add_(0.1)
+    export_model(model, directory, example_inputs={"image": image, "x": x}, engines=("aoti",), measure=False)
+    assert torch.allclose(load(directory)(image, x)[0], model(image, x)[0], atol=1e-5)
+    assert torch.equal(old(image, x)[0], before) and not torch.allclose(before, model(image, x)[0], atol=1e-2)
+
+
+@pytest.mark.aoti
+def test_a_constant_of_another_dtype_than_the_library_takes_is_refused(int8_layers: Built, altered: Any) -> None:
+    directory = altered(int8_layers.directory)
+    tensors = artifact.load_weights(directory / artifact.WEIGHTS)
+    name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+    artifact.save_weights({**tensors, name: tensors[name].view(torch.uint8)}, tmp := directory / "new")
+    tmp.rename(directory / artifact.WEIGHTS)  # the old file is still mapped
+    manifest = artifact.read_manifest(directory)
+    manifest["weights"]["sha256"] = artifact.sha256(directory / artifact.WEIGHTS)
+    artifact.write_manifest(directory, manifest)
+    with pytest.raises(ArtifactError, match=rf"{name} is stored as torch.uint8, .*aoti.so takes torch.int8"):
+        load(directory, engine="aoti")
 
 
 @pytest.mark.aoti

@@ -4,6 +4,9 @@ The package that AOTInductor writes is reduced to its shared library, which torc
 without a compiler, an archive to unpack or further imports. Its constants are left out and given at load: tensors
 mapped from the folder's weights, not copied. Where float layers carry most of the work, Inductor's freezing packs
 their weights into the library instead (20 % faster fp32 decoding was measured), and they are stored there.
+
+The file is named by its content: dlopen gives a path that it has open already the library which was there before, and
+an export that is repeated in one process would be verified, and served, through the older program.
 """
 
 from __future__ import annotations
@@ -78,7 +81,7 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
-    """Exports and compiles the captured module and writes `NAME.aoti.so`.
+    """Exports and compiles the captured module and writes `NAME.HASH.aoti.so`, named by what is in it.
 
     Raises:
         CompilerMissing: no C++ compiler was found.
@@ -89,14 +92,13 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     compiler = _compiler()
     freeze = not any(isinstance(module, Int8Linear) for module in capture.module.modules())
     program = capture.export(capture.module)
-    file = f"{name}.aoti.so"
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary))
         package = _compile(program, Path(temporary), freeze)
-        _extract(package, directory / file)
-    weights = {} if freeze else _constants(directory / file, program, capture)
-    entry = {"file": file, "isa": isa(), "arch": platform.machine(), "weights": weights}
-    nodes = (directory / file).with_suffix(".json")  # operators without a C interface, which torch looks up by name
+        library = _extract(package, directory, name)
+    weights = {} if freeze else _constants(library, program, capture)
+    entry = {"file": library.name, "isa": isa(), "arch": platform.machine(), "weights": weights}
+    nodes = library.with_suffix(".json")  # operators without a C interface, which torch looks up by name
     return {**entry, "nodes": {"file": nodes.name, "sha256": sha256(nodes)}} if nodes.exists() else entry
 
 
@@ -163,8 +165,11 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
     return Path(package)
 
 
-def _extract(package: Path, target: Path) -> None:
-    """Takes the shared library out of AOTInductor's package and strips it."""
+def _extract(package: Path, directory: Path, name: str) -> Path:
+    """Takes the shared library out of AOTInductor's package, strips it and names it by its content."""
+    from ..artifact import sha256
+
+    target = directory / f"{name}.aoti.so"
     with zipfile.ZipFile(package) as archive:
         libraries = [name for name in archive.namelist() if name.endswith(".so")]
         assert len(libraries) == 1, libraries
@@ -175,6 +180,11 @@ def _extract(package: Path, target: Path) -> None:
     target.chmod(0o755)
     if shutil.which("strip"):
         subprocess.run(["strip", "-s", str(target)], check=True)
+    named = directory / f"{name}.{sha256(target)[:12]}.aoti.so"
+    for suffix in (".so", ".json"):  # torch looks for the nodes beside the library, under its name
+        if target.with_suffix(suffix).exists():
+            target.with_suffix(suffix).rename(named.with_suffix(suffix))
+    return named
 
 
 def _constants(library: Path, program: torch.export.ExportedProgram, capture: Capture) -> dict[str, str]:
@@ -213,10 +223,8 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
     """Opens the library and gives it the folder's tensors as constants, without copying them."""
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     constants = {constant: weights[name] for constant, name in entry["weights"].items()}
-    dtypes = runner.get_constant_names_to_dtypes() if constants else {}
-    if constants and set(constants) != set(dtypes):
-        raise ValueError(f"{path.name} and the manifest name different constants; export the model again")
     if constants:
+        _check_constants(path, entry, constants, runner.get_constant_names_to_dtypes())
         runner.update_constant_buffer(constants, False, False, True)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -224,3 +232,13 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
 
     run.constants = constants  # type: ignore[attr-defined]  # keeps the mapped memory alive
     return run
+
+
+def _check_constants(path: Path, entry: dict[str, Any], constants: dict[str, Tensor], codes: dict[str, int]) -> None:
+    """Raises unless the tensors are those that the library takes, by name and dtype: it would read them as its own."""
+    if set(constants) != set(codes):
+        raise ValueError(f"{path.name} and the manifest name different constants")
+    for name, tensor in constants.items():
+        dtype = torch.ops.aten.empty.memory_format([0], dtype=codes[name]).dtype  # of the number that C++ has for it
+        if tensor.dtype != dtype:
+            raise ValueError(f"{entry['weights'][name]} is stored as {tensor.dtype}, {path.name} takes {dtype}")
