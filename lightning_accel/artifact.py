@@ -163,12 +163,19 @@ class staging:
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes `manifest.json` last, so that a folder that has one is complete."""
-    text = json.dumps({"format": FORMAT, **manifest}, indent=1, default=str)
+    """Writes `manifest.json` with its digest, last, so that a folder that has one is complete."""
+    plain = json.loads(json.dumps({"format": FORMAT, **manifest}, default=str))
+    text = json.dumps({**plain, "digest": manifest_digest(plain)}, indent=1)
     with open(directory / MANIFEST, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Hexadecimal SHA-256 of the manifest without its `digest`, as JSON with sorted keys and no spaces."""
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -190,6 +197,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
         if version == FORMAT:
+            if manifest.get("digest", digest := manifest_digest(manifest)) != digest:  # older artifacts have none
+                raise ValueError("its content is not what was written: the SHA-256 differs from its digest")
             _check_manifest(manifest)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -301,4 +310,4 @@ def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> L
         raise
     except Exception as error:
         raise ArtifactError(f"{path} cannot be opened ({type(error).__name__}: {error}); export it again") from error
-    return LoadedModel(directory, manifest, entry, run)
+    return LoadedModel(directory, manifest, entry, run, tensors.values())

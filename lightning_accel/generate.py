@@ -52,7 +52,7 @@ class Cache:
         positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)
         self.mask_BS = torch.cat([self.mask_BS, valid_BT], 1)
         inputs = [ids_BT.contiguous(), positions_BT, self.mask_BS, wanted_BK.contiguous(), *self.tensors]
-        logits_BKV = self.model.run(inputs)[0]
+        logits_BKV = self.model._run_checked(inputs)[0]
         self.filled += new
         self.lengths_B = self.lengths_B + valid_BT.sum(1)
         return logits_BKV

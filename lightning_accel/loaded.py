@@ -6,7 +6,7 @@ Imports torch and the standard library only.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,18 @@ class LoadedModel:
         engine: the engine that runs it.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], entry: dict[str, Any], run: Run) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: dict[str, Any],
+        entry: dict[str, Any],
+        run: Run,
+        weights: Iterable[Tensor] = (),
+    ) -> None:
         self.directory, self.manifest, self.entry = directory, manifest, entry
         self.engine: str = entry["engine"]
         self._run = run
+        self._mapped = {_extent(tensor) for tensor in weights}  # the views of one file have one extent
         self._lock = threading.Lock()
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
@@ -56,7 +64,7 @@ class LoadedModel:
             from . import generate
 
             return generate.forward(self, **by_name(("input_ids", "attention_mask"), args, kwargs, optional=1))
-        return structure(self.entry["outputs"], self.run(bind(self.entry["inputs"], args, kwargs)))
+        return structure(self.entry["outputs"], self._run_checked(bind(self.entry["inputs"], args, kwargs)))
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, **options: Any) -> Any:
         """Continues token ids with a KV cache; see `lightning_accel.generate.generate`."""
@@ -66,10 +74,16 @@ class LoadedModel:
 
         return generate.generate(self, input_ids, max_new_tokens, **options)
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Runs the program on checked flat inputs; the lock is held meanwhile."""
+    def _run_checked(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Runs the program on flat inputs that were checked; the lock is held meanwhile.
+
+        An output that lies in the weights, such as a buffer of the model, is copied: the caller may write to it.
+        """
         with self._lock:
-            return self._run(inputs)
+            return [output.clone() if self._is_weight(output) else output for output in self._run(inputs)]
+
+    def _is_weight(self, output: Tensor) -> bool:
+        return any(start <= output.data_ptr() < end for start, end in self._mapped)
 
     def asset(self, name: str) -> Path:
         """Path of a file that travels with the model, such as `tokenizer.json`, after checking it."""
@@ -85,6 +99,12 @@ class LoadedModel:
             f"{i['name']}{[d if isinstance(d, int) else d['name'] for d in i['shape']]}" for i in self.entry["inputs"]
         )
         return f"LoadedModel({str(self.directory)!r}, engine={self.engine!r}, inputs=({inputs}))"
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses at which the tensor's storage begins and ends."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:

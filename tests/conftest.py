@@ -12,7 +12,7 @@ import tiny
 import torch
 from compiled import bert_int8, gpt2_fp32, int8_layers, llama_int8, residual_fp32  # noqa: F401  fixtures
 
-from lightning_accel import QuantConfig, export_model
+from lightning_accel import QuantConfig, artifact, export_model
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +51,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def altered(tmp_path: Path) -> Callable[..., Path]:
-    """A function that copies an artifact, with its manifest changed by `change(manifest)`."""
+    """A function that copies an artifact, with its manifest changed by `change(manifest)`, as if written so."""
 
     def alter(source: Path, change: Callable[[dict], object] = lambda manifest: None) -> Path:
         directory = tmp_path / "altered"
         shutil.copytree(source, directory)
         manifest = json.loads((directory / "manifest.json").read_text())
         change(manifest)
-        (directory / "manifest.json").write_text(json.dumps(manifest))
+        artifact.write_manifest(directory, manifest)
         return directory
 
     return alter

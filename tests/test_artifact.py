@@ -40,7 +40,7 @@ def set_hash(directory: Path, name: str) -> None:
     """Makes the manifest agree with a changed program, as somebody who wants to deceive would."""
     manifest = json.loads((directory / MANIFEST).read_text())
     manifest["programs"][0]["sha256"] = artifact.sha256(directory / name)
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    artifact.write_manifest(directory, manifest)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,6 @@ def test_a_truncated_manifest_is_refused(decoder, altered):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("format"), "it has no 'format'"),
         (lambda m: m.pop("programs"), "it has no 'programs'"),
         (lambda m: m.update(programs=[]), "it has no programs"),
         (lambda m: m.update(programs={"forward": {}}), "indices|not subscriptable"),
@@ -95,12 +94,33 @@ def test_a_truncated_manifest_is_refused(decoder, altered):
         (lambda m: m["programs"][0]["inputs"][0].pop("dtype"), "it has no 'dtype'"),
     ],
 )
-def test_an_edited_manifest_is_refused_with_what_is_wrong(decoder, altered, change, message):
+def test_an_incomplete_manifest_is_refused_with_what_is_wrong(decoder, altered, change, message):
     with pytest.raises(ArtifactError, match=rf"manifest.json is damaged \(.*({message})"):
         load(altered(decoder, change))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "\x00\xff", '{"format": 1}'])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"vocabulary": 97', '"vocabulary": 98'), ('"max_length": 64', '"max_length": 65'), ('"min": 1', '"min": 0')],
+)
+def test_an_edited_manifest_is_refused(decoder, altered, old, new):
+    directory = altered(decoder)
+    text = (directory / MANIFEST).read_text()
+    assert old in text
+    (directory / MANIFEST).write_text(text.replace(old, new, 1))
+    with pytest.raises(ArtifactError, match=r"manifest.json is damaged \(its content is not what was .*digest"):
+        load(directory)
+
+
+def test_a_manifest_without_a_digest_is_of_an_older_version_and_read(decoder, altered):
+    directory = altered(decoder)
+    manifest = artifact.read_manifest(directory)
+    assert manifest.pop("digest") == artifact.manifest_digest(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    assert load(directory).manifest == manifest
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "\x00\xff", "{}", '{"format": 1}'])
 def test_a_manifest_that_is_something_else_is_refused(decoder, altered, text):
     directory = altered(decoder)
     (directory / MANIFEST).write_text(text, encoding="latin-1")
@@ -588,6 +608,29 @@ def test_the_callers_inputs_are_unchanged(tmp_path):
     first = model(x, shift)
     assert torch.equal(x, kept[0]) and torch.equal(shift, kept[1])
     assert torch.equal(model(x, shift), first)
+
+
+class Constant(nn.Module):
+    """Puts out a buffer and a view of it beside what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("table", torch.arange(6.0))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(x), self.table, self.table[2:]
+
+
+def test_the_caller_may_write_to_an_output_that_is_a_buffer_of_the_model(tmp_path):
+    x = torch.randn(3, 8)
+    export_model(Constant(), tmp_path / "a", example_inputs=(x,), engines=("portable",), measure=False)
+    model = load(tmp_path / "a")
+    first = model(x)
+    kept = [output.clone() for output in first]
+    for output in first:
+        output.add_(1.0)
+    assert all(torch.equal(again, output) for again, output in zip(model(x), kept, strict=True))
 
 
 def test_the_callers_token_ids_and_mask_are_unchanged(decoding):

@@ -70,9 +70,9 @@ def test_verify_of_a_program_that_computes_something_else_exits_with_1(decoder, 
     golden = {name: tensor.clone() for name, tensor in artifact.load_weights(directory / "golden.safetensors").items()}
     golden["output.0"] += 0.5 * torch.randn(golden["output.0"].shape)
     artifact.save_weights(golden, directory / "golden.safetensors")
-    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest = artifact.read_manifest(directory)
     manifest["golden"]["sha256"] = artifact.sha256(directory / "golden.safetensors")
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    artifact.write_manifest(directory, manifest)
     assert main(["verify", str(directory)]) == 1
     assert "the portable program drifted" in capsys.readouterr().err
 
@@ -84,6 +84,18 @@ def test_verify_says_which_program_it_could_not_run(decoder, altered, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("aoti: not run: it was compiled for s390x")
     assert lines[2].startswith("portable: golden inputs again")
+
+
+@pytest.mark.parametrize("missing", ["file", "nodes"])
+def test_verify_checks_the_files_of_a_program_that_it_cannot_run(decoder, altered, capsys, missing):
+    file = {"file": "decoder.aoti.so", "sha256": "0" * 64}
+    elsewhere = {"engine": "aoti", "isa": [], "arch": "s390x", **(file if missing == "file" else {"nodes": file})}
+    directory = altered(decoder, lambda m: m["programs"].insert(0, {**m["programs"][0], **elsewhere}))
+    assert main(["verify", str(directory)]) == 1
+    assert "decoder.aoti.so is missing" in capsys.readouterr().err
+    (directory / "decoder.aoti.so").write_text("damaged")
+    assert main(["verify", str(directory)]) == 1
+    assert "decoder.aoti.so is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

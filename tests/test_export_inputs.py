@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -124,8 +122,8 @@ def test_verify_runs_a_model_with_several_named_outputs_again(network, altered):
     assert set(golden) == {"input.x", "input.gain", "output.0", "output.1"}
     golden["output.0"][0, 0] += 1.0
     artifact.save_weights(golden, directory / "golden.safetensors")
-    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest = artifact.read_manifest(directory)
     manifest["golden"]["sha256"] = artifact.sha256(directory / "golden.safetensors")
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    artifact.write_manifest(directory, manifest)
     with pytest.raises(DriftError, match="the portable program drifted"):
         verify_artifact(directory)

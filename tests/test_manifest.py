@@ -62,6 +62,7 @@ def test_measured_and_compiled_entries_follow_the_schema(decoder):
     [
         (lambda m: m.pop("machine"), "$"),
         (lambda m: m.update(format=2), "$.format"),
+        (lambda m: m.update(digest="0"), "$.digest"),
         (lambda m: m.update(programs=[]), "$.programs"),
         (lambda m: m["programs"][0].pop("cache"), "$.programs[0]"),
         (lambda m: m["programs"][0].update(file="../evil.pt2"), "$.programs[0].file"),
