@@ -107,6 +107,18 @@ def split(found: list[str], megabytes: float) -> dict[str, list[str]]:
     return parts
 
 
+def require(sizes: dict[str, int], settings: Settings) -> None:
+    """Exits where a part has too few tokens for a batch of training examples."""
+    least = settings.batch * settings.length
+    short = [f"{name} has {size:,}" for name, size in sizes.items() if size < least]
+    if short:
+        raise SystemExit(
+            f"too little text: {' and '.join(short)} of at least {least:,} tokens; validation and test get a tenth of "
+            f"it each, so give --text a file of {60 * least // 1000} kB or more, in 200 or more paragraphs with empty "
+            "lines between them"
+        )
+
+
 def train_tokenizer(train: list[str], vocabulary: int, path: Path) -> Tokenizer:
     """A byte-level BPE tokenizer (Sennrich et al. 2016), trained on the training documents only."""
     tokenizer = Tokenizer(models.BPE())
@@ -186,8 +198,9 @@ def fit(model: LlamaForCausalLM, data: dict[str, DataLoader], steps: int, lr: fl
 def test_loss(logits: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tensor) -> float:
     """Mean nats a token over blocks [n, length], teacher-forced."""
     total = 0.0
-    for part in blocks.split(16):
-        total += F.cross_entropy(logits(part)[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+    with console.status("computing the loss on the test split"):
+        for part in blocks.split(16):
+            total += F.cross_entropy(logits(part)[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
     return total / (blocks.numel() - len(blocks))
 
 
@@ -275,8 +288,12 @@ def main() -> None:
 
     console.rule("1. text")
     parts = split(documents(options.text), settings.megabytes)
-    tokenizer = train_tokenizer(parts["train"], settings.vocabulary, out / "tokenizer.json")
-    streams = {name: encode(tokenizer, part) for name, part in parts.items()}
+    require({name: sum(len(document.encode()) for document in part) for name, part in parts.items()}, settings)
+    with console.status("training the tokenizer") as status:
+        tokenizer = train_tokenizer(parts["train"], settings.vocabulary, out / "tokenizer.json")
+        status.update("encoding the text")
+        streams = {name: encode(tokenizer, part) for name, part in parts.items()}
+    require({name: len(stream) for name, stream in streams.items()}, settings)
     console.print({name: f"{len(parts[name])} documents, {len(stream):,} tokens" for name, stream in streams.items()})
     bigram = bigram_loss(streams["train"], streams["test"], tokenizer.get_vocab_size())
     data = {name: DataLoader(Blocks(stream, settings.length), settings.batch, shuffle=name == "train", drop_last=True)
