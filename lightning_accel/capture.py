@@ -156,7 +156,8 @@ def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
     """Tensors of an output, and its structure as plain types.
 
     Raises:
-        ValueError: something in it is neither a tensor nor a tuple, list, mapping or None.
+        ValueError: something in it is neither a tensor nor a tuple, list, mapping or None (a transformers cache is left
+            out).
     """
     tensors: list[Tensor] = []
 
@@ -167,7 +168,7 @@ def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
             tensors.append(value)
             return {"type": "tensor", "index": len(tensors) - 1}
         if isinstance(value, Mapping):
-            items = {str(k): walk(v) for k, v in value.items() if v is not None}
+            items = {str(k): walk(v) for k, v in value.items() if v is not None and k != "past_key_values"}
             return {"type": "dict", "items": items}
         if isinstance(value, list | tuple):
             return {"type": "list" if isinstance(value, list) else "tuple", "items": [walk(v) for v in value]}
@@ -206,11 +207,34 @@ def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_sha
         result = captured(several, tuple(_default_dims(t) for t in several.values()))
         shapes = _ranges(result, alike=True)
     _probe(result.module, tensors, shapes)
+    limits = _embedded(result.module, tensors)
     result.inputs = [
-        {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": shape}
+        {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": shape} | limits.get(n, {})
         for (n, t), shape in zip(tensors.items(), shapes, strict=True)
     ]
     return result
+
+
+def _embedded(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """`{"below": rows}` of each input that an embedding takes as it is: an index past it kills a compiled program."""
+    limits: dict[str, dict[str, int]] = {}
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    names = {copy.data_ptr(): name for name, copy in copies.items() if not copy.is_floating_point()}
+
+    def note(embedding: Any, args: tuple) -> None:
+        if args and isinstance(args[0], Tensor) and (name := names.get(args[0].data_ptr())) is not None:
+            rows = int(embedding.num_embeddings)
+            limits[name] = {"below": min(rows, limits.get(name, {"below": rows})["below"])}
+
+    tables = [m for m in module.modules() if isinstance(getattr(m, "num_embeddings", None), int)]
+    hooks = [table.register_forward_pre_hook(note) for table in tables]
+    try:
+        with torch.no_grad():
+            module(*copies.values())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return limits
 
 
 def _two_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     path = Path(options.recipe)
     if not path.is_file():
-        path = Path("recipes") / f"{options.recipe}.py"
+        path = Path("recipes") / f"{options.recipe.removesuffix('.py')}.py"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "none here"
         print(

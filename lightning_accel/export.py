@@ -278,19 +278,23 @@ def _least(inputs: ExampleInputs, entry: dict[str, Any]) -> ExampleInputs:
 def _metrics(
     path: Path, final: Finalized, metric: Metric | None, batches: Sequence[Any], split: str
 ) -> list[dict[str, Any]]:
-    """The task metric of the float model, the trained model and the artifact, on the same batches."""
+    """The task metric of the float model, the trained model and the artifact, on the same batches.
+
+    Where masks were given with a model that does not have them yet, of the unpruned model too.
+    """
     if metric is None or not batches:
         return []
     loaded = artifact.load(path)
     name = getattr(metric, "__name__", type(metric).__name__)
     direction = "higher" if getattr(metric, "higher_is_better", False) else "lower"
+    float_ = "float" if final.given is None else "float, pruned"
+    models = {"float, unpruned": final.given, float_: final.plain, "trained": final.trained, "artifact": loaded}
     with torch.no_grad():
-        values = {
-            "float": metric(final.plain, batches),
-            "trained": metric(final.trained, batches),
-            "artifact": metric(loaded, batches),
-        }
-    values = {which: float(value) for which, value in values.items()}
+        found = {which: metric(model, batches) for which, model in models.items() if model is not None}
+    for value in found.values():
+        if not isinstance(value, int | float | Tensor):
+            raise ValueError(f"the metric {name} gave a {type(value).__name__}, expected a float")
+    values = {which: float(value) for which, value in found.items()}
     allowed = METRIC_TOLERANCE * max(abs(values["trained"]), 0.1)
     worse = (values["artifact"] - values["trained"]) * (1 if direction == "lower" else -1)
     if not worse <= allowed:  # NaN is worse

@@ -27,6 +27,7 @@ class Finalized:
     trained: nn.Module
     deployed: nn.Module
     quantized: bool
+    given: nn.Module | None = None  # float and unmasked, where `model` still held what the masks drop
 
 
 def finalize(
@@ -42,9 +43,15 @@ def finalize(
             raise ValueError(
                 f"{name} holds NaN or infinite values; the training diverged, export an earlier checkpoint"
             )
-    trained = _copy(model)
+    for name, buffer in model.named_buffers():  # infinities are legitimate there, as in attention masks
+        if buffer.is_floating_point() and torch.isnan(buffer).any():
+            raise ValueError(f"the buffer {name} holds NaN; the training diverged, export an earlier checkpoint")
+    trained, given = _copy(model), None
     if masks:
         apply_masks_(trained, masks)
+        before = dict(model.named_parameters())
+        if any(not torch.equal(p, before[n].detach().cpu().float()) for n, p in trained.named_parameters()):
+            given = unprepare_(_copy(model))
     plain = unprepare_(_copy(trained))
     deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _copy(trained)
     if quantize is not None and not is_prepared(trained):
@@ -53,11 +60,16 @@ def finalize(
     quantized = is_prepared(deployed)
     if quantized:
         deployed = convert_(deployed)
-    return Finalized(plain, trained, deployed, quantized)
+    return Finalized(plain, trained, deployed, quantized, given)
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    for module in model.modules():  # a causal language model is asked for its cache where it is wanted
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return model
 
 
 @dataclass
@@ -84,6 +96,11 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
             f"{checkpoint} holds more than tensors and plain types, and nothing else is unpickled ({error}); save "
             "hyper-parameters as plain types"
         ) from error
+    if "state_dict" not in saved:
+        raise ValueError(
+            f"{checkpoint} is no Lightning checkpoint (it has no state_dict); write "
+            "model.load_state_dict(torch.load(...)) and export without checkpoint="
+        )
     weights = {select.canonical_name(name): tensor for name, tensor in saved["state_dict"].items()}
     own = {select.canonical_name(name): name for name in model.state_dict()}
     candidates = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]

@@ -75,10 +75,10 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; 0 means greedy")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; None considers every token")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be a number of at least 0, which means greedy")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k={self.top_k} must be an int of at least 1; None considers every token")
 
 
 def generate(
@@ -113,8 +113,10 @@ def generate(
         ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
     """
     ids_BT, valid_BT = _prompt(model, input_ids, attention_mask)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be an int of at least 1")
+    if isinstance(stop, int):
+        raise ValueError(f"stop={stop} is one id; write stop=({stop},)")
     sampling = Sampling(temperature, top_k, seed)
     cache = Cache(model, len(ids_BT), ids_BT.shape[1] + max_new_tokens - 1)
     steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, tuple(stop), pad)
@@ -148,7 +150,8 @@ def _decode(
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / sampling.temperature
+    logits_BV = logits_BV.float()
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature  # finite however small that is
     if sampling.top_k is None or sampling.top_k >= logits_BV.shape[-1]:
         return torch.multinomial(torch.softmax(logits_BV, -1), 1, generator=generator)[:, 0]
     likeliest = logits_BV.topk(sampling.top_k, -1)

@@ -17,7 +17,10 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Output(dict):
-    """Named outputs, as a dict whose keys are attributes too."""
+    """Named outputs, as a dict whose keys are attributes too; integers and slices index the values in order."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -162,6 +165,11 @@ def check_input(spec: dict[str, Any], value: Any, sizes: dict[str, int]) -> Tens
             raise ValueError(f"input {name!r} has {dim['name']} {size}, allowed is {dim['min']} to {dim['max']}")
         if sizes.setdefault(dim["name"], size) != size:
             raise ValueError(f"input {name!r} has {dim['name']} {size}, another input has {sizes[dim['name']]}")
+    if "below" in spec and value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= spec["below"]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"input {name!r} holds {wrong}, allowed is 0 to {spec['below'] - 1}: rows of an embedding")
     return value.detach().clone(memory_format=torch.contiguous_format)
 
 

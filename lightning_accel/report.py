@@ -36,6 +36,7 @@ class ExportReport:
             )
         )
         engine = self.manifest["programs"][0]["engine"]
+        lines.append(f"takes {_inputs(self.manifest['programs'][0])}")
         for workload, gain in self.speedup.items():
             eager = self.over_eager.get(workload)
             lines.append(
@@ -83,12 +84,15 @@ def describe(directory: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _program_lines(entry: Mapping[str, Any]) -> list[str]:
-    inputs = ", ".join(
+def _inputs(entry: Mapping[str, Any]) -> str:
+    return ", ".join(
         f"{i['name']} {i['dtype']} {[d if isinstance(d, int) else d['name'] for d in i['shape']]}"
         for i in entry["inputs"]
     )
-    lines = [f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {inputs}"]
+
+
+def _program_lines(entry: Mapping[str, Any]) -> list[str]:
+    lines = [f"  program {entry['role']} ({entry['engine']}, {entry['file']}): {_inputs(entry)}"]
     if cache := entry["cache"]:
         lines.append(f"    cache: {len(cache['shapes'])} tensors, up to {cache['max_length']} positions")
     return [*lines, f"    verification: {json.dumps(entry.get('verification'))}"]

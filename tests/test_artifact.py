@@ -555,10 +555,10 @@ def test_wrong_token_ids_are_refused_with_what_is_right(decoding, args, kwargs, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be an int of at least 1"),
         ({"max_new_tokens": 60}, "69 tokens are asked for, the model has 64 positions; shorten the prompt"),
-        ({"temperature": -1.0}, "temperature=-1.0 is negative; 0 means greedy"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be a number of at least 0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be an int of at least 1"),
     ],
 )
 def test_impossible_generations_are_refused(decoding, options, message):

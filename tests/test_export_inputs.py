@@ -127,3 +127,87 @@ def test_verify_runs_a_model_with_several_named_outputs_again(network, altered):
     artifact.write_manifest(directory, manifest)
     with pytest.raises(DriftError, match="the portable program drifted"):
         verify_artifact(directory)
+
+
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_an_id_that_no_row_of_the_table_has_is_refused_by_name(tmp_path, wrong):
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.kinds = nn.Embedding(11, 4), nn.Embedding(3, 4)
+
+        def forward(self, ids: torch.Tensor, kinds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            return self.table(ids) + self.kinds(kinds) + counts[..., None]
+
+    inputs = {"ids": tiny.ids(2, 5) % 11, "kinds": tiny.ids(2, 5) % 3, "counts": tiny.ids(2, 5)}
+    export_model(Lookup(), tmp_path / "a", example_inputs=inputs, **PORTABLE, quantize=QuantConfig("int8"))
+    model = load(tmp_path / "a")
+    assert [i.get("below") for i in model.entry["inputs"]] == [11, 3, None]
+    model(**{**inputs, "counts": inputs["counts"] * 1000 - 7})
+    with pytest.raises(ValueError, match=rf"input 'ids' holds {wrong}, allowed is 0 to 10: rows of an embedding"):
+        model(**{**inputs, "ids": torch.full((2, 5), wrong)})
+    with pytest.raises(ValueError, match="input 'kinds' holds 3, allowed is 0 to 2"):
+        model(**{**inputs, "kinds": torch.full((2, 5), 3)})
+
+
+def test_a_cache_among_the_outputs_is_left_out(tmp_path):
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=37, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config).eval()
+    ids = tiny.ids(3, 9) % 36 + 1
+    export_model(model, tmp_path / "a", example_inputs={"input_ids": ids}, **PORTABLE)
+    output = load(tmp_path / "a")(input_ids=ids)
+    assert list(output) == ["logits"]
+    assert torch.allclose(output[0], model(input_ids=ids).logits, atol=1e-5) and model.config.use_cache
+
+
+def test_portable_programs_load_in_several_threads_at_once(tmp_path, network):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load(network), range(8)))
+    x, gain = torch.randn(4, 16), torch.rand(4, 16)
+    assert all(torch.equal(m(x, gain)[0], models[0](x, gain)[0]) for m in models)
+
+
+def test_the_quality_of_the_unpruned_model_stands_beside_the_pruned_ones(tmp_path):
+    from lightning_accel import PruneConfig, prune_model_
+
+    def size(model, batches) -> float:
+        return float(model(batches[0]).abs().mean())
+
+    model, x = tiny.mlp(), torch.randn(16, 8)
+    masks = prune_model_(tiny.mlp(), PruneConfig("neurons", 0.75), example_inputs=(x,))
+    report = export_model(model, tmp_path / "a", example_inputs=(x,), masks=masks, data=[x], metric=size, **PORTABLE)
+    rows = {m["name"]: m["value"] for m in report.manifest["metrics"]}
+    assert list(rows) == ["size (float, unpruned)", "size (float, pruned)", "size (trained)", "size (artifact)"]
+    assert rows["size (float, unpruned)"] == pytest.approx(size(model, [x]))
+    assert rows["size (float, pruned)"] == pytest.approx(rows["size (artifact)"], rel=1e-5)
+    assert rows["size (float, pruned)"] != pytest.approx(rows["size (float, unpruned)"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, r"write QuantConfig\('int8'\)"),
+        ({"metric": lambda model, batches: None, "data": [torch.randn(2, 8)]}, "gave a NoneType, expected a float"),
+    ],
+)
+def test_plausible_wrong_options_say_what_to_write(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_model(tiny.mlp(), tmp_path / "a", example_inputs=(torch.randn(2, 8),), **PORTABLE, **options)
+
+
+def test_a_nan_in_a_buffer_and_a_plain_state_dict_are_refused_by_name(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[1].running_mean[2] = float("nan")
+    with pytest.raises(ValueError, match=r"the buffer 1\.running_mean holds NaN"):
+        export_model(model, tmp_path / "a", example_inputs=(torch.randn(2, 8),), **PORTABLE)
+    torch.save(tiny.mlp().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="is no Lightning checkpoint"):
+        export_model(
+            tiny.mlp(), tmp_path / "a", example_inputs=(torch.randn(2, 8),), checkpoint=tmp_path / "weights.pt",
+            **PORTABLE,
+        )  # fmt: skip

@@ -265,7 +265,7 @@ def test_only_the_k_likeliest_are_drawn_in_proportion_and_ties_add_none() -> Non
         ((torch.zeros(1025, 1, dtype=torch.int64),), "batch of 1025 is over the limit of 1024"),
         ((tiny.ids(1, 40), 26), "65 tokens are asked for, the model has 64 positions; shorten the prompt"),
         ((tiny.ids(1, 65), 1), "65 tokens are asked for"),
-        ((tiny.ids(1, 4), 0), "max_new_tokens=0 must be at least 1"),
+        ((tiny.ids(1, 4), 0), "max_new_tokens=0 must be an int of at least 1"),
     ],
 )
 def test_a_bad_prompt_is_refused(loaded: LoadedModel, arguments: tuple, message: str) -> None:
@@ -279,8 +279,8 @@ def test_a_bad_prompt_is_refused(loaded: LoadedModel, arguments: tuple, message:
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "a row of attention_mask is all padding"),
         ({"attention_mask": torch.ones(2, 2)}, "attention_mask"),
         ({"attention_mask": torch.ones(2, 2, dtype=torch.int64)}, r"shape \[2, 2\], input_ids \[2, 3\]"),
-        ({"temperature": -1.0}, "temperature=-1.0 is negative"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be a number of at least 0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be an int of at least 1"),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_runs(loaded: LoadedModel, options: dict, message: str) -> None:
@@ -341,3 +341,23 @@ def test_compiled_batches_of_different_lengths_give_each_prompt_its_own_continua
     ours = llama_int8.load()
     together = ours.generate([prompt.tolist() for prompt in PROMPTS], 8)
     assert [together[n].tolist() for n in range(4)] == [ours.generate(p[None], 8)[0].tolist() for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature=nan must be a number"),
+        ({"temperature": float("inf")}, "temperature=inf must be a number"),
+        ({"temperature": 1.0, "top_k": 2.5}, r"top_k=2\.5 must be an int"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be an int"),
+        ({"stop": 5}, r"stop=5 is one id; write stop=\(5,\)"),
+    ],
+)
+def test_numbers_of_the_wrong_kind_say_what_to_write(decoder, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(decoder).generate([[1, 2]], **options)
+
+
+def test_the_least_temperature_is_greedy(decoder):
+    model = load(decoder)
+    assert torch.equal(model.generate([[1, 2, 3]], 6, temperature=1e-40, seed=0), model.generate([[1, 2, 3]], 6))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,8 @@ def unusable(entry: dict[str, Any]) -> str | None:
 def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
     """Loads the program; its weights stay mapped from the folder's one file."""
     check_archive(path)
-    program = torch.export.load(path).module()
+    with _LOADING:
+        program = torch.export.load(path).module()
     tensors = [weights[entry["weights"][str(i)]] for i in range(len(entry["weights"]))]
     layouts = entry.get("layouts", {})
     tensors = [_untile(t, layouts[str(i)]) if str(i) in layouts else t for i, t in enumerate(tensors)]
@@ -111,6 +113,9 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
             return program(tensors, *inputs)
 
     return run
+
+
+_LOADING = threading.Lock()  # torch.export.load keeps state for the process
 
 
 def _untile(tiles: Tensor, shape: list[int]) -> Tensor:

@@ -100,6 +100,8 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     int8 fake quantization: 80.0% of parameters
       skipped 2 (Linear, 18 parameters): excluded by overrides
     """
+    if not isinstance(config, QuantConfig):
+        raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
     fused = _in_fused_operators(model)
