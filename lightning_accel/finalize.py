@@ -123,9 +123,10 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
         for name, mask in _below(prefix, {_join(state["module"], n): m for n, m in state["masks"].items()}).items():
             masks[name] = masks[name] & mask if name in masks else mask
     for state in (s for s in states if s.get("technique") == "quantization" and s["prepared"]):
-        if chosen := _below(prefix, dict.fromkeys(state["quantized"])):
+        if chosen := _below(prefix, state["quantized"]):
             others = [n for n, m in select.named_modules(model) if count_own(m) and n not in chosen]
-            prepare_(model, QuantConfig(state["config"]["scheme"], overrides=dict.fromkeys(others)))
+            config = QuantConfig(**{**state["config"], "overrides": {**chosen, **dict.fromkeys(others)}})
+            prepare_(model, config)
     calls = [s["call"] for s in states if s.get("technique") == "export" and _join(s["module"], "") == prefix]
     return Restored(model, masks or None, as_inputs(model, *calls[0]) if calls and calls[0] else None)
 

@@ -110,16 +110,21 @@ class Entry:
 
 @dataclass
 class Coverage:
-    """What a technique touched, what it skipped and why, in shares of parameters and FLOPs (contract 8)."""
+    """What a technique touched, what it skipped and why, in shares of parameters and FLOPs (contract 8).
+
+    `touched` is the number of parameters, where a technique touches a part of an entry's, such as pruning.
+    """
 
     technique: str
     entries: list[Entry] = field(default_factory=list)
+    touched: float | None = None
 
     @property
     def share_of_parameters(self) -> float:
         """Share in [0, 1] of the listed parameters that was touched."""
         total = sum(e.parameters for e in self.entries)
-        return sum(e.parameters for e in self.entries if e.done) / total if total else 0.0
+        touched = self.touched if self.touched is not None else sum(e.parameters for e in self.entries if e.done)
+        return touched / total if total else 0.0
 
     @property
     def share_of_flops(self) -> float | None:
@@ -149,12 +154,12 @@ class Coverage:
         flops = self.share_of_flops
         head = f"{self.technique}: {self.share_of_parameters:.1%} of parameters"
         head += f", {flops:.1%} of FLOPs" if flops is not None else ""
-        skipped = [
-            f"  skipped {e.name} ({e.kind}, {e.parameters:,} parameters): {e.reason}"
+        notes = [
+            f"  {'' if e.done else 'skipped '}{e.name} ({e.kind}, {e.parameters:,} parameters): {e.reason}"
             for e in self.entries
-            if not e.done
+            if e.reason
         ]
-        return "\n".join([head, *skipped])
+        return "\n".join([head, *notes])
 
 
 def count_parameters(module: nn.Module, recurse: bool = True) -> int:

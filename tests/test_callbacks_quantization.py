@@ -184,7 +184,7 @@ def test_overrides_are_relative_to_the_module_and_leave_it_alone(tmp_path):
     trainer(tmp_path, [qat]).fit(module, loader())
     assert type(module.model.head) is nn.Linear and type(module.model.first).__name__ == "FakeQuantizedLinear"
     state = qat.state_dict()
-    assert state["quantized"] == ["model.first", "model.second"]
+    assert state["quantized"] == {"model.first": "int8", "model.second": "int8"}
     assert "excluded by overrides" in str(qat.coverage)
 
 
@@ -211,7 +211,7 @@ def test_a_module_with_nothing_to_quantize_raises_before_training(tmp_path):
         def on_train_start(self) -> None:
             raise AssertionError("training began")
 
-    with pytest.raises(ValueError, match=r"touched nothing; the int8 scheme needs nn\.Linear"):
+    with pytest.raises(ValueError, match=r"touched nothing; quantization needs nn\.Linear"):
         trainer(tmp_path, [QuantizationAwareTraining(module="model")]).fit(Convolution(), loader())
 
 

@@ -268,7 +268,7 @@ def test_an_unknown_scheme_is_refused_when_the_config_is_built() -> None:
 
 
 def test_nothing_to_quantize_raises_with_the_reasons() -> None:
-    with pytest.raises(ValueError, match=r"touched nothing; the int8 scheme needs.*\(0: no int8 form"):
+    with pytest.raises(ValueError, match=r"touched nothing; quantization needs.*\(0: no int8 form"):
         prepare_(nn.Sequential(nn.Conv2d(3, 3, 3)), INT8)
     with pytest.raises(ValueError, match=r"touched nothing.*excluded by overrides"):
         prepare_(tiny.mlp(), QuantConfig(overrides={"*": None}))

@@ -103,8 +103,9 @@ class QuantizationAwareTraining(AccelCallback):
     def state_dict(self) -> dict[str, Any]:
         """Whether it has begun, what it reaches, and the length of training that fractions refer to."""
         prefix = f"{self.module}." if self.module else ""
-        names = [prefix + entry.name for entry in self.coverage.entries if entry.done] if self.coverage else []
-        return self.saved(prepared=self.prepared, quantized=names, total=self.total, complete=self.complete)
+        entries = self.coverage.entries if self.coverage else ()
+        schemes = {prefix + entry.name: entry.done for entry in entries if entry.done}
+        return self.saved(prepared=self.prepared, quantized=schemes, total=self.total, complete=self.complete)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""

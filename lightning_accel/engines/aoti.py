@@ -87,10 +87,10 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
         CompilerMissing: no C++ compiler was found.
     """
     from ..artifact import sha256
-    from ..quantize.converted import Int8Linear
+    from ..quantize.converted import LINEAR
 
     compiler = _compiler()
-    freeze = not any(isinstance(module, Int8Linear) for module in capture.module.modules())
+    freeze = not any(isinstance(module, LINEAR) for module in capture.module.modules())
     program = capture.export(capture.module)
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary))
@@ -125,30 +125,35 @@ def kernel_flags() -> list[str]:
 
 def _build_kernels(compiler: str, directory: Path) -> None:
     """Compiles the kernels for this machine into a static library in `directory`."""
-    source, target = _KERNELS / "int8_linear.cpp", directory / "int8_linear.o"
+    objects = {source: directory / f"{source.stem}.o" for source in sorted(_KERNELS.glob("*.cpp"))}
     for command in (
-        [compiler, *kernel_flags(), "-c", str(source), "-o", str(target)],
-        ["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), str(target)],
+        *([compiler, *kernel_flags(), "-c", str(source), "-o", str(target)] for source, target in objects.items()),
+        ["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), *map(str, objects.values())],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{command[0]} could not compile the int8 kernel:\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"{command[0]} could not compile the kernels:\n{done.stderr[-4000:]}")
 
 
 def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: bool) -> Path:
     from torch._inductor import aoti_compile_and_package
 
-    from ..quantize import ops  # noqa: F401  registers the operators
+    from ..quantize import int4, ops  # noqa: F401  register the operators
 
-    shim = (
-        "AOTITorchError aoti_torch_cpu_int8_linear_tiled(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
-        "AtenTensorHandle*, AtenTensorHandle*)"
-    )
+    def shim(name: str, bias: str) -> list[str]:
+        tensor = "AtenTensorHandle"
+        return [f"AOTITorchError aoti_torch_cpu_{name}({tensor}, {tensor}, {tensor}, {bias}, {tensor}*)"]
+
+    operators = torch.ops.lightning_accel
     configs: dict[str, Any] = {
         "freezing": freeze,
         "cpp.dynamic_threads": True,  # torch.set_num_threads at run time, not the number at export
         "aot_inductor.package_constants_in_so": freeze,
-        "aot_inductor.custom_ops_to_c_shims": {torch.ops.lightning_accel.int8_linear_tiled.default: [shim]},
+        "aot_inductor.custom_ops_to_c_shims": {
+            operators.int8_linear_tiled.default: shim("int8_linear_tiled", "AtenTensorHandle*"),
+            operators.int4_linear.default: shim("int4_linear", "AtenTensorHandle"),
+            operators.int4_int8_linear.default: shim("int4_int8_linear", "AtenTensorHandle"),
+        },
         "aot_inductor.custom_op_libs": ["lightning_accel_kernels"],
     }
     before = os.environ.get("LIBRARY_PATH")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def lower(model: torch.nn.Module) -> torch.nn.Module:
     """Quantized layers as aten operators, in place."""
-    from ..quantize.converted import Int8Embedding, Int8Linear
+    from ..quantize.converted import Int4Linear, Int8Embedding, Int8Linear
+    from ..quantize.int4 import int4_int8_linear_reference, int4_linear_reference
     from ..quantize.ops import int8_embedding_reference, int8_linear_reference
 
     for module in model.modules():
@@ -33,6 +34,8 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
             module.function = int8_linear_reference
         elif isinstance(module, Int8Embedding):
             module.function = int8_embedding_reference
+        elif isinstance(module, Int4Linear):
+            module.function = int4_linear_reference if module.scheme == "int4-weight" else int4_int8_linear_reference
     return model
 
 

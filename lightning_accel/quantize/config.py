@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SCHEMES = ("int8",)
+SCHEMES = ("int8", "int4-weight", "int4-int8")
+GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -16,16 +17,20 @@ class QuantConfig:
     | scheme | activations | weights |
     |---|---|---|
     | `int8` | int8, symmetric, dynamic, one scale a token (last dimension) | int8, symmetric, one scale a channel |
+    | `int4-weight` | float | int4, symmetric, one scale a group of inputs |
+    | `int4-int8` | int8 as in `int8` | int4 as in `int4-weight` |
 
-    Embeddings are quantized too, one scale a row; a tied head shares its embedding's codes.
+    Embeddings are quantized too, as weights are (in int8 one scale a row); a tied head shares its embedding's codes.
+    A module whose inputs are no multiple of the group falls back to `int8`, and the coverage says so.
 
     Args:
         scheme: the scheme of every module that can have it.
         overrides: glob pattern over module names -> scheme, or `None` to leave the module as it is; the first
             pattern that matches wins.
+        group_size: inputs that share a scale in the int4 schemes, 32, 64 or 128.
 
     Raises:
-        ValueError: unknown scheme.
+        ValueError: unknown scheme or group size.
 
     >>> QuantConfig("int8", overrides={"lm_head": None}).overrides
     {'lm_head': None}
@@ -33,8 +38,11 @@ class QuantConfig:
 
     scheme: str = "int8"
     overrides: Mapping[str, str | None] = field(default_factory=dict)
+    group_size: int = 32
 
     def __post_init__(self) -> None:
+        if self.group_size not in GROUPS:
+            raise ValueError(f"group_size={self.group_size} has no kernel; write one of {GROUPS}")
         for scheme in (self.scheme, *self.overrides.values()):
             if scheme is not None and scheme not in SCHEMES:
                 near = difflib.get_close_matches(str(scheme), SCHEMES, 1, 0.0)

@@ -13,15 +13,17 @@ from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
 from .config import QuantConfig
-from .fake import FAKE_TYPES, is_prepared, prepare_
+from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of
+from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack
 from .ops import int8_embedding, int8_linear, row_codes, row_scales
 
-_Codes = tuple[Tensor, Tensor]  # int8 [rows, n], float32 [rows]
+_Codes = tuple[Tensor, Tensor]  # int8 [rows, n] and float32 [rows], or as `int4.pack` gives them
 
 
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights [out, in], float32 scales [out] and dynamic int8 activations, for inference."""
 
+    scheme = "int8"
     weight: Tensor
     scale: Tensor
 
@@ -43,6 +45,7 @@ class Int8Linear(nn.Module):
 class Int8Embedding(nn.Module):
     """An embedding with int8 rows [n, width] and float32 scales [n], for inference."""
 
+    scheme = "int8"
     weight: Tensor
     scale: Tensor
 
@@ -58,6 +61,56 @@ class Int8Embedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with packed int4 weights and scales (`int4.pack`), for inference.
+
+    Args:
+        scheme: `"int4-weight"` (activations as they are) or `"int4-int8"` (dynamic int8 activations).
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, codes: _Codes, bias: Tensor | None, out_features: int, in_features: int, scheme: str) -> None:
+        super().__init__()
+        self.register_buffer("weight", codes[0])
+        self.register_buffer("scale", codes[1])
+        self.register_buffer("bias", torch.zeros(out_features) if bias is None else bias.detach().clone())
+        self.out_features, self.in_features, self.scheme = out_features, in_features, scheme
+        self.function: Callable[..., Tensor] = int4_linear if scheme == "int4-weight" else int4_int8_linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme!r}"
+
+
+class Int4Embedding(nn.Module):
+    """An embedding with packed int4 rows and their scales (`int4.pack`), for inference."""
+
+    scheme = "int4-weight"
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: _Codes, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", codes[0])
+        self.register_buffer("scale", codes[1])
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return int4_embedding_reference(ids, self.weight, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+LINEAR = (Int8Linear, Int4Linear)
+CONVERTED = (*LINEAR, Int8Embedding, Int4Embedding)
 
 
 def convert_(model: nn.Module) -> nn.Module:
@@ -83,13 +136,22 @@ def convert_(model: nn.Module) -> nn.Module:
 
 def _convert(module: Any, name: str, codes: dict[tuple[int, bool], _Codes]) -> nn.Module:
     transposed = isinstance(module, Conv1D)
-    key = id(module.weight), transposed
+    key, scheme = (id(module.weight), transposed), str(scheme_of(module))
+    weight = module.weight.detach().t() if transposed else module.weight.detach()
     if key not in codes:
-        weight = module.weight.detach()
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds NaN or infinite values; train again or exclude {name!r}")
-        codes[key] = quantize_rows(weight.t() if transposed else weight)
-    integer = Int8Embedding(codes[key]) if isinstance(module, nn.Embedding) else Int8Linear(codes[key], module.bias)
+        group = getattr(module.weight_fake_quantizer, "group", None)
+        codes[key] = quantize_rows(weight) if group is None else quantize_groups(weight, group)
+        if not torch.isfinite(codes[key][1]).all():
+            raise ValueError(f"{name}.weight holds values past 5e5, too large for a float16 scale; exclude {name!r}")
+    integer: nn.Module
+    if scheme == "int8":
+        integer = Int8Embedding(codes[key]) if isinstance(module, nn.Embedding) else Int8Linear(codes[key], module.bias)
+    elif isinstance(module, nn.Embedding):
+        integer = Int4Embedding(codes[key], weight.shape[0], weight.shape[1])
+    else:
+        integer = Int4Linear(codes[key], module.bias, weight.shape[0], weight.shape[1], scheme)
     integer.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("_forward_")})  # hooks
     return integer.train(module.training)
 
@@ -100,11 +162,17 @@ def quantize_rows(weight: Tensor) -> _Codes:
     return row_codes(weight, scales).to(torch.int8).contiguous(), scales.squeeze(-1).contiguous()
 
 
+def quantize_groups(weight: Tensor, group: int) -> _Codes:
+    """Packed int4 codes and float16 scales of `weight` [rows, n] in groups of inputs."""
+    scales = group_scales(weight, group)
+    return pack(group_codes(weight, scales), scales)
+
+
 def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[Any] | None = None) -> nn.Module:
     """Post-training quantization: a converted copy of `model`, for inference on the CPU.
 
     A model that QAT has prepared is converted with the schemes it was trained with. `calibration` is for schemes
-    with static activation ranges; `int8` finds its scales in each input and needs none.
+    with static activation ranges; those of now find their scales in each input and need none.
 
     Raises:
         ValueError: nothing can be quantized, or the model is already converted.
@@ -113,7 +181,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     >>> quantize_model(model, QuantConfig("int8"))[2]
     Int8Linear(in_features=8, out_features=2, bias=True)
     """
-    if any(isinstance(m, Int8Linear | Int8Embedding) for m in model.modules()):
+    if any(isinstance(m, CONVERTED) for m in model.modules()):
         raise ValueError("the model is already quantized; quantize the original model instead")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if not is_prepared(model):
@@ -127,24 +195,28 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
     Args:
         flops: of each module of the unquantized model, from `select.count_flops`.
     """
-    coverage = Coverage("int8 quantization")
+    found = [m for m in model.modules() if _scheme(m)]
+    layers = [m for m in found if not isinstance(m, nn.Embedding | Int8Embedding | Int4Embedding)] or found
+    schemes = dict.fromkeys(str(_scheme(m)) for m in sorted(layers, key=_size, reverse=True))
+    coverage = Coverage(f"{' and '.join(schemes)} quantization")
     seen: set[int] = set()
     for name, module in select.named_modules(model):
+        weight = getattr(module, "weight", None) if isinstance(module, CONVERTED) else None
         tensors: list[Tensor] = [t for t in module._parameters.values() if t is not None]
-        tensors += [t for t in module._buffers.values() if t is not None and t.dtype == torch.int8]
-        quantized = isinstance(module, Int8Linear | Int8Embedding) or type(module) in FAKE_TYPES
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
-        seen.update(id(t) for t in tensors)
+        parameters += _size(module) if weight is not None and id(weight) not in seen else 0
+        seen.update(id(t) for t in (*tensors, weight))
         own = flops.get(name, 0) if flops is not None and not list(_children_with_weights(module)) else None
-        if tensors and (parameters or own):
+        if (tensors or weight is not None) and (parameters or own):
+            scheme = _scheme(module)
             coverage.entries.append(
                 Entry(
                     name,
                     type(module).__name__,
                     parameters,
                     flops=own,
-                    done="int8" if quantized else None,
-                    reason=None if quantized else "not quantized",
+                    done=scheme,
+                    reason=None if scheme else "not quantized",
                 )
             )
     if flops is not None:
@@ -161,6 +233,19 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
                 )
             )
     return coverage
+
+
+def _scheme(module: nn.Module) -> str | None:
+    return getattr(module, "scheme", None) if isinstance(module, CONVERTED) else scheme_of(module)
+
+
+def _size(module: Any) -> int:
+    """Number of weights of a linear layer or an embedding."""
+    if isinstance(module, LINEAR):
+        return module.out_features * module.in_features
+    if isinstance(module, Int8Embedding | Int4Embedding):
+        return module.num_embeddings * module.embedding_dim
+    return module.weight.numel()
 
 
 def _children_with_weights(module: nn.Module) -> Iterable[nn.Module]:

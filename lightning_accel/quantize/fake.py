@@ -8,6 +8,7 @@ that configuration), so ours is written under its base class.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .. import select
 from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
 from .config import QuantConfig
+from .int4 import group_codes, group_scales
 from .ops import row_codes, row_scales
 
 
@@ -48,15 +50,43 @@ class Int8RowFakeQuantizer(FakeQuantizerBase):
         return "Int8RowFakeQuantizer()"
 
 
+class _RoundGroups(torch.autograd.Function):
+    """As `_RoundRows`, in groups of inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group: int) -> Tensor:
+        scales = group_scales(weight, group)
+        return (group_codes(weight, scales) * scales).flatten(-2).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class Int4GroupFakeQuantizer(FakeQuantizerBase):
+    """Symmetric int4, one float16 scale a group of inputs, computed as `int4.pack` is given it."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.enabled, self.group = True, group
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _RoundGroups.apply(weight, self.group) if self.enabled else weight
+
+    def __repr__(self) -> str:
+        return f"Int4GroupFakeQuantizer(group={self.group})"
+
+
 class FakeQuantizedConv1D(Conv1D):
     """transformers' Conv1D (GPT-2's linear layer, weight [in, out]) with fake-quantized activations and weights."""
 
-    activation_fake_quantizer: nn.Module
+    activation_fake_quantizer: nn.Module | None
     weight_fake_quantizer: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_fake_quantizer(self.weight.t())
-        return F.linear(self.activation_fake_quantizer(x), weight, self.bias)
+        x = x if self.activation_fake_quantizer is None else self.activation_fake_quantizer(x)
+        return F.linear(x, weight, self.bias)
 
 
 class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
@@ -107,16 +137,21 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     fused = _in_fused_operators(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
-        reason = _why_not(module, chosen[name], fused)
-        if reason is None and type(module) in _FAKE:
-            _swap_class(module, _FAKE[type(module)])
-        coverage.entries.append(
-            Entry(name, _kind(module), count_own(module), done=chosen[name] if reason is None else None, reason=reason)
-        )
+        scheme, reason = chosen[name], _why_not(module, chosen[name], fused)
+        if reason is None:
+            scheme, reason = _fitting(name, module, chosen[name], config.group_size)
+        else:
+            scheme = None
+        coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
+    _check_tied(modules, {e.name: e.done for e in coverage.entries})
+    for entry in coverage.entries:
+        module = modules[entry.name]
+        if entry.done is not None and type(module) in _FAKE:
+            _swap_class(module, entry.done, config.group_size)
     for module in model.modules():
         if type(module) in _UNFUSED and is_prepared(module):
             module.__class__ = _UNFUSED[type(module)]
-    return coverage.require_any("the int8 scheme needs nn.Linear, nn.Embedding or transformers' Conv1D")
+    return coverage.require_any("quantization needs nn.Linear, nn.Embedding or transformers' Conv1D")
 
 
 def unprepare_(model: nn.Module) -> nn.Module:
@@ -168,7 +203,51 @@ def _why_not(module: nn.Module, scheme: str | None, fused: dict[int, str]) -> st
     return None
 
 
-def _swap_class(module: nn.Module, fake: type[nn.Module]) -> None:
+def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[str | None, str | None]:
+    """The scheme that the module gets, and why it is another than asked for."""
+    if scheme is None or not scheme.startswith("int4"):
+        return scheme, None
+    inputs = module.weight.shape[0 if isinstance(module, Conv1D) else -1]
+    if inputs % group == 0:
+        return scheme, None
+    divisors = [n for n in range(2, inputs + 1) if inputs % n == 0]
+    reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
+    warnings.warn(f"{name}: {reason}", stacklevel=4)
+    return "int8", reason
+
+
+def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -> None:
+    """Raises where modules that share a weight would have different codes of it."""
+    first: dict[int, str] = {}
+    for name, module in modules.items():
+        weight, scheme = getattr(module, "weight", None), schemes[name]
+        if weight is None or scheme is None:
+            continue
+        other = first.setdefault(id(weight), name)
+        if scheme.startswith("int4") != str(schemes[other]).startswith("int4"):
+            raise ValueError(
+                f"{other!r} and {name!r} share their weight and would have it in {schemes[other]} and {scheme}; give "
+                f"both one scheme, for example overrides={{{other!r}: {scheme!r}, {name!r}: {scheme!r}}}"
+            )
+
+
+def _swap_class(module: nn.Module, scheme: str, group: int) -> None:
+    fake = _FAKE[type(module)]
+    weight = Int4GroupFakeQuantizer(group) if scheme.startswith("int4") else Int8RowFakeQuantizer()
+    made = {
+        "weight_fake_quantizer": weight,
+        "activation_fake_quantizer": None if scheme == "int4-weight" else Int8RowFakeQuantizer(),
+    }
     module.__class__ = fake
-    for quantizer in _QUANTIZERS[fake]:
-        setattr(module, quantizer, Int8RowFakeQuantizer().train(module.training))
+    for name in _QUANTIZERS[fake]:
+        quantizer = made[name]
+        setattr(module, name, None if quantizer is None else quantizer.train(module.training))
+
+
+def scheme_of(module: Any) -> str | None:
+    """The scheme of a fake-quantized module, `None` for any other."""
+    if type(module) not in _PLAIN:
+        return None
+    if isinstance(module.weight_fake_quantizer, Int8RowFakeQuantizer):
+        return "int8"
+    return "int4-weight" if getattr(module, "activation_fake_quantizer", None) is None else "int4-int8"
