@@ -197,11 +197,14 @@ def test_pruning_follows_names_through_torch_compile() -> None:
     assert count_parameters(shrink_model(model, masks, example_inputs=(X,))) == 12 * 9 + 12 * 13 + 3 * 13
 
 
-def test_coverage_names_the_share_of_each_parameter() -> None:
+def test_coverage_is_the_share_of_parameters_that_is_zero_and_names_that_of_each() -> None:
     model = tiny.mlp()
     coverage = pruning_coverage(model, prune_model_(model, PruneConfig(amount=0.25)))
-    assert coverage.share_of_parameters == (24 * 8 + 24 * 24 + 3 * 24) / count_parameters(model)
+    assert coverage.share_of_parameters == 0.25 * (24 * 8 + 24 * 24 + 3 * 24) / count_parameters(model)
     assert coverage.entries[0].done == "25.0% zero" and coverage.entries[1].reason == "not selected"
+    masks = prune_model_(model, PruneConfig("neurons", 0.5), example_inputs=(X,))
+    kept = count_parameters(shrink_model(model, masks, example_inputs=(X,)))
+    assert pruning_coverage(model, masks).share_of_parameters == pytest.approx(1 - kept / count_parameters(model))
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

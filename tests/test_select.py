@@ -78,6 +78,11 @@ def test_coverage_shares_and_reasons() -> None:
     assert coverage.as_dict()["entries"][0]["done"] == "half"
 
 
+def test_coverage_of_a_technique_that_touches_parts_of_entries_is_the_share_of_the_parts() -> None:
+    coverage = Coverage("pruning", [Entry("a", "parameter", 60, done="half"), Entry("b", "parameter", 40)], touched=30)
+    assert coverage.share_of_parameters == 0.3 and "touched" not in coverage.as_dict()
+
+
 def test_coverage_without_counted_flops_says_nothing_of_them() -> None:
     coverage = Coverage("pruning", [Entry("a", "Linear", 60, done="half")])
     assert coverage.share_of_flops is None and "FLOPs" not in str(coverage)

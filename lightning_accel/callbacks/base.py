@@ -26,6 +26,10 @@ class AccelCallback(Callback):
     log: Callable[..., None]  # Lightning puts the module's own here
 
     def __init__(self, config: Any = None, module: str | None = None) -> None:
+        if module is not None and not isinstance(module, str):
+            raise ValueError(
+                f"a module is named, and {type(module).__name__} is no name; write module='model' for self.model"
+            )
         self.config = config
         self.module = module or ""
         self._rng: list[dict[str, Any]] | None = None

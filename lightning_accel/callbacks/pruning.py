@@ -47,8 +47,12 @@ class Pruning(AccelCallback):
         every: int = 10,
     ) -> None:
         super().__init__(config, module)
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1 optimizer step")
+        if not isinstance(config, PruneConfig):
+            raise ValueError(f"{config!r} is no PruneConfig; write Pruning(PruneConfig('neurons', amount=0.5))")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule={schedule!r} is no Schedule; write schedule=Cubic(begin=0.1, end=0.6)")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r} must be at least 1 optimizer step; write every=10")
         self.schedule = schedule if schedule is not None else Constant(0.0)
         self.example_inputs = example_inputs
         self.every = every

@@ -60,9 +60,19 @@ class PruneConfig:
             raise ValueError(f"unknown structure {self.structure!r}; write one of {STRUCTURES}")
         if self.scope not in ("uniform", "global"):
             raise ValueError(f"unknown scope {self.scope!r}; write 'uniform' or 'global'")
-        for amount in (self.amount, *self.overrides.values()):
-            if amount is not None and not 0.0 <= amount < 1.0:
-                raise ValueError(f"amount={amount} is outside [0, 1): it is a share, write amount=0.5 for half")
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'head.*': None}}")
+        _check_amount(self.amount)
+        for amount in self.overrides.values():
+            if amount is not None:
+                _check_amount(amount)
+
+
+def _check_amount(amount: float) -> None:
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise ValueError(f"amount={amount!r} is no number: it is a share, write amount=0.5 for half")
+    if not 0.0 <= amount < 1.0:
+        raise ValueError(f"amount={amount} is outside [0, 1): it is a share, write amount=0.5 for half")
 
 
 def prune_model_(model: nn.Module, config: PruneConfig, *, example_inputs: ExampleInputs | None = None) -> Masks:
@@ -209,15 +219,17 @@ def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -
 
 
 def pruning_coverage(model: nn.Module, masks: Masks) -> Coverage:
-    """Which parameters of `model` the masks reach, with the share of each that is zeroed."""
+    """What share of the parameters of `model` the masks zero, and of which parameters."""
     coverage = Coverage("pruning")
-    parameters = select.named_parameters(model)
-    for name, parameter in parameters.items():
+    zeroed = 0.0
+    for name, parameter in select.named_parameters(model).items():
         if name in masks:
             gone = 1.0 - masks[name].float().mean().item()
+            zeroed += gone * parameter.numel()
             coverage.entries.append(Entry(name, "parameter", parameter.numel(), done=f"{gone:.1%} zero"))
         else:
             coverage.entries.append(Entry(name, "parameter", parameter.numel(), reason="not selected"))
+    coverage.touched = zeroed
     return coverage
 
 
