@@ -250,3 +250,18 @@ def test_the_teachers_term_is_averaged_over_several_calls_and_none_skips_the_bat
         terms = [F.kl_div(start(z).log_softmax(-1), teacher(z).softmax(-1), reduction="batchmean") for z in (x, -x)]
     expected = torch.stack(terms).mean().item()
     assert fit.callback_metrics["accel/distillation/teacher_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("teachers", "precision"), [(torch.float32, "bf16-true"), (torch.bfloat16, "32-true")])
+def test_a_teacher_of_another_precision_is_asked_in_its_own(tmp_path, teachers, precision):
+    class Makes(Perceptron):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == teachers
+            return super().forward(x) + self.head(torch.zeros(len(x), 16))
+
+    teacher = seeded(Makes, seed=3).to(teachers)
+    before, fit = weights(teacher), trainer(tmp_path, [Distillation(teacher=teacher)], precision=precision)
+    fit.fit(seeded(Plain), loader())
+    assert float(fit.callback_metrics["accel/distillation/teacher_loss"]) > 0
+    assert_same(weights(teacher), before)
+    assert torch.get_default_dtype() == torch.float32

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .. import select
 from ..distill import DistillConfig, combine, distillation_loss, guest, logits_of
@@ -39,6 +41,10 @@ class Distillation(AccelCallback):
 
     def __init__(self, config: DistillConfig | None = None, *, teacher: nn.Module, student: str | None = None) -> None:
         super().__init__(config if config is not None else DistillConfig(), student)
+        if not isinstance(self.config, DistillConfig):
+            raise ValueError(
+                f"{config!r} is no DistillConfig; write Distillation(DistillConfig(temperature=2.0), teacher=teacher)"
+            )
         if not isinstance(teacher, nn.Module):
             raise ValueError(
                 f"teacher is a {type(teacher).__name__}, not an nn.Module; load it first, for example "
@@ -125,8 +131,8 @@ class Distillation(AccelCallback):
         return {**output, "loss": loss} if isinstance(output, dict) else loss
 
     def _teacher_loss(self, args: tuple, kwargs: dict[str, Any], logits: Tensor) -> Tensor:
-        with guest(self.teacher) as teacher:
-            expected = logits_of(teacher(*args, **without_labels(kwargs)))
+        with guest(self.teacher) as teacher, _dtype_of(teacher) as cast:
+            expected = logits_of(teacher(*cast(args), **cast(without_labels(kwargs))))
         if expected is None:
             raise ValueError(
                 f"the teacher, a {type(self.teacher).__name__}, puts out no logits; give a model with a head"
@@ -164,3 +170,22 @@ class Distillation(AccelCallback):
     def state_dict(self) -> dict[str, Any]:
         """The config; never the teacher."""
         return self.saved()
+
+
+@contextmanager
+def _dtype_of(teacher: nn.Module) -> Iterator[Callable[[Any], Any]]:
+    """The teacher's dtype for its inputs and for what it makes: Trainer(precision="bf16-true") sets the student's."""
+    dtypes = {p.dtype for p in teacher.parameters() if p.is_floating_point()}
+    dtype, before = dtypes.pop() if len(dtypes) == 1 else None, torch.get_default_dtype()
+
+    def cast(inputs: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+    if dtype is None:
+        yield lambda inputs: inputs
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield cast
+    finally:
+        torch.set_default_dtype(before)
