@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+import resource
 from typing import Any
 
 import pytest
 import torch
 from helpers import Perceptron, Plain, assert_same, data, loader, seeded, trainer, weights
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 import lightning_accel
-from lightning_accel import Constant, Cubic, Export, ExportError, Linear, PruneConfig, Pruning, QuantConfig
+from lightning_accel import (
+    Constant,
+    Cubic,
+    Distillation,
+    Export,
+    ExportError,
+    Linear,
+    PruneConfig,
+    Pruning,
+    QuantConfig,
+)
 from lightning_accel import QuantizationAwareTraining as QAT
 
 NEURONS = PruneConfig("neurons", amount=0.5)
@@ -105,6 +116,7 @@ def test_training_goes_on_from_the_checkpoint_of_a_failed_export(tmp_path, monke
     assert fit.global_step == 12 and (tmp_path / "model" / "manifest.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the artifact's quality is not reported")
 def test_weights_that_are_not_finite_are_not_exported(tmp_path):
     class Diverges(Plain):
         def on_train_end(self) -> None:
@@ -238,6 +250,31 @@ def test_neurons_of_a_module_that_is_never_called_raise_before_the_first_step(tm
         (lambda: Linear(1.5), r"a fraction of training lies in \[0, 1\]; write 1 for the optimizer step"),
         (lambda: QAT(begin=-1), "an optimizer step is at least 0"),
         (lambda: PruneConfig(amount=1.0), r"amount=1\.0 is outside \[0, 1\)"),
+        (lambda: PruneConfig(amount="0.5"), r"amount='0\.5' is no number: it is a share, write amount=0\.5 for half"),
+        (lambda: PruneConfig(amount=None), r"amount=None is no number"),
+        (lambda: PruneConfig(overrides={"*": True}), r"amount=True is no number"),
+        (
+            lambda: PruneConfig(overrides=["head"]),
+            r"overrides=\['head'\] is no mapping; write overrides=\{'head\.\*': None\}",
+        ),
+        (
+            lambda: Pruning("neurons"),
+            r"'neurons' is no PruneConfig; write Pruning\(PruneConfig\('neurons', amount=0\.5\)\)",
+        ),
+        (lambda: Pruning(0.5), r"0\.5 is no PruneConfig"),
+        (
+            lambda: Pruning(config(), schedule="cubic"),
+            r"'cubic' is no Schedule; write schedule=Cubic\(begin=0\.1, end=0\.6",
+        ),
+        (lambda: Pruning(config(), every=0.5), r"every=0\.5 must be at least 1 optimizer step; write every=10"),
+        (lambda: Pruning(config(), module=nn.Linear(1, 1)), r"Linear is no name; write module='model' for self\.model"),
+        (
+            lambda: Distillation("x", teacher=nn.Identity()),
+            r"'x' is no DistillConfig; write Distillation\(DistillConfig\(",
+        ),
+        (lambda: Export("."), r"'\.' is no name of a directory to be made; write Export\('out/model'\)"),
+        (lambda: Export(""), r"'' is no name of a directory"),
+        (lambda: Export(None), r"None is no name of a directory"),
         (lambda: QuantConfig("int5"), r"unknown scheme 'int5'; write QuantConfig\('int8'\)"),
         (lambda: Pruning(config(), every=0), "every=0 must be at least 1 optimizer step"),
         (lambda: Export("x", weights="first"), "weights='first' is unknown; write 'last' or 'best'"),
@@ -284,3 +321,53 @@ def test_fast_dev_run_exports_nothing_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match="fast_dev_run: nothing is exported"):
         trainer(tmp_path, [*techniques(), export(tmp_path)], fast_dev_run=True).fit(seeded(Plain), loader(), loader(16))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:the artifact's quality is not reported")
+def test_optimizers_that_step_by_hand_and_seldom_need_schedules_in_steps(tmp_path):
+    class Seldom(Plain):
+        """Two optimizers, of which the second steps at every other batch: 12 steps in 8 batches, not 16."""
+
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            first, second = self.optimizers()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in (first, second)[: 1 + batch_idx % 2]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            layers = (self.model.first, self.model.second)
+            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers]
+
+    def pruning(end: int | float) -> Pruning:
+        return Pruning(config(), Linear(0, end), module="model")
+
+    message = (
+        r"ended before pruning did; .*every optimizer is taken to step once a batch: .*write ints.*optimizer steps"
+    )
+    with pytest.raises(ExportError, match=message):
+        trainer(tmp_path, [pruning(0.9), export(tmp_path)]).fit(seeded(Seldom), loader())
+    trainer(tmp_path, [pruning(11), export(tmp_path)]).fit(seeded(Seldom), loader())
+    assert (tmp_path / "model" / "manifest.json").exists()
+
+
+def test_a_full_disk_at_the_checkpoint_is_an_export_error_and_leaves_no_partial_file(tmp_path):
+    class FillsTheDisk(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+
+    before, module = resource.getrlimit(resource.RLIMIT_FSIZE), seeded(Plain)
+    fit = trainer(tmp_path, [export(tmp_path), FillsTheDisk()])
+    try:
+        with pytest.raises(ExportError) as caught:
+            fit.fit(module, loader())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = str(caught.value)
+    assert f"the checkpoint {tmp_path / 'model.ckpt'} cannot be written (OSError: " in message
+    assert "File too large" in message and "make room" in message
+    assert list(tmp_path.iterdir()) == []
+    fit.save_checkpoint(tmp_path / "other.ckpt")  # as the message says
+    assert_same(torch.load(tmp_path / "other.ckpt", weights_only=True)["state_dict"], weights(module))

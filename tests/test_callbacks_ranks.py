@@ -91,6 +91,15 @@ def test_a_failed_export_on_rank_0_raises_on_both_and_hangs_nobody(ranks):
     assert sorted(p.name for p in (path / "third").iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt", "network.ckpt"]
 
 
+def test_a_checkpoint_that_rank_0_cannot_write_raises_on_both_and_hangs_nobody(ranks):
+    path, both = ranks
+    for one in both:
+        assert one["unsaved"].startswith(
+            f"ExportError: the checkpoint {path / 'fourth' / 'model.ckpt'} cannot be written"
+        )
+    assert not (path / "fourth").exists() or list((path / "fourth").iterdir()) == []
+
+
 def state(path: Path) -> Any:
     return torch.load(path, weights_only=True)["lightning_accel_rng"]
 

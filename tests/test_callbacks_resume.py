@@ -12,11 +12,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_accel
 from lightning_accel import (
     AutoMixedPrecision,
     Constant,
     Distillation,
     DistillConfig,
+    Export,
     Linear,
     PruneConfig,
     Pruning,
@@ -221,3 +223,22 @@ def test_pruned_and_quantized_state_is_restored_into_the_same_parameters(whole, 
     keys = list(copy.deepcopy(resumed).state_dict())
     fit.fit(resumed, loader(shuffle=shuffle), ckpt_path=str(path / "epoch=4.ckpt"))
     assert list(resumed.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ["model", "another"])
+@pytest.mark.filterwarnings("ignore:the checkpoint was written by")
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_checkpoint_of_the_last_step_holds_the_inputs_that_the_export_needs(tmp_path, name):
+    def export(name: str) -> Export:
+        return Export(tmp_path / name, module="model", engines=("portable",), measure=False)
+
+    fit = trainer(tmp_path, [export("model")])
+    fit.fit(seeded(Plain), loader(), loader(16))
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    again, module = export(name), seeded(Plain, seed=5)
+    trainer(tmp_path, [again]).fit(module, loader(), loader(16), ckpt_path=str(tmp_path / "last.ckpt"))
+    x = data(4)[:][0]
+    with torch.no_grad():
+        assert torch.allclose(lightning_accel.load(tmp_path / name)(x), module.model(x), atol=1e-5)
+    states = torch.load(again.checkpoint, weights_only=True)["callbacks"]
+    assert torch.equal(states[again.state_key]["call"][0][0], data(2)[:][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from helpers import Perceptron, Plain, loader, seeded, trainer, weights
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_accel.callbacks.precision as precision
@@ -100,6 +101,26 @@ def waiting(path: Path, callback: Any, layer: bool) -> dict[str, Any]:
     return {"gathered": list(Waits.gathered), "weights": weights(module)}
 
 
+class FillsTheDisk(Callback):
+    """No file of more than 1000 bytes, on the first rank."""
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def unsaved(path: Path) -> str | None:
+    exporting = Export(path / "model", engines=("portable",), module="model", measure=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        two_ranks(path, [exporting, FillsTheDisk()]).fit(seeded(Plain), loader())
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return None
+
+
 def main(path: Path) -> None:
     def choose_precision(*_: Any, **__: Any) -> PrecisionChoice:
         timed.append(1)
@@ -120,6 +141,7 @@ def main(path: Path) -> None:
     results["timed again"] = len(timed) - results["timed"]
     portable.build = build
     results["failed"] = fit(path / "third")
+    results["unsaved"] = unsaved(path / "fourth")
     torch.save(results, path / f"rank{results['whole']['rank']}.pt")
 
 

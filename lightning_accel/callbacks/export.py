@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..inputs import ExampleInputs, first_rows, split_inputs
 from ..prune import Masks
 from .base import AccelCallback
 from .checkpoints import best_checkpoint, monitored
-from .inputs import InputRecorder, example_of, held_out_batches, held_out_split
+from .inputs import InputRecorder, example_of, held_out_batches, held_out_split, in_float32
 from .pruning import Pruning
 from .random_state import random_state, set_random_state
 from .step import on_batches, reaching, training_loss
@@ -74,6 +75,8 @@ class Export(AccelCallback):
         check_options(engines, measure, min_speedup)
         if weights not in ("last", "best"):
             raise ValueError(f"weights={weights!r} is unknown; write 'last' or 'best'")
+        if not isinstance(directory, str | os.PathLike) or Path(directory).name in ("", ".."):
+            raise ValueError(f"{directory!r} is no name of a directory to be made; write Export('out/model')")
         self.directory = Path(directory)
         self.data, self.metric, self.weights = data, metric, weights
         self.example_inputs, self.allow_incomplete = example_inputs, allow_incomplete
@@ -88,6 +91,7 @@ class Export(AccelCallback):
         self._source = self.checkpoint  # what is exported again after a failure
         self.report: ExportReport | None = None
         self._recorder: InputRecorder | None = None
+        self._saved_call: Any = None  # recorded before the checkpoint that the fit resumes from
 
     @property
     def state_key(self) -> str:
@@ -109,14 +113,23 @@ class Export(AccelCallback):
             raise ValueError(f"two Export callbacks write to {self.directory}; give each a directory of its own")
         if self.weights == "best":
             monitored(trainer)
-        self._recorder = InputRecorder(self.target(pl_module))
+        self._recorder, self._saved_call = InputRecorder(self.target(pl_module)), None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes the recorded inputs over, from an Export to another directory too: the fit may have no step left."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        states = [s for s in checkpoint.get("callbacks", {}).values() if isinstance(s, dict)]
+        calls = [s["call"] for s in states if s.get("technique") == "export" and s["module"] == self.module]
+        self._saved_call = next((call for call in calls if call is not None), None)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ctrl-C leaves a checkpoint; nothing is exported. Rank 0 waits for nobody: the others may not know."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers and trainer.is_global_zero:
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-            self._write_checkpoint(trainer, lambda path: trainer.strategy.save_checkpoint(checkpoint, path))
+        interrupted = isinstance(exception, KeyboardInterrupt) and trainer.optimizers and trainer.is_global_zero
+        if interrupted and (failed := self._write_checkpoint(trainer)) is not None:
+            rank_zero_warn(failed)
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the recording hook off."""
@@ -132,7 +145,9 @@ class Export(AccelCallback):
         for callback in self.siblings(trainer):
             if isinstance(callback, Pruning):  # averaged weights are masked first, wherever it stands in the list
                 callback.on_fit_end(trainer, pl_module)
-        self._write_checkpoint(trainer, trainer.save_checkpoint)
+        unsaved = trainer.strategy.broadcast(self._write_checkpoint(trainer))
+        if unsaved is not None:
+            raise ExportError(unsaved)
         error: Exception | None = None
         if trainer.is_global_zero:
             state = random_state()
@@ -157,15 +172,25 @@ class Export(AccelCallback):
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         return f"lightning_accel.export_model(model, {str(self.directory)!r}, {written})"
 
-    def _write_checkpoint(self, trainer: pl.Trainer, save: Callable[[Path], None]) -> None:
+    def _write_checkpoint(self, trainer: pl.Trainer) -> str | None:
+        """What went wrong, in words. Not by Trainer.save_checkpoint: the other ranks would wait in it for good."""
         partial = self.checkpoint.with_name(f".{self.checkpoint.name}.partial")
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         try:
-            save(partial)
+            trainer.strategy.save_checkpoint(checkpoint, partial)
             if trainer.is_global_zero:
                 os.replace(partial, self.checkpoint)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+            return (
+                f"the checkpoint {self.checkpoint} cannot be written ({type(error).__name__}: {error}), so nothing is "
+                "exported; make room or the directory writable, and in this process call "
+                "trainer.save_checkpoint('other.ckpt'): the trained weights are in memory only"
+            )
         finally:
             if trainer.is_global_zero:
-                partial.unlink(missing_ok=True)
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+        return None
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExportReport:
         scheduled = [c for c in self.siblings(trainer) if hasattr(c, "complete")]
@@ -173,11 +198,13 @@ class Export(AccelCallback):
         if late and not self.allow_incomplete:
             raise ExportError(
                 f"the fit ended before {' and '.join(late)} did; train to the end of the schedules, or write "
-                "Export(..., allow_incomplete=True)"
+                f"Export(..., allow_incomplete=True){_by_hand(pl_module)}"
             )
         module = self.target(pl_module)
         best = best_checkpoint(trainer, [c.state_key for c in scheduled]) if self.weights == "best" else None
         self._source = Path(best or self.checkpoint)
+        if self._recorder is not None and not self._recorder.calls and self._saved_call is not None:
+            self._recorder.calls.append(self._saved_call)
         example = example_of(self._recorder, pl_module, module, self.example_inputs)
         if self.example_inputs is None:  # a training batch, of which the artifact keeps some rows
             example = first_rows(example, _ROWS)
@@ -209,11 +236,15 @@ class Export(AccelCallback):
         except Exception as error:  # `data` need not be what training_step takes
             inputs, reason = [], f"training_step cannot be run again ({type(error).__name__}: {error})"
         metric = self.metric
-        if metric is None and inputs and pl_module.automatic_optimization:
-            metric = training_loss(pl_module, self.module)
-        elif metric is None:
-            reason = reason if pl_module.automatic_optimization else "a manual training_step has no loss to reuse"
-            rank_zero_warn(f"the artifact's quality is not reported: {reason}; write Export(..., metric=...)")
+        if metric is None:
+            unknown = reason if pl_module.automatic_optimization else "a manual training_step has no loss to reuse"
+            if inputs and pl_module.automatic_optimization:
+                try:
+                    metric = training_loss(pl_module, self.module, batches[0], inputs[0])
+                except Exception as error:  # whatever the network computes its loss from
+                    unknown = f"the loss of an artifact cannot be computed ({type(error).__name__}: {error})"
+            if metric is None:
+                rank_zero_warn(f"the artifact's quality is not reported: {unknown}; write Export(..., metric=...)")
         if not inputs:
             inputs = batches if self.data is not None else [example]
             if self.data is None:
@@ -231,13 +262,24 @@ class Export(AccelCallback):
         return masks or None
 
     def _batches(self, trainer: pl.Trainer) -> list[Any]:
-        return list(self.data) if self.data is not None else list(islice(held_out_batches(trainer), _BATCHES))
+        batches = self.data if self.data is not None else islice(held_out_batches(trainer), _BATCHES)
+        return [in_float32(batch) for batch in batches]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the artifact goes, and inputs to export it with again."""
         calls = self._recorder.calls if self._recorder is not None else []
         if self.example_inputs is not None:
             calls = [split_inputs(self.example_inputs)]
-        call = first_rows(calls[0], 2) if calls else None
+        call = first_rows(calls[0], 2) if calls else self._saved_call
         plain = all(isinstance(leaf, Tensor | bool | int | float | str | None) for leaf in tree_leaves(call))
         return self.saved(directory=str(self.directory), call=call if plain else None)
+
+
+def _by_hand(pl_module: pl.LightningModule) -> str:
+    """What to do where fractions of training cannot be known."""
+    if pl_module.automatic_optimization:
+        return ""
+    return (
+        "; with manual optimization every optimizer is taken to step once a batch: where yours do not, write ints in "
+        "place of fractions (optimizer steps, counted over all optimizers)"
+    )

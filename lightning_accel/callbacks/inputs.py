@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,13 +32,23 @@ class InputRecorder:
 
         def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if len(calls) < keep and not _is_redirected(module) and not _is_traced((args, kwargs)):
-                calls.append(tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), (args, kwargs)))
+                call = args, with_decoder_inputs(module, kwargs)
+                calls.append(tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), call))
 
         self._handle = module.register_forward_pre_hook(record, with_kwargs=True)
 
     def remove(self) -> None:
         """Takes the hook off."""
         self._handle.remove()
+
+
+def with_decoder_inputs(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs with what transformers' encoder-decoder models make of labels, which no artifact is given."""
+    prepare, labels = getattr(module, "prepare_decoder_input_ids_from_labels", None), kwargs.get("labels")
+    given = kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None
+    if prepare is None or labels is None or given:
+        return kwargs
+    return {**kwargs, "decoder_input_ids": prepare(labels)}
 
 
 def _is_redirected(module: nn.Module) -> bool:
@@ -102,7 +114,16 @@ def held_out_batches(trainer: pl.Trainer) -> Iterator[Any]:
     loaders = trainer.train_dataloader
     if isinstance(loaders, Mapping | list | tuple):
         return (batch for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"))
-    return iter(loaders or ())
+    return iter(loaders if loaders is not None else ())  # a loader's truth value is its length, which may be unknown
+
+
+def in_float32(batch: Any) -> Any:
+    """A copy of the batch on the CPU, in float32 where it is floating-point, as the exported copies of the network."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    return apply_to_collection(batch, Tensor, convert, allow_frozen=True)
 
 
 def held_out_split(trainer: pl.Trainer) -> str:
