@@ -1,6 +1,6 @@
-"""Decode at GPT-2-small shape, random weights: the int8 artifact against transformers' `generate` and the float engine.
+"""Decode at GPT-2-small shape, random weights: quantized artifacts against `generate` and the float engine.
 
-    lightning-accel run benchmarks/gpt2_decode.py --threads 1 --out out/gpt2  # builds both once, then measures
+    lightning-accel run benchmarks/gpt2_decode.py --threads 1 --out out/gpt2  # builds all once, then measures
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from lightning_accel import QuantConfig, export_model
 from lightning_accel.artifact import MANIFEST, read_manifest
 from lightning_accel.measure import Target, compare, machine, size_on_disk, versions
 
+SCHEMES = ("int8", "int4-int8", "int4-weight")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def build(out: Path) -> None:
-    """Writes the checkpoint and the two artifacts, unless they are there."""
+    """Writes the checkpoint and the artifacts, unless they are there."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval()
     if not (out / "checkpoint").exists():
         model.save_pretrained(out / "checkpoint")
-    for name, quantize in (("float", None), ("int8", QuantConfig("int8"))):
+    for name, quantize in (("float", None), *((scheme, QuantConfig(scheme)) for scheme in SCHEMES)):
         if not (out / name / MANIFEST).exists():
             export_model(model, out / name, quantize=quantize, engines=("aoti",), measure=False)
 
@@ -47,7 +48,7 @@ def main() -> None:
     targets = {
         "eager_fp32": Target("transformers_generate:workloads", {"checkpoint": str(out / "checkpoint"), **lengths}),
         "engine_fp32": Target(str(out / "float"), lengths),
-        "int8": Target(str(out / "int8"), lengths),
+        **{scheme: Target(str(out / scheme), lengths) for scheme in SCHEMES},
     }
     measured = compare(targets, threads=options.threads, rounds=options.rounds, repeat=2)
     eager = measured["eager_fp32"]
@@ -60,15 +61,17 @@ def main() -> None:
             spread = m.seconds[workload]
             cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.least:.2f}-{1e3 * spread.most:.2f})")
             cells.append(f"{eager.seconds[workload].median / spread.median:.2f}")
-        folder = out / ("float" if name == "engine_fp32" else "int8")
+        folder = out / ("float" if name == "engine_fp32" else name)
         size = (out / "checkpoint" / "model.safetensors").stat().st_size
         if name != "eager_fp32":
             size = size_on_disk(folder, read_manifest(folder))["default_load_bytes"]
         cells += [f"{m.load_s:.3f}", f"{m.peak_rss_bytes / 1e6:.0f}", f"{size / 1e6:.1f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    coverage = read_manifest(out / "int8")["coverage"][0]
-    print(f"\nint8 covers {coverage['share_of_flops']:.1%} of FLOPs and {coverage['share_of_parameters']:.1%} of "
-          "parameters; random weights: no quality is claimed")
+    for scheme in SCHEMES:
+        coverage = read_manifest(out / scheme)["coverage"][0]
+        flops, parameters = coverage["share_of_flops"], coverage["share_of_parameters"]
+        print(f"\n{scheme}: {flops:.1%} of FLOPs, {parameters:.1%} of parameters")
+    print("\nrandom weights: no quality is claimed")
     print(json.dumps({"machine": machine(options.threads), "versions": versions(), "command": " ".join(sys.argv)}))
 
 

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +160,8 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
     before = os.environ.get("LIBRARY_PATH")
     os.environ["LIBRARY_PATH"] = os.pathsep.join([str(directory), *([before] if before else [])])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)  # torch about torch
             package = aoti_compile_and_package(
                 program, package_path=str(directory / "program.pt2"), inductor_configs=configs
             )
