@@ -56,7 +56,8 @@ class ExportReport:
 
 def _coverage_line(coverage: Mapping[str, Any]) -> str:
     flops = coverage["share_of_flops"]
-    return f"{coverage['technique']}: {coverage['share_of_parameters']:.1%} of parameters" + (
+    done = "zeroed or cut " if coverage["technique"] == "pruning" else ""
+    return f"{coverage['technique']}: {done}{coverage['share_of_parameters']:.1%} of parameters" + (
         f", {flops:.1%} of FLOPs" if flops is not None else ""
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ class Waits(Callback):
 
 
 def main(path: Path, where: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     extra = [Waits(path)] if where != "export" else []
     options = {"strategy": "ddp", "devices": 2} if where == "ranks" else {}
     if where == "export":
