@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
+from tables import coverage, default_load, provenance, table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_accel import QuantConfig, export_model
-from lightning_accel.artifact import MANIFEST, read_manifest
-from lightning_accel.measure import Target, compare, machine, size_on_disk, versions
+from lightning_accel.artifact import MANIFEST
+from lightning_accel.measure import Target, compare
 
 SCHEMES = ("int8", "int4-int8", "int4-weight")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -51,28 +51,12 @@ def main() -> None:
         **{scheme: Target(str(out / scheme), lengths) for scheme in SCHEMES},
     }
     measured = compare(targets, threads=options.threads, rounds=options.rounds, repeat=2)
-    eager = measured["eager_fp32"]
-    print(f"| GPT-2-small shape, prompt {options.prompt}, {options.new} new tokens | prefill ms (least-most) | x eager "
-          "| decode ms/token (least-most) | x eager | load s | peak RSS MB | default load MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, m in measured.items():
-        cells = []
-        for workload in ("prefill", "decode"):
-            spread = m.seconds[workload]
-            cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.least:.2f}-{1e3 * spread.most:.2f})")
-            cells.append(f"{eager.seconds[workload].median / spread.median:.2f}")
-        folder = out / ("float" if name == "engine_fp32" else name)
-        size = (out / "checkpoint" / "model.safetensors").stat().st_size
-        if name != "eager_fp32":
-            size = size_on_disk(folder, read_manifest(folder))["default_load_bytes"]
-        cells += [f"{m.load_s:.3f}", f"{m.peak_rss_bytes / 1e6:.0f}", f"{size / 1e6:.1f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    for scheme in SCHEMES:
-        coverage = read_manifest(out / scheme)["coverage"][0]
-        flops, parameters = coverage["share_of_flops"], coverage["share_of_parameters"]
-        print(f"\n{scheme}: {flops:.1%} of FLOPs, {parameters:.1%} of parameters")
-    print("\nrandom weights: no quality is claimed")
-    print(json.dumps({"machine": machine(options.threads), "versions": versions(), "command": " ".join(sys.argv)}))
+    folders = {"engine_fp32": out / "float", **{scheme: out / scheme for scheme in SCHEMES}}
+    sizes = {name: default_load(folder) for name, folder in folders.items()}
+    sizes["eager_fp32"] = (out / "checkpoint" / "model.safetensors").stat().st_size
+    print(table(f"GPT-2-small shape, prompt {options.prompt}, {options.new} new tokens", measured, sizes))
+    print("\n" + "\n\n".join(coverage(out / scheme) for scheme in SCHEMES))
+    print("\nrandom weights: no quality is claimed\n" + provenance(options.threads))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ _WHERE = {
     "Pruning": "callbacks",
     "QuantConfig": "quantize",
     "QuantizationAwareTraining": "callbacks",
+    "allocate": "quantize",
     "apply_masks_": "prune",
     "distillation_loss": "distill",
     "export_model": "export",
@@ -33,6 +34,7 @@ _WHERE = {
     "prepare_": "quantize",
     "prune_model_": "prune",
     "quantize_model": "quantize",
+    "sensitivity": "quantize",
     "shrink_model": "prune",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "Pruning",
     "QuantConfig",
     "QuantizationAwareTraining",
+    "allocate",
     "apply_masks_",
     "distillation_loss",
     "export_model",
@@ -59,6 +62,7 @@ __all__ = [
     "prepare_",
     "prune_model_",
     "quantize_model",
+    "sensitivity",
     "shrink_model",
 ]
 
@@ -69,7 +73,7 @@ if TYPE_CHECKING:
     from .export import ExportError, export_model
     from .module import AccelModule
     from .prune import PruneConfig, apply_masks_, prune_model_, shrink_model
-    from .quantize import QuantConfig, prepare_, quantize_model
+    from .quantize import QuantConfig, allocate, prepare_, quantize_model, sensitivity
     from .schedule import Constant, Cubic, Linear
     from .verify import DriftError
 

@@ -1,0 +1,64 @@
+"""Encoders at MiniLM and BERT-base shapes, random weights: int8 against the float engine and the float graph in eager.
+
+    lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tables import coverage, default_load, provenance, table
+from transformers import BertConfig, BertModel
+
+from lightning_accel import QuantConfig, export_model
+from lightning_accel.artifact import MANIFEST
+from lightning_accel.measure import Target, compare
+
+SHAPES = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert-base": {},
+}
+ROWS = (("minilm", 1, 128), ("minilm", 8, 128), ("bert-base", 1, 128))  # shape, batch, length
+
+
+def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.arange(batch * length).view(batch, length) * 7 % 30522
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def build(out: Path) -> None:
+    """Writes the artifacts, unless they are there; the golden inputs are those that are timed."""
+    for shape, batch, length in ROWS:
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(**SHAPES[shape]), add_pooling_layer=False).eval()
+        for name, quantize in (("float", None), ("int8", QuantConfig("int8"))):
+            folder = out / f"{shape}-{batch}x{length}-{name}"
+            if not (folder / MANIFEST).exists():
+                export_model(model, folder, example_inputs=inputs(batch, length), quantize=quantize, measure=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/encoders"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    build(options.out)
+    for shape, batch, length in ROWS:
+        float_, int8 = (options.out / f"{shape}-{batch}x{length}-{name}" for name in ("float", "int8"))
+        targets = {
+            "eager_fp32": Target(str(float_), engine="portable"),
+            "engine_fp32": Target(str(float_)),
+            "int8": Target(str(int8)),
+        }
+        measured = compare(targets, threads=options.threads, rounds=options.rounds)
+        sizes = {"eager_fp32": default_load(float_), "engine_fp32": default_load(float_), "int8": default_load(int8)}
+        print(table(f"{shape}, {batch} x {length}", measured, sizes) + f"\n\n{coverage(int8)}\n")
+    print("random weights: no quality is claimed\n" + provenance(options.threads))
+
+
+if __name__ == "__main__":
+    main()

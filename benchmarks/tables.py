@@ -1,0 +1,44 @@
+"""Measurements as Markdown: medians, spread, and the ratio to the first row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_accel.artifact import read_manifest
+from lightning_accel.measure import Measurement, machine, size_on_disk, versions
+
+
+def table(title: str, measured: Mapping[str, Measurement], sizes: Mapping[str, int]) -> str:
+    """A row for each target: ms of each workload (least-most) and how many times as fast as the first row."""
+    first = next(iter(measured.values()))
+    heads = [f"{workload} ms (least-most) | x" for workload in first.seconds]
+    lines = [f"| {title} | " + " | ".join(heads) + " | load s | peak RSS MB | default load MB |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for name, m in measured.items():
+        cells = []
+        for workload, spread in m.seconds.items():
+            cells.append(f"{1e3 * spread.median:.2f} ({1e3 * spread.least:.2f}-{1e3 * spread.most:.2f})")
+            cells.append(f"{first.seconds[workload].median / spread.median:.2f}")
+        cells += [f"{m.load_s:.3f}", f"{m.peak_rss_bytes / 1e6:.0f}", f"{sizes[name] / 1e6:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def default_load(folder: Path) -> int:
+    """Bytes of all that the default load of an artifact needs."""
+    return size_on_disk(folder, read_manifest(folder))["default_load_bytes"]
+
+
+def coverage(folder: Path) -> str:
+    """The quantized share of an artifact, in words."""
+    found = read_manifest(folder)["coverage"][0]
+    flops, parameters = found["share_of_flops"], found["share_of_parameters"]
+    return f"{found['technique']}: {flops:.1%} of FLOPs, {parameters:.1%} of parameters"
+
+
+def provenance(threads: int) -> str:
+    """Machine, versions and command, as they belong beside every figure."""
+    return json.dumps({"machine": machine(threads), "versions": versions(), "command": " ".join(sys.argv)})

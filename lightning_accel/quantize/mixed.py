@@ -1,0 +1,198 @@
+"""Mixed precision of weights: what quantizing each module alone costs in loss, and which scheme each should have.
+
+    increase(module, scheme) = loss(model with that module alone fake-quantized) - loss(float model)
+
+Increases are taken to add up, as in HAWQ (Dong et al. 2019, arXiv:1905.03696): small ones do nearly, large ones need
+not. `allocate` gives each module the scheme for which increase + price * bytes is least, at the lowest price of a byte
+that keeps the size, or the highest that keeps the loss. Measure the model that comes of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import select
+from .._quiet import Conv1D
+from ..distill import logits_of
+from .config import SCHEMES, QuantConfig
+from .fake import prepare_, unprepare_
+
+Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `sensitivity` measured; modules that share a weight stand together under their names, joined by `+`.
+
+    Attributes:
+        loss: of the float model.
+        increase: module -> scheme -> loss with that module alone quantized, minus `loss`.
+        size: module -> scheme (and `"float"`) -> bytes of its weight and scales.
+    """
+
+    loss: float
+    increase: dict[str, dict[str, float]]
+    size: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        schemes = sorted({scheme for row in self.increase.values() for scheme in row})
+        lines = [f"loss {self.loss:.4f}; increase with one module alone quantized, the most sensitive first"]
+        order = sorted(self.increase, key=lambda name: -max(self.increase[name].values()))
+        for name in order:
+            figures = ", ".join(f"{s} {self.increase[name][s]:+.5f}" for s in schemes if s in self.increase[name])
+            lines.append(f"  {name}: {figures}")
+        return "\n".join(lines)
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that the model puts out for a mapping with labels, or the cross-entropy of (input, target)."""
+    if isinstance(batch, Mapping):
+        loss = getattr(model(**batch), "loss", None)
+        if loss is None:
+            raise ValueError(f"the model gives no loss for {sorted(batch)}; write loss=lambda model, batch: ...")
+        return loss
+    logits = logits_of(model(batch[0]))
+    if logits is None:
+        raise ValueError("the model puts out no logits; write loss=lambda model, batch: ...")
+    return F.cross_entropy(logits, batch[1])
+
+
+@torch.no_grad()
+def sensitivity(
+    model: nn.Module,
+    loader: Iterable[Any],
+    schemes: Sequence[str] = SCHEMES,
+    *,
+    loss: Loss = default_loss,
+    group_size: int = 32,
+) -> Sensitivity:
+    """Quantizes each module of `model` alone, in each scheme, and measures the loss on the batches of `loader`.
+
+    The model is not changed; it takes a forward pass a module, scheme and batch. Schemes that do not fit a module are
+    left out there.
+
+    Args:
+        loader: held-out batches: mappings with labels or (input, target), or whatever `loss` takes.
+        loss: (model, batch) -> mean loss.
+
+    Raises:
+        ValueError: no batches, an unknown scheme, or nothing to quantize.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> batches = [(torch.randn(64, 32), torch.randint(0, 4, (64,)))]
+    >>> found = sensitivity(model, batches, schemes=("int8", "int4-int8"))
+    >>> sorted(found.increase), found.size["2"]
+    (['0', '2'], {'float': 512, 'int8': 144, 'int4-int8': 72})
+    >>> sum(found.size[name][scheme] for name, scheme in allocate(found, size=0.2).items()) <= 0.2 * (4096 + 512)
+    True
+    """
+    batches = list(loader)
+    if not batches:
+        raise ValueError("the loader gives no batches; sensitivity needs held-out data")
+    model = unprepare_(copy.deepcopy(select.unwrap(model)))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    coverage = prepare_(model, QuantConfig("int8"))
+    unprepare_(model)
+    units = _units(model, [entry.name for entry in coverage.entries if entry.done])
+    everything = [entry.name for entry in coverage.entries]
+
+    def measured() -> float:
+        return float(torch.stack([loss(model, batch).detach().float() for batch in batches]).mean())
+
+    base = measured()
+    increase: dict[str, dict[str, float]] = {}
+    size: dict[str, dict[str, int]] = {}
+    for unit in units:
+        label = "+".join(unit)
+        rows, inputs = _shape(select.get_module(model, unit[0]))
+        increase[label], size[label] = {}, {FLOAT: 4 * rows * inputs}
+        for scheme in schemes:
+            if scheme.startswith("int4") and inputs % group_size:
+                continue
+            rest = {name: None for name in everything if name not in unit}
+            prepare_(model, QuantConfig(scheme, overrides=rest, group_size=group_size))
+            increase[label][scheme] = measured() - base
+            size[label][scheme] = _bytes(scheme, rows, inputs, group_size)
+            unprepare_(model)
+    for module, mode in modes:
+        module.training = mode
+    return Sensitivity(base, increase, size)
+
+
+def allocate(
+    found: Sensitivity, *, size: float | None = None, loss: float | None = None
+) -> dict[str, str | None]:
+    """A scheme for each module, as `QuantConfig(overrides=...)` takes it; `None` leaves a module in float.
+
+    Args:
+        size: at most so many bytes (an int), or such a share of the float weights (a float in (0, 1]), at least loss.
+        loss: at most such an increase in loss, added up over modules, at the least size.
+
+    Raises:
+        ValueError: neither or both given, or even the smallest schemes are larger than `size`.
+
+    >>> found = Sensitivity(1.0, {"a": {"int8": 0.001}, "b": {"int8": 0.1}},
+    ...                     {"a": {"float": 400, "int8": 101}, "b": {"float": 400, "int8": 101}})
+    >>> allocate(found, loss=0.05)
+    {'a': 'int8', 'b': None}
+    """
+    if (size is None) == (loss is None):
+        raise ValueError("give one budget: allocate(found, size=0.2), or allocate(found, loss=0.05)")
+    options = {
+        name: [(FLOAT, 0.0, found.size[name][FLOAT])]
+        + [(scheme, more, found.size[name][scheme]) for scheme, more in row.items()]
+        for name, row in found.increase.items()
+    }
+
+    def at(price: float) -> list[tuple[str, float, int]]:
+        return [min(rows, key=lambda row: (row[1] + price * row[2], row[2])) for rows in options.values()]
+
+    # choices change where two schemes of one module cost the same: each is looked up just above such a price
+    prices = {0.0}
+    for rows in options.values():
+        prices |= {(b[1] - a[1]) / (a[2] - b[2]) for a in rows for b in rows if a[2] > b[2] and b[1] > a[1]}
+    choices = [at(price * (1 + 1e-9)) for price in sorted(prices)]
+    totals = [(sum(row[1] for row in choice), sum(row[2] for row in choice)) for choice in choices]
+    if size is not None:
+        most = size * sum(row[FLOAT] for row in found.size.values()) if isinstance(size, float) else size
+        fits = [(total, choice) for total, choice in zip(totals, choices, strict=True) if total[1] <= most]
+        if not fits:
+            raise ValueError(f"size={size} is {most:.0f} bytes, the smallest schemes take {totals[-1][1]}")
+        _, best = min(fits, key=lambda item: item[0])
+    else:
+        assert loss is not None
+        within = [(total, choice) for total, choice in zip(totals, choices, strict=True) if total[0] <= loss]
+        if not within:
+            raise ValueError(f"loss={loss} is below what any choice costs ({min(t[0] for t in totals):.4g}); raise it")
+        _, best = min(within, key=lambda item: (item[0][1], item[0][0]))
+    schemes = {name: None if row[0] == FLOAT else row[0] for name, row in zip(options, best, strict=True)}
+    return {part: scheme for name, scheme in schemes.items() for part in name.split("+")}
+
+
+def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
+    """Names of modules to be quantized together: those that share a weight."""
+    units: dict[int, list[str]] = {}
+    for name in names:
+        weight: Any = select.get_module(model, name).weight
+        units.setdefault(id(weight), []).append(name)
+    return list(units.values())
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Rows (output channels) and inputs of a weight."""
+    rows, inputs = module.weight.shape
+    return (inputs, rows) if isinstance(module, Conv1D) else (rows, inputs)
+
+
+def _bytes(scheme: str, rows: int, inputs: int, group: int) -> int:
+    return rows * (inputs + 4) if scheme == "int8" else rows * (inputs // 2 + 2 * (inputs // group))

@@ -1,0 +1,114 @@
+"""Sensitivity is measured one module at a time; allocation keeps its budget and is the best of its kind."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_accel import QuantConfig, allocate, prepare_, quantize_model, sensitivity
+from lightning_accel.quantize.mixed import Sensitivity, default_loss
+
+
+def network() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 5))
+    return model, [(3 * torch.randn(64, 32), torch.randint(0, 5, (64,))) for _ in range(2)]
+
+
+def test_increases_are_those_of_each_module_quantized_alone() -> None:
+    model, batches = network()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    found = sensitivity(model, batches, ("int8", "int4-int8"))
+    assert {name: sorted(row) for name, row in found.increase.items()} == {
+        "0": ["int4-int8", "int8"],
+        "3": ["int4-int8", "int8"],
+        "5": ["int8"],  # groups of 32 do not divide its 48 inputs
+    }
+    for name, row in found.increase.items():
+        for scheme, increase in row.items():
+            alone = copy.deepcopy(model).eval()
+            prepare_(alone, QuantConfig(scheme, overrides={n: None for n in ("0", "3", "5") if n != name}))
+            with torch.no_grad():
+                loss = sum(F.cross_entropy(alone(x), y).item() for x, y in batches) / 2
+            assert increase == pytest.approx(loss - found.loss, abs=1e-6)
+    assert found.size["0"] == {"float": 4 * 64 * 32, "int8": 64 * 32 + 64 * 4, "int4-int8": 64 * 16 + 64 * 2}
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert str(found).splitlines()[1].strip().split(":")[0] == max(
+        found.increase, key=lambda name: max(found.increase[name].values())
+    )
+
+
+def test_a_tied_head_is_one_unit_with_its_embedding() -> None:
+    model = tiny.llama(intermediate_size=64)
+    batch = {"input_ids": tiny.ids(4, 12), "labels": tiny.ids(4, 12)}
+    found = sensitivity(model, [batch], ("int8",))
+    both = "model.embed_tokens+lm_head"
+    assert both in found.increase and len(found.increase) == 1 + 7 * tiny.LAYERS
+    overrides = allocate(found, size=0.9)
+    assert overrides["model.embed_tokens"] == overrides["lm_head"]
+    quantize_model(model, QuantConfig("int8", overrides=overrides))
+
+
+def made_up(seed: int) -> Sensitivity:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {f"m{i}": 1000 * int(torch.randint(1, 9, (), generator=generator)) for i in range(5)}
+    draw = torch.rand(5, 2, generator=generator)
+    increase = {
+        name: {"int8": 0.01 * float(draw[i, 0]), "int4-int8": 0.01 + 0.2 * float(draw[i, 1])}
+        for i, name in enumerate(sizes)
+    }
+    return Sensitivity(1.0, increase, {n: {"float": s, "int8": s // 4, "int4-int8": s // 7} for n, s in sizes.items()})
+
+
+def totals(found: Sensitivity, overrides: dict[str, str | None]) -> tuple[float, int]:
+    chosen = [(found.increase[n].get(s, 0.0) if s else 0.0, found.size[n][s or "float"]) for n, s in overrides.items()]
+    return sum(loss for loss, _ in chosen), sum(size for _, size in chosen)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_other_choice_is_smaller_and_better(seed: int) -> None:
+    """Of all 3^5 choices; some may be better within the budget, but none with no more bytes and less loss."""
+    found = made_up(seed)
+    every = [
+        totals(found, dict(zip(found.increase, choice, strict=True)))
+        for choice in itertools.product([None, "int8", "int4-int8"], repeat=5)
+    ]
+    whole = sum(row["float"] for row in found.size.values())
+    for share in (0.15, 0.2, 0.3, 0.5, 1.0):
+        loss, size = totals(found, allocate(found, size=share))
+        assert size <= share * whole
+        assert not any(other[0] < loss - 1e-12 and other[1] <= size for other in every)
+    for most in (0.0, 0.02, 0.1, 1.0):
+        loss, size = totals(found, allocate(found, loss=most))
+        assert loss <= most
+        assert not any(other[0] <= loss and other[1] < size for other in every)
+
+
+def test_ample_and_tight_budgets() -> None:
+    found = made_up(0)
+    assert set(allocate(found, size=1.0).values()) == {None} and set(allocate(found, loss=0.0).values()) == {None}
+    assert set(allocate(found, loss=9.0).values()) == {"int4-int8"}
+    smallest = sum(row["int4-int8"] for row in found.size.values())
+    assert set(allocate(found, size=smallest).values()) == {"int4-int8"}
+    with pytest.raises(ValueError, match=rf"size={smallest - 1} is {smallest - 1} bytes, the smallest schemes take"):
+        allocate(found, size=smallest - 1)
+
+
+def test_wrong_calls_say_what_to_write() -> None:
+    model, batches = network()
+    for budget in ({}, {"size": 0.5, "loss": 0.1}):
+        with pytest.raises(ValueError, match="give one budget"):
+            allocate(made_up(0), **budget)
+    with pytest.raises(ValueError, match="the loader gives no batches"):
+        sensitivity(model, [])
+    with pytest.raises(ValueError, match="unknown scheme 'int3'"):
+        sensitivity(model, batches, ("int3",))
+    with pytest.raises(ValueError, match=r"gives no loss for \['input_ids'\]"):
+        default_loss(tiny.llama(), {"input_ids": tiny.ids()})
