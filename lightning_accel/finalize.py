@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from . import select
+from ._quiet import Conv1D
 from .capture import as_inputs
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .quantize import QuantConfig, convert_, is_prepared, prepare_, unprepare_
-from .quantize.fake import count_own
+from .quantize.fake import Int4GroupFakeQuantizer, count_own
 
 
 @dataclass
@@ -54,13 +55,29 @@ def finalize(
             given = unprepare_(_copy(model))
     plain = unprepare_(_copy(trained))
     deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _copy(trained)
+    _check_groups(trained, deployed)
     if quantize is not None and not is_prepared(trained):
-        prepare_(trained, quantize)
         prepare_(deployed, quantize)
+        trained = _copy(deployed)  # groups of inputs are those that are left
     quantized = is_prepared(deployed)
     if quantized:
         deployed = convert_(deployed)
     return Finalized(plain, trained, deployed, quantized, given)
+
+
+def _check_groups(trained: nn.Module, deployed: nn.Module) -> None:
+    """Raises ValueError where inputs of a layer in int4 were cut: they would share scales in other groups."""
+    left: dict[str, Any] = dict(select.named_modules(deployed))
+    modules: dict[str, Any] = dict(select.named_modules(trained))
+    for name, module in modules.items():
+        if isinstance(getattr(module, "weight_fake_quantizer", None), Int4GroupFakeQuantizer):
+            dim = 0 if isinstance(module, Conv1D) else -1
+            before, after = module.weight.shape[dim], left[name].weight.shape[dim]
+            if before != after:
+                raise ValueError(
+                    f"{name} was trained in int4 with {before} inputs, of which pruning leaves {after}: others would "
+                    f"share a scale. Write overrides={{{name!r}: 'int8'}}, or prune in a fit before"
+                )
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -279,6 +279,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                         help="of the compressed fit; auto times both, so write one where losses must repeat anywhere")
     options = parser.parse_args()
+    if options.text is not None and not options.text.is_file():
+        parser.error(f"--text {options.text} is no file")
     settings = QUICK if options.quick else FULL
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)

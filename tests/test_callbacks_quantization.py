@@ -221,3 +221,21 @@ def test_pruned_weights_stay_zero_under_fake_quantization(tmp_path):
     trainer(tmp_path, [QuantizationAwareTraining(module="model"), pruning]).fit(module, loader())
     assert not module.model.first.weight[~pruning.masks["first.bias"]].any()
     assert int((module.model.first.weight.abs().sum(1) == 0).sum()) == 8
+
+
+def test_int4_and_neurons_in_one_fit_raise_before_training_unless_the_layers_after_them_are_int8(tmp_path):
+    from lightning_accel import PruneConfig, Pruning
+
+    def callbacks(**options):
+        neurons = Pruning(PruneConfig("neurons", amount=0.5), module="model")
+        return [neurons, QuantizationAwareTraining(QuantConfig("int4-int8", **options), begin=1, module="model")]
+
+    with pytest.raises(ValueError, match=r"cutting neurons out changes which inputs share a scale in int4"):
+        trainer(tmp_path, callbacks()).fit(seeded(Plain), loader())
+    overrides = {"first": "int8", "second": "int8", "head": "int8"}
+    trainer(tmp_path, callbacks(overrides=overrides)).fit(seeded(Plain), loader())
+
+
+def test_a_scheme_in_place_of_a_config_is_refused_when_it_is_written():
+    with pytest.raises(ValueError, match=r"config is 'int8', expected a QuantConfig; write QuantConfig\('int8'\)"):
+        QuantizationAwareTraining("int8")

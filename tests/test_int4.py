@@ -105,7 +105,7 @@ def test_packing_keeps_every_code_and_scale(rows: int, groups: int, group: int, 
     weight = kinds_of_rows(rows, groups * group, kind, seed)
     expected = numpy_groups(weight, group)
     packed, scale = quantize_groups(weight, group)
-    assert packed.shape == (-(-rows // 16), groups * group // 8, 16, 4) and packed.dtype == torch.uint8
+    assert packed.shape == (-(-rows // 16), groups * group // 8, 16, 4) and packed.dtype == torch.int8
     codes, scales = int4.unpack(packed, scale, rows)
     assert np.array_equal(codes.numpy(), expected[0]) and np.array_equal(scales.numpy(), expected[1])
     ids = torch.arange(rows)
@@ -280,3 +280,67 @@ def test_pruned_zeros_survive() -> None:
     weight[3, 32:64] = 0.0
     codes, scales = int4.unpack(*quantize_groups(weight, 32), 8)
     assert ((codes * scales).flatten(1)[weight == 0] == 0).all()
+
+
+# --- with others ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_t5_casts_no_activations_to_the_dtype_of_packed_weights(scheme: str) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=50, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    inputs = {"input_ids": tiny.ids(2, 8) % 50, "decoder_input_ids": tiny.ids(2, 5) % 50}
+    with pytest.warns(UserWarning, match="relative_attention_bias: int8 in place of"):
+        converted = quantize_model(model, QuantConfig(scheme))
+        prepare_(model, QuantConfig(scheme))
+    assert torch.allclose(converted(**inputs).logits, model(**inputs).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("scheme", ["int8", *SCHEMES])
+def test_models_of_any_float_format_are_quantized(scheme: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)).to(dtype)
+    assert quantize_model(model, QuantConfig(scheme))(torch.randn(3, 32, dtype=dtype)).dtype == dtype
+    assert quantize_model(tiny.bert().to(dtype), QuantConfig(scheme))(tiny.ids()).logits.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*groups of 32 do not divide")
+@pytest.mark.parametrize("amount", [0.3, 0.5])
+def test_neurons_are_cut_before_groups_are_formed(tmp_path: Path, amount: float) -> None:
+    from lightning_accel import PruneConfig, prune_model_, shrink_model
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(64, 32)
+    masks = prune_model_(model, PruneConfig("neurons", amount), example_inputs=(x,))
+    options: dict[str, Any] = {"example_inputs": (x,), "engines": ("portable",), "measure": False, "data": [x]}
+    export_model(model, tmp_path / "a", masks=masks, quantize=QuantConfig("int4-int8"), **options)
+    shrunk = quantize_model(shrink_model(model, masks, example_inputs=(x,)), QuantConfig("int4-int8"))
+    assert torch.allclose(load(tmp_path / "a")(x), shrunk(x), atol=1e-6), "quantize of the shrunk model"
+    prepare_(model, QuantConfig("int4-int8"))
+    with pytest.raises(ValueError, match=r"2 was trained in int4 with 64 inputs, of which pruning leaves \d+: others"):
+        export_model(model, tmp_path / "b", masks=masks, **options)
+
+
+def test_the_coverage_of_an_artifact_says_which_modules_fell_back(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4)), torch.randn(4, 64)
+    with pytest.warns(UserWarning, match="groups of 32 do not divide"):
+        report = export_model(
+            model, tmp_path / "a", example_inputs=(x,), quantize=QuantConfig("int4-int8"), engines=("portable",),
+            measure=False,
+        )  # fmt: skip
+    entries = {e["name"]: (e["done"], e["reason"]) for e in report.manifest["coverage"][0]["entries"]}
+    assert entries["0"] == ("int4-int8", None)
+    assert entries["1"][0] == "int8" and "groups of 32 do not divide its 48 inputs" in entries["1"][1]
+
+
+def test_a_scheme_by_the_start_of_its_name_is_suggested() -> None:
+    with pytest.raises(ValueError, match=r"unknown scheme 'int4'; write QuantConfig\('int4-weight'\)"):
+        QuantConfig("int4")
+    with pytest.raises(ValueError, match="unknown scheme None"):
+        QuantConfig(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"overrides=\['0'\] is no mapping"):
+        QuantConfig(overrides=["0"])  # type: ignore[arg-type]

@@ -32,6 +32,8 @@ class QuantizationAwareTraining(AccelCallback):
     technique = "quantization"
 
     def __init__(self, config: QuantConfig | None = None, begin: int | float = 0.0, module: str | None = None) -> None:
+        if not isinstance(config, QuantConfig | None):
+            raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
         super().__init__(config if config is not None else QuantConfig(), module)
         check_position(begin, "QuantizationAwareTraining(begin=...)")
         self.begin = begin
@@ -53,9 +55,23 @@ class QuantizationAwareTraining(AccelCallback):
                 f"two QuantizationAwareTraining callbacks on module={self.module!r}; keep one, with "
                 "overrides={'pattern': scheme} for the exceptions"
             )
+        self._refuse_neurons(trainer)
         self.coverage = prepare_(copy.deepcopy(self.target(pl_module)), self.config)
         if self.prepared:  # a second fit with the same callback
             prepare_(self.target(pl_module), self.config)
+
+    def _refuse_neurons(self, trainer: pl.Trainer) -> None:
+        """Raises where neurons would be cut out of inputs in int4; with overrides the export looks at each layer."""
+        if self.config.overrides or not self.config.scheme.startswith("int4"):
+            return
+        for other in self.siblings(trainer):
+            apart = self.module and other.module and self.module.split(".")[0] != other.module.split(".")[0]
+            if getattr(other.config, "structure", None) == "neurons" and not apart:
+                raise ValueError(
+                    "cutting neurons out changes which inputs share a scale in int4, so what was trained would not be "
+                    "exported; keep the layers after them in int8, for example QuantConfig("
+                    f"{self.config.scheme!r}, overrides={{'*.down_proj': 'int8'}}), or prune in a fit before"
+                )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a resume past `begin`, quantizes before anything runs."""

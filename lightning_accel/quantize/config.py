@@ -43,7 +43,11 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if self.group_size not in GROUPS:
             raise ValueError(f"group_size={self.group_size} has no kernel; write one of {GROUPS}")
-        for scheme in (self.scheme, *self.overrides.values()):
-            if scheme is not None and scheme not in SCHEMES:
-                near = difflib.get_close_matches(str(scheme), SCHEMES, 1, 0.0)
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'pattern': None}}")
+        for scheme in (self.scheme, *(s for s in self.overrides.values() if s is not None)):
+            if scheme not in SCHEMES:
+                near = [s for s in SCHEMES if s.startswith(str(scheme))] or difflib.get_close_matches(
+                    str(scheme), SCHEMES, 1, 0.0
+                )
                 raise ValueError(f"unknown scheme {scheme!r}; write QuantConfig({near[0]!r}) (known: {SCHEMES})")

@@ -153,6 +153,7 @@ def _convert(module: Any, name: str, codes: dict[tuple[int, bool], _Codes]) -> n
     else:
         integer = Int4Linear(codes[key], module.bias, weight.shape[0], weight.shape[1], scheme)
     integer.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("_forward_")})  # hooks
+    integer.__dict__["fallback"] = module.fallback
     return integer.train(module.training)
 
 
@@ -169,7 +170,7 @@ def quantize_groups(weight: Tensor, group: int) -> _Codes:
 
 
 def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[Any] | None = None) -> nn.Module:
-    """Post-training quantization: a converted copy of `model`, for inference on the CPU.
+    """Post-training quantization: a converted copy of `model`, for inference on the CPU, in float32 where it is float.
 
     A model that QAT has prepared is converted with the schemes it was trained with. `calibration` is for schemes
     with static activation ranges; those of now find their scales in each input and need none.
@@ -183,7 +184,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     """
     if any(isinstance(m, CONVERTED) for m in model.modules()):
         raise ValueError("the model is already quantized; quantize the original model instead")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)
     return convert_(model)
@@ -216,7 +217,7 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
                     parameters,
                     flops=own,
                     done=scheme,
-                    reason=None if scheme else "not quantized",
+                    reason=getattr(module, "fallback", None) if scheme else "not quantized",
                 )
             )
     if flops is not None:

@@ -148,6 +148,7 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
         module = modules[entry.name]
         if entry.done is not None and type(module) in _FAKE:
             _swap_class(module, entry.done, config.group_size)
+            module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
     for module in model.modules():
         if type(module) in _UNFUSED and is_prepared(module):
             module.__class__ = _UNFUSED[type(module)]
@@ -160,6 +161,7 @@ def unprepare_(model: nn.Module) -> nn.Module:
         if type(module) in _PLAIN:
             for quantizer in _QUANTIZERS[type(module)]:
                 delattr(module, quantizer)
+            module.__dict__.pop("fallback", None)
             module.__class__ = _PLAIN[type(module)]
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]

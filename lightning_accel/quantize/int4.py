@@ -10,9 +10,10 @@ so that m itself is code -8 and the whole range is used. A group whose scale rou
     int4-weight    y = x @ (codes * scale).T + bias
     int4-int8      y = (sum over groups of (codes_x @ codes_w.T) * scale_w) * scale_x + bias, x in int8 row by row
 
-Packed form, for linear layers and embeddings alike: [ceil(rows / 16), n / 8, 16, 4] bytes; the byte (t, j, r, c) holds
-the codes + 8 of row 16 t + r: of input 8 j + c in its low half, of input 8 j + 4 + c in its high half. So one 512-bit
-register holds two tiles of 16 rows by 4 inputs. Scales: [ceil(rows / 16), n / group, 16] float16.
+Packed form, for linear layers and embeddings alike: [ceil(rows / 16), n / 8, 16, 4] bytes (as int8: transformers casts
+activations to other dtypes of weights); the byte (t, j, r, c) holds the codes + 8 of row 16 t + r: of input 8 j + c in
+its low half, of input 8 j + 4 + c in its high half. So one 512-bit register holds two tiles of 16 rows by 4 inputs.
+Scales: [ceil(rows / 16), n / group, 16] float16.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ def pack(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     nibbles = torch.nn.functional.pad((codes.flatten(1) + 8).to(torch.uint8), (0, 0, 0, short), value=8)
     low, high = nibbles.view((rows + short) // ROWS, ROWS, -1, 2, 4).permute(3, 0, 2, 1, 4)
     tiled = torch.nn.functional.pad(scales.squeeze(-1), (0, 0, 0, short)).view((rows + short) // ROWS, ROWS, -1)
-    return (low | high << 4).contiguous(), tiled.transpose(1, 2).half().contiguous()
+    packed = (low | high << 4).contiguous().view(torch.int8)
+    return packed, tiled.transpose(1, 2).half().contiguous()
 
 
 def _nibbles(packed: Tensor) -> Tensor:
     """float32 codes [..., n] of rows of packed bytes [..., n / 8, 4]."""
-    return torch.stack([packed & 15, packed >> 4], -2).flatten(-3).float() - 8.0
+    bits = packed.view(torch.uint8)
+    return torch.stack([bits & 15, bits >> 4], -2).flatten(-3).float() - 8.0
 
 
 def unpack(packed: Tensor, scale: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +66,7 @@ def unpack(packed: Tensor, scale: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def int4_linear_reference(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """`x` [..., n] times the unpacked weight, plus `bias` [rows]."""
     codes, scales = unpack(packed, scale, len(bias))
-    return torch.nn.functional.linear(x.float(), (codes * scales).flatten(1), bias).to(x.dtype)
+    return torch.nn.functional.linear(x.float(), (codes * scales).flatten(1), bias.float()).to(x.dtype)
 
 
 def int4_int8_linear_reference(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

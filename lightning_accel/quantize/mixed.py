@@ -4,12 +4,14 @@
 
 Increases are taken to add up, as in HAWQ (Dong et al. 2019, arXiv:1905.03696): small ones do nearly, large ones need
 not. `allocate` gives each module the scheme for which increase + price * bytes is least, at the lowest price of a byte
-that keeps the size, or the highest that keeps the loss. Measure the model that comes of it.
+that keeps the size, or the highest that keeps the loss, and spends what is left of the budget on single modules: near
+the best choice, not always the best (a knapsack). Measure the model that comes of it.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +98,11 @@ def sensitivity(
     True
     """
     batches = list(loader)
+    if not schemes or isinstance(schemes, str):
+        raise ValueError(f"schemes={schemes!r} is no list of schemes; write schemes=('int8', 'int4-int8')")
     if not batches:
         raise ValueError("the loader gives no batches; sensitivity needs held-out data")
     model = unprepare_(copy.deepcopy(select.unwrap(model)))
-    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     coverage = prepare_(model, QuantConfig("int8"))
     unprepare_(model)
@@ -107,25 +110,28 @@ def sensitivity(
     everything = [entry.name for entry in coverage.entries]
 
     def measured() -> float:
-        return float(torch.stack([loss(model, batch).detach().float() for batch in batches]).mean())
+        return sum(float(loss(model, batch)) for batch in batches) / len(batches)
 
     base = measured()
+    if not math.isfinite(base):
+        raise ValueError(f"the loss of the float model is {base}; look at the batches and the weights")
     increase: dict[str, dict[str, float]] = {}
     size: dict[str, dict[str, int]] = {}
     for unit in units:
         label = "+".join(unit)
         rows, inputs = _shape(select.get_module(model, unit[0]))
+        fitting = [s for s in schemes if not (s.startswith("int4") and inputs % group_size)]
+        if not fitting:
+            continue
         increase[label], size[label] = {}, {FLOAT: 4 * rows * inputs}
-        for scheme in schemes:
-            if scheme.startswith("int4") and inputs % group_size:
-                continue
+        for scheme in fitting:
             rest = {name: None for name in everything if name not in unit}
             prepare_(model, QuantConfig(scheme, overrides=rest, group_size=group_size))
             increase[label][scheme] = measured() - base
             size[label][scheme] = _bytes(scheme, rows, inputs, group_size)
             unprepare_(model)
-    for module, mode in modes:
-        module.training = mode
+    if not increase:
+        raise ValueError(f"no module fits {tuple(schemes)} with groups of {group_size}; add 'int8' to schemes")
     return Sensitivity(base, increase, size)
 
 
@@ -135,8 +141,8 @@ def allocate(
     """A scheme for each module, as `QuantConfig(overrides=...)` takes it; `None` leaves a module in float.
 
     Args:
-        size: at most so many bytes (an int), or such a share of the float weights (a float in (0, 1]), at least loss.
-        loss: at most such an increase in loss, added up over modules, at the least size.
+        size: at most so many bytes (an int), or such a share of the float weights (a float in (0, 1]), at little loss.
+        loss: at most such an increase in loss, added up over modules, at a small size.
 
     Raises:
         ValueError: neither or both given, or even the smallest schemes are larger than `size`.
@@ -154,7 +160,7 @@ def allocate(
         for name, row in found.increase.items()
     }
 
-    def at(price: float) -> list[tuple[str, float, int]]:
+    def at(price: float) -> list[_Row]:
         return [min(rows, key=lambda row: (row[1] + price * row[2], row[2])) for rows in options.values()]
 
     # choices change where two schemes of one module cost the same: each is looked up just above such a price
@@ -162,21 +168,46 @@ def allocate(
     for rows in options.values():
         prices |= {(b[1] - a[1]) / (a[2] - b[2]) for a in rows for b in rows if a[2] > b[2] and b[1] > a[1]}
     choices = [at(price * (1 + 1e-9)) for price in sorted(prices)]
-    totals = [(sum(row[1] for row in choice), sum(row[2] for row in choice)) for choice in choices]
     if size is not None:
         most = size * sum(row[FLOAT] for row in found.size.values()) if isinstance(size, float) else size
-        fits = [(total, choice) for total, choice in zip(totals, choices, strict=True) if total[1] <= most]
+        fits = [choice for choice in choices if _size(choice) <= most]
         if not fits:
-            raise ValueError(f"size={size} is {most:.0f} bytes, the smallest schemes take {totals[-1][1]}")
-        _, best = min(fits, key=lambda item: item[0])
+            raise ValueError(f"size={size} is {most:.0f} bytes, the smallest schemes take {_size(choices[-1])}")
+        best = _fill(min(fits, key=_loss), list(options.values()), lambda choice: _size(choice) <= most, _loss)
     else:
         assert loss is not None
-        within = [(total, choice) for total, choice in zip(totals, choices, strict=True) if total[0] <= loss]
+        within = [choice for choice in choices if _loss(choice) <= loss]
         if not within:
-            raise ValueError(f"loss={loss} is below what any choice costs ({min(t[0] for t in totals):.4g}); raise it")
-        _, best = min(within, key=lambda item: (item[0][1], item[0][0]))
+            raise ValueError(f"loss={loss} is below what any choice costs ({min(map(_loss, choices)):.4g}); raise it")
+        best = _fill(min(within, key=_size), list(options.values()), lambda choice: _loss(choice) <= loss, _size)
     schemes = {name: None if row[0] == FLOAT else row[0] for name, row in zip(options, best, strict=True)}
     return {part: scheme for name, scheme in schemes.items() for part in name.split("+")}
+
+
+_Row = tuple[str, float, int]  # scheme, increase in loss, bytes
+
+
+def _loss(choice: Sequence[_Row]) -> float:
+    return sum(row[1] for row in choice)
+
+
+def _size(choice: Sequence[_Row]) -> int:
+    return sum(row[2] for row in choice)
+
+
+def _fill(
+    choice: list[_Row],
+    options: list[list[_Row]],
+    allowed: Callable[[list[_Row]], bool],
+    cost: Callable[[list[_Row]], float],
+) -> list[_Row]:
+    """Changes one module at a time, the most useful change first, for as long as that is allowed and costs less."""
+    while True:
+        changed = [[*choice[:i], row, *choice[i + 1 :]] for i, rows in enumerate(options) for row in rows]
+        better = [other for other in changed if allowed(other) and cost(other) < cost(choice)]
+        if not better:
+            return choice
+        choice = min(better, key=cost)
 
 
 def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
