@@ -6,7 +6,7 @@
     KL(trained || artifact) <= KL_FRACTION * KL(plain || artifact)
 
 for logits, ERROR_FRACTION in place of KL_FRACTION with relative L2 errors for other outputs. In deep models with flat
-logits, as with random weights, flips alone make more: a KL(trained || artifact) beyond that bound may still be
+logits, as with random weights, flips alone make more: a divergence or error beyond that bound may still be
 NOISE_FACTOR times what noise of NOISE in its vectors (biases, gains) does to the trained model itself, the largest of
 three draws. And predictions must agree wherever the margin between the two best logits exceeds twice the largest error
 seen on another half of the inputs (or twice the share sqrt(KL_FRACTION) of quantization's own error there: a single
@@ -48,7 +48,7 @@ class Verification:
 
     Attributes:
         kl_trained, kl_plain: nats a position; `None` where the model puts out no logits.
-        kl_noise: KL(trained || trained with noise), where it was needed to judge `kl_trained`.
+        kl_noise, error_noise: KL(trained || trained with noise), and the relative error, where they were needed.
         error_trained, error_plain: relative L2 error of the float outputs.
         margin: logit margin above which predictions must agree, from the errors of the calibration half.
         agreement: share of positions of the test half with the same prediction, and of those over the margin.
@@ -60,6 +60,7 @@ class Verification:
     kl_trained: float | None = None
     kl_plain: float | None = None
     kl_noise: float | None = None
+    error_noise: float | None = None
     margin: float | None = None
     agreement: float | None = None
     agreement_over_margin: float | None = None
@@ -102,6 +103,10 @@ def verify(
         return result
     allowed = max(ERROR_FRACTION * _error(tally.rest_plain), ROUNDING)
     explained = f"{allowed:.2g} allowed ({ERROR_FRACTION} of its error against the float model)"
+    if not _error(tally.rest_trained) <= allowed:
+        result.error_noise = _noise_error(inputs, trained, noisy)
+        allowed = max(allowed, NOISE_FACTOR * result.error_noise)
+        explained += f", noise of {NOISE:g} in the trained model makes {result.error_noise:.2g}"
     _check_error(_error(tally.rest_trained), allowed, explained, name)
     if tally.rows:
         _check_divergence(result, tally, name, lambda: _noise(inputs, trained, noisy))
@@ -197,6 +202,21 @@ def _noise(inputs: Sequence[Any], trained: Call, noisy: Callable[[int], Call] | 
             for row, other in zip(rows, others, strict=True):
                 row.append(_kl(expected, other))
     return max((torch.cat(row).mean().item() for row in rows if row), default=0.0)
+
+
+@torch.no_grad()
+def _noise_error(inputs: Sequence[Any], trained: Call, noisy: Callable[[int], Call] | None) -> float:
+    """The largest relative error of outputs beside logits that noise makes in the trained model, of three draws."""
+    draws = [noisy(seed) for seed in range(3)] if noisy else []
+    tallies = [_Tally() for _ in draws]
+    for x in inputs:
+        expected = trained(x)
+        logits = int(_logits(expected, x) is not None)
+        tensors = _tensors(expected, x, alone=False)
+        for tally, draw in zip(tallies, draws, strict=True):
+            other = _tensors(draw(x), x, alone=False)
+            tally.add(other[logits:], tensors[logits:], tensors[logits:], 0)
+    return max((_error(tally.all_trained) for tally in tallies), default=0.0)
 
 
 def _logits(output: Any, inputs: Any) -> Tensor | None:

@@ -78,6 +78,23 @@ def test_kl_that_float_noise_explains_is_no_drift(size: float, drifts: bool) -> 
         assert KL_FRACTION * result.kl_plain < result.kl_trained < 2 * result.kl_noise
 
 
+@pytest.mark.parametrize(("size", "drifts"), [(0.08, False), (0.03, True)])
+def test_an_error_that_float_noise_explains_is_no_drift(size: float, drifts: bool) -> None:
+    trained = noise(0, shape=(POSITIONS, 1))
+    ours, plain = trained + noise(2, 0.1, (POSITIONS, 1)), trained + noise(1, 0.1, (POSITIONS, 1))
+
+    def compare_with_noise() -> Verification:
+        noisy = lambda seed: lambda _: trained + noise(10 + seed, size, (POSITIONS, 1))  # noqa: E731
+        return verify([None], lambda _: ours, lambda _: trained, lambda _: plain, "aoti", noisy)
+
+    if drifts:
+        with pytest.raises(DriftError, match=r"of its error against the float model\), noise of 1e-06 in the trained"):
+            compare_with_noise()
+    else:
+        result = compare_with_noise()
+        assert ERROR_FRACTION * result.error_plain < result.error_trained < 2 * result.error_noise
+
+
 def test_noise_is_relative_in_vectors_only_and_leaves_the_model() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     before = copy.deepcopy(model.state_dict())
