@@ -13,7 +13,7 @@ from torch import nn
 
 from . import select
 from ._quiet import Conv1D
-from .capture import as_inputs
+from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .quantize import QuantConfig, convert_, is_prepared, prepare_, unprepare_
@@ -57,12 +57,21 @@ def finalize(
     deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _copy(trained)
     _check_groups(trained, deployed)
     if quantize is not None and not is_prepared(trained):
+        _check_shrunk(plain, deployed, example_inputs)  # what is quantized below is compared with itself only
         prepare_(deployed, quantize)
         trained = _copy(deployed)  # groups of inputs are those that are left
     quantized = is_prepared(deployed)
     if quantized:
         deployed = convert_(deployed)
     return Finalized(plain, trained, deployed, quantized, given)
+
+
+def _check_shrunk(plain: nn.Module, deployed: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Raises ValueError unless the float model computes without its pruned neurons what it did with them at zero."""
+    outputs = (flatten_output(call_example(model, example_inputs))[0] for model in (plain, deployed))
+    for masked, shrunk in zip(*outputs, strict=True):
+        if masked.is_floating_point() and not (masked - shrunk).norm() <= 1e-3 * masked.norm():
+            raise ValueError("cutting pruned neurons out changes what the model computes; export without masks")
 
 
 def _check_groups(trained: nn.Module, deployed: nn.Module) -> None:

@@ -344,3 +344,21 @@ def test_a_scheme_by_the_start_of_its_name_is_suggested() -> None:
         QuantConfig(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"overrides=\['0'\] is no mapping"):
         QuantConfig(overrides=["0"])  # type: ignore[arg-type]
+
+
+def test_a_wrong_cut_is_not_hidden_by_quantizing_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_accel import PruneConfig, finalize, prune_model_
+
+    model, x, shrink = tiny.mlp(), torch.randn(8, 8), finalize.shrink_model
+    masks = prune_model_(model, PruneConfig("neurons", 0.5), example_inputs=(x,))
+
+    def wrong(*args: Any, **kwargs: Any) -> nn.Module:
+        small = shrink(*args, **kwargs)
+        with torch.no_grad():
+            small[2].weight.neg_()
+        return small
+
+    monkeypatch.setattr(finalize, "shrink_model", wrong)
+    with pytest.raises(ValueError, match="cutting pruned neurons out changes what the model computes"):
+        export_model(model, tmp_path / "a", example_inputs=(x,), masks=masks, quantize=QuantConfig("int8"),
+                     engines=("portable",), measure=False)  # fmt: skip
