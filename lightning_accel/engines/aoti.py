@@ -65,19 +65,33 @@ class CompilerMissing(RuntimeError):
 
 
 def lower(model: torch.nn.Module) -> torch.nn.Module:
-    """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer."""
-    from ..quantize.converted import Int8Embedding, Int8Linear
-    from ..quantize.ops import int8_embedding_tiled, int8_linear_tiled, tile
+    """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer.
 
+    An embedding is in tiles only where it is tied to a layer: gathering whole rows is faster.
+    """
+    from ..quantize.converted import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
+    from ..quantize.ops import int8_embedding_reference, int8_embedding_tiled, int8_linear_tiled, tile
+    from ..quantize.static import int8_static_conv2d_tiled, int8_static_linear_tiled
+
+    functions = {
+        Int8Linear: int8_linear_tiled,
+        Int8StaticLinear: int8_static_linear_tiled,
+        Int8StaticConv: int8_static_conv2d_tiled,
+    }
     tiles: dict[int, tuple[Tensor, Tensor]] = {}  # the plain weight is kept too, so that its id stays its own
-    for module in model.modules():
-        if isinstance(module, Int8Linear | Int8Embedding):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if type(module) in functions:
             plain = module.weight
             if id(plain) not in tiles:
                 tiles[id(plain)] = plain, tile(plain)
-            module.weight = tiles[id(plain)][1]
-            linear = isinstance(module, Int8Linear)
-            module.function = int8_linear_tiled if linear else int8_embedding_tiled(plain.shape[1])
+            module.weight, module.function = tiles[id(plain)][1], functions[type(module)]
+    for module in modules:
+        if isinstance(module, Int8Embedding) and id(module.weight) in tiles:
+            plain, module.weight = tiles[id(module.weight)]
+            module.function = int8_embedding_tiled(plain.shape[1])
+        elif isinstance(module, Int8Embedding):
+            module.function = int8_embedding_reference
     return model
 
 
