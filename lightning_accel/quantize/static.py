@@ -61,9 +61,10 @@ def affine_codes(x: Tensor, scale: float, zero_point: int) -> Tensor:
     >>> affine_codes(torch.tensor([-9.0, 0.0, 1.0, 9.0]), *affine(-1.0, 4.0))
     tensor([  0,  51, 102, 255], dtype=torch.uint8)
     """
-    # torch rounds the factor to float32; clamp keeps NaN, for which a conversion to an integer is undefined
+    # torch rounds the factor to float32; clamp keeps NaN, whose conversion to an integer is undefined. Inductor makes
+    # vectors of == but not of isnan, which took three times as long
     codes = (torch.round(x.detach().float() * (1.0 / scale)) + zero_point).clamp(0, CODES)
-    return torch.where(codes.isnan(), zero_point, codes).to(torch.uint8)
+    return torch.where(codes == codes, codes, zero_point).to(torch.uint8)
 
 
 def static_sums(weight: Tensor, zero_point: int) -> Tensor:
