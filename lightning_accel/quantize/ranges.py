@@ -32,9 +32,10 @@ class _RoundAffine(torch.autograd.Function):
         scale, zero_point = affine_parameters(range_[0], range_[1])
         values = x.detach().reshape(-1, x.shape[-1])
         rounded, inside = torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
+        low, high = -zero_point * scale, (CODES - zero_point) * scale
         for some, out, within in blocks(values, rounded, inside):
-            out.copy_(affine_round(some, scale, zero_point))
-            within.copy_((some >= -zero_point * scale) & (some <= (CODES - zero_point) * scale))
+            affine_round(some, scale, zero_point, out=out)
+            torch.ge(some, low, out=within).logical_and_(some <= high)
         ctx.save_for_backward(inside.view(x.shape))
         return rounded.view(x.shape)
 

@@ -49,10 +49,11 @@ def affine_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.round(-low / scale).clamp(0, CODES)
 
 
-def affine_round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The values of the codes of `x`, float32, as fake quantization has them; NaN stays NaN."""
-    codes = (torch.round(x.detach().float() * scale.reciprocal()) + zero_point).clamp(0, CODES)
-    return (codes - zero_point) * scale
+def affine_round(x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor | None = None) -> Tensor:
+    """The values of the codes of `x`, float32 (or in `out`), as fake quantization has them; NaN stays NaN."""
+    codes = torch.mul(x.detach().float(), scale.reciprocal())
+    values = codes.round_().add_(zero_point).clamp_(0, CODES).sub_(zero_point).mul_(scale)
+    return values if out is None else out.copy_(values)
 
 
 def affine_codes(x: Tensor, scale: float, zero_point: int) -> Tensor:
