@@ -1,11 +1,11 @@
-"""Contract 4 on whole models, trained here: how far an artifact is from the fake-quantized model, and from the float one.
+"""Contract 4 on whole models: how far an artifact is from the fake-quantized model, and from the float one.
 
     lightning-accel run benchmarks/fidelity.py --out out/fidelity            # trains, exports, prints; resumes
     lightning-accel run benchmarks/fidelity.py --quick --engines portable    # a few steps each
 
-Six small models are trained on real data (CPython's own documentation as bytes; scikit-learn's digits), the last half of
-the steps with quantization. Export verifies each on held-out data against the bounds of `lightning_accel/verify.py`; what
-is printed here is how much of each bound was used.
+Six small models are trained on real data (CPython's own documentation as bytes; scikit-learn's digits), the last half
+of the steps with quantization. Export verifies each on held-out data against the bounds of `lightning_accel/verify.py`;
+what is printed here is how much of each bound was used.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def pixels() -> tuple[list[Any], list[Any]]:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 10))
+    hidden = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.GELU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, 10))
 
 
 def llama() -> nn.Module:

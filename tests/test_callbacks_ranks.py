@@ -100,6 +100,12 @@ def test_a_checkpoint_that_rank_0_cannot_write_raises_on_both_and_hangs_nobody(r
     assert not (path / "fourth").exists() or list((path / "fourth").iterdir()) == []
 
 
+def test_both_ranks_end_with_the_same_ranges(ranks):
+    _, (one, other) = ranks
+    assert one["static"]["state"] == other["static"]["state"] and len(one["static"]["state"]["ranges"]) == 3
+    assert_same(one["static"]["weights"], other["static"]["weights"])
+
+
 def state(path: Path) -> Any:
     return torch.load(path, weights_only=True)["lightning_accel_rng"]
 

@@ -23,9 +23,11 @@ from lightning_accel import (
     Export,
     PruneConfig,
     Pruning,
+    QuantConfig,
     QuantizationAwareTraining,
 )
 from lightning_accel.precision import PrecisionChoice
+from lightning_accel.quantize.ranges import static_state
 
 
 class Called(Plain):
@@ -101,6 +103,14 @@ def waiting(path: Path, callback: Any, layer: bool) -> dict[str, Any]:
     return {"gathered": list(Waits.gathered), "weights": weights(module)}
 
 
+def static(path: Path) -> dict[str, Any]:
+    """Ranges that each rank finds in its own half of the data."""
+    module = seeded(Plain)
+    qat = QuantizationAwareTraining(QuantConfig("int8-static"), module="model")
+    two_ranks(path, [qat]).fit(module, loader())
+    return {"state": static_state(module.model), "weights": weights(module)}
+
+
 class FillsTheDisk(Callback):
     """No file of more than 1000 bytes, on the first rank."""
 
@@ -141,6 +151,7 @@ def main(path: Path) -> None:
     results["timed again"] = len(timed) - results["timed"]
     portable.build = build
     results["failed"] = fit(path / "third")
+    results["static"] = static(path / "static")
     results["unsaved"] = unsaved(path / "fourth")
     torch.save(results, path / f"rank{results['whole']['rank']}.pt")
 

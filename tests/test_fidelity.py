@@ -1,0 +1,46 @@
+"""Contract 4 on whole models of six kinds, in the quick form of benchmarks/fidelity.py: 20 steps of training each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_accel.artifact import read_manifest
+from lightning_accel.quantize.config import SCHEMES
+from lightning_accel.verify import KL_FRACTION, SMALL_KL
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+LEAST_SHARE = {"mlp": 1.0, "cnn": 1.0, "vit": 0.97}  # of FLOPs; the others' attention is a larger part, in small models
+
+
+@pytest.fixture(scope="module")
+def fidelity() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import fidelity
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return fidelity
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["mlp", "llama", "gpt2", "bert", "vit", "cnn"])
+def test_what_was_trained_is_what_is_exported(fidelity: Any, tmp_path: Path, name: str, scheme: str) -> None:
+    if name == "cnn" and scheme != "int8-static":
+        pytest.skip("convolutions have int8-static only")
+    fidelity.run(name, scheme, 0, tmp_path / "model", 20, ("portable",))
+    manifest = read_manifest(tmp_path / "model")
+    (program,) = manifest["programs"]
+    figures = program["verification"]
+    print("\n".join(fidelity.rows(name, scheme, 0, tmp_path / "model")))
+    assert figures["kl_noise"] is None, "the first bound holds, noise need not be looked at"
+    assert figures["kl_trained"] <= max(KL_FRACTION * figures["kl_plain"], SMALL_KL)
+    assert figures["agreement_over_margin"] == 1.0 and figures["agreement"] > 0.99
+    losses = {metric["name"]: metric["value"] for metric in manifest["metrics"]}
+    assert losses["loss (artifact)"] == pytest.approx(losses["loss (trained)"], abs=1e-3)
+    (coverage,) = manifest["coverage"]
+    assert coverage["share_of_flops"] >= LEAST_SHARE.get(name, 0.92) and scheme in coverage["technique"]
