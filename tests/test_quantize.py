@@ -26,7 +26,7 @@ from lightning_accel.quantize import (
 )
 from lightning_accel.quantize.converted import quantize_rows
 from lightning_accel.quantize.fake import Int8RowFakeQuantizer
-from lightning_accel.quantize.ops import int8_linear_reference, row_codes, row_scales, tile, untile
+from lightning_accel.quantize.ops import MOST_INT8_INPUTS, int8_linear_reference, row_codes, row_scales, tile, untile
 
 INT8 = QuantConfig("int8")
 
@@ -451,6 +451,21 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_replaced
     with pytest.raises(ValueError, match=r"2\.weight"):
         convert_(model)
     assert snapshot(model) == before
+
+
+def test_a_layer_whose_int32_sums_could_overflow_stays_in_float_and_one_at_the_limit_is_exact() -> None:
+    assert MOST_INT8_INPUTS == 133_144 and 127**2 * MOST_INT8_INPUTS < 2**31 <= 127**2 * (MOST_INT8_INPUTS + 1)
+    model = nn.Sequential(nn.Linear(MOST_INT8_INPUTS + 1, 2), nn.Linear(2, 2))
+    reasons = {e.name: e.reason for e in prepare_(model, INT8).entries}
+    assert reasons == {"0": "int32 sums over more than 133,144 inputs could overflow", "1": None}
+    with pytest.warns(UserWarning, match="groups of 32 do not divide"):  # int4 would fall back to int8
+        fallen = prepare_(unprepare_(model), QuantConfig("int4-int8"))
+    assert [e.done for e in fallen.entries] == [None, "int8"]
+    layer = nn.Linear(MOST_INT8_INPUTS, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(-1.0)
+    y = quantize_model(layer, INT8)(torch.ones(1, MOST_INT8_INPUTS))
+    assert torch.equal(y, torch.full((1, 2), float(-(127**2) * MOST_INT8_INPUTS)) * (1 / torch.tensor(127.0)) ** 2)
 
 
 def test_pruned_zeros_survive_conversion() -> None:

@@ -20,7 +20,7 @@ from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQu
 from ..select import Coverage, Entry
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
-from .ops import row_codes, row_scales
+from .ops import MOST_INT8_INPUTS, row_codes, row_scales
 
 
 class _RoundRows(torch.autograd.Function):
@@ -142,6 +142,8 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
             scheme, reason = _fitting(name, module, chosen[name], config.group_size)
         else:
             scheme = None
+        if scheme == "int8" and _may_overflow(module):
+            scheme, reason = None, f"int32 sums over more than {MOST_INT8_INPUTS:,} inputs could overflow"
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
     for entry in coverage.entries:
@@ -216,6 +218,11 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
     warnings.warn(f"{name}: {reason}", stacklevel=4)
     return "int8", reason
+
+
+def _may_overflow(module: Any) -> bool:
+    inputs = module.weight.shape[0 if isinstance(module, Conv1D) else -1]
+    return inputs > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
 
 
 def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -> None:
