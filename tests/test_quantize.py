@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_accel import QuantConfig, prepare_, quantize_model
+from lightning_accel import QuantConfig, export_model, prepare_, quantize_model
 from lightning_accel._quiet import Conv1D
 from lightning_accel.quantize import (
     Int8Embedding,
@@ -24,6 +25,7 @@ from lightning_accel.quantize import (
     quantization_coverage,
     unprepare_,
 )
+from lightning_accel.quantize.config import SCHEMES
 from lightning_accel.quantize.converted import quantize_rows
 from lightning_accel.quantize.fake import Int8RowFakeQuantizer
 from lightning_accel.quantize.ops import MOST_INT8_INPUTS, int8_linear_reference, row_codes, row_scales, tile, untile
@@ -433,22 +435,41 @@ def test_a_model_that_qat_prepared_keeps_its_exceptions() -> None:
     assert type(quantize_model(model, INT8)[4]) is nn.Linear
 
 
-def test_quantizing_twice_raises() -> None:
-    converted = quantize_model(tiny.mlp(), INT8)
-    with pytest.raises(ValueError, match="already quantized"):
-        quantize_model(converted, INT8)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("head", [None, "int8"], ids=["a-float-layer-left", "all-integers"])
+def test_what_is_quantized_already_is_not_prepared_converted_quantized_or_exported(
+    tmp_path: Path, scheme: str, head: str | None
+) -> None:
+    model, x = tiny.mlp(features=32, hidden=64), torch.randn(4, 32)
+    converted = quantize_model(model, QuantConfig(scheme, overrides={"4": head}))
+    before = snapshot(converted)
+    options: dict[str, Any] = {"example_inputs": (x,), "engines": ("portable",), "measure": False}
+    for again in (
+        lambda: prepare_(converted, INT8),
+        lambda: convert_(converted),
+        lambda: quantize_model(converted, INT8),
+        lambda: export_model(converted, tmp_path / "a", **options),
+        lambda: export_model(converted, tmp_path / "a", quantize=INT8, **options),
+    ):
+        with pytest.raises(ValueError, match=r"already quantized \(0 holds integers.*keep the float model, and write"):
+            again()
+    assert snapshot(converted) == before and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_replaced(bad: float) -> None:
-    model = tiny.mlp()
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_replaced(
+    what: str, bad: float, scheme: str
+) -> None:
+    model, config = tiny.mlp(features=32, hidden=64), QuantConfig(scheme)
     with torch.no_grad():
-        model[2].weight[3, 3] = bad
-    with pytest.raises(ValueError, match=r"2\.weight holds NaN or infinite values"):
-        quantize_model(model, INT8)
-    prepare_(model, INT8)
+        getattr(model[2], what).view(64, -1)[3, 0] = bad
+    with pytest.raises(ValueError, match=rf"2\.{what} holds NaN or infinite values"):
+        quantize_model(model, config)
+    prepare_(model, config)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"2\.weight"):
+    with pytest.raises(ValueError, match=rf"2\.{what}"):
         convert_(model)
     assert snapshot(model) == before
 

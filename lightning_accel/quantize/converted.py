@@ -124,6 +124,7 @@ def convert_(model: nn.Module) -> nn.Module:
             the model is then as it was.
     """
     if not is_prepared(model):
+        check_not_converted(model)
         raise ValueError("nothing in the model is fake-quantized; write quantize_model(model, QuantConfig('int8'))")
     codes: dict[tuple[int, bool], _Codes] = {}
     converted = {m: _convert(m, name, codes) for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
@@ -134,10 +135,21 @@ def convert_(model: nn.Module) -> nn.Module:
     return converted.get(model, model)
 
 
+def check_not_converted(model: nn.Module) -> None:
+    """Raises ValueError where `model` holds integers already: they cannot be rounded or trained again."""
+    if name := next((n or "<root>" for n, m in select.named_modules(model) if isinstance(m, CONVERTED)), None):
+        raise ValueError(
+            f"the model is already quantized ({name} holds integers, which cannot be trained or quantized again); keep "
+            "the float model, and write quantize_model(model, config) last or export_model(model, ..., quantize=config)"
+        )
+
+
 def _convert(module: Any, name: str, codes: dict[tuple[int, bool], _Codes]) -> nn.Module:
     transposed = isinstance(module, Conv1D)
     key, scheme = (id(module.weight), transposed), str(scheme_of(module))
     weight = module.weight.detach().t() if transposed else module.weight.detach()
+    if getattr(module, "bias", None) is not None and not torch.isfinite(module.bias).all():
+        raise ValueError(f"{name}.bias holds NaN or infinite values; train again or exclude {name!r}")
     if key not in codes:
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds NaN or infinite values; train again or exclude {name!r}")
@@ -182,8 +194,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     >>> quantize_model(model, QuantConfig("int8"))[2]
     Int8Linear(in_features=8, out_features=2, bias=True)
     """
-    if any(isinstance(m, CONVERTED) for m in model.modules()):
-        raise ValueError("the model is already quantized; quantize the original model instead")
+    check_not_converted(model)
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)

@@ -123,7 +123,7 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     Preparing twice with the same exceptions changes nothing.
 
     Raises:
-        ValueError: nothing in the model can be quantized, or an override matches nothing.
+        ValueError: nothing in the model can be quantized, it holds integers already, or an override matches nothing.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(prepare_(model, QuantConfig("int8", overrides={"2": None})))
@@ -132,6 +132,9 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     """
     if not isinstance(config, QuantConfig):
         raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
+    from .converted import check_not_converted  # which imports this module
+
+    check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
     fused = _in_fused_operators(model)
