@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
+from .adapters import merge_adapters
 from .config import QuantConfig
 from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of
 from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack
@@ -117,7 +118,8 @@ def convert_(model: nn.Module) -> nn.Module:
     """Replaces each fake-quantized module of `model` by its integer form, in place, and returns the model.
 
     Layers that shared a Parameter (a tied head) share one integer tensor; a module that stood in several places
-    still does; forward hooks move to the integer form. A model that is itself one layer comes back as another object.
+    still does; forward hooks move to the integer form. A model that is itself one layer comes back as another object,
+    and so does one with adapters of peft, which are merged in a copy.
 
     Raises:
         ValueError: nothing is fake-quantized (call `prepare_` or `quantize_model` first), or weights are not finite;
@@ -126,6 +128,7 @@ def convert_(model: nn.Module) -> nn.Module:
     if not is_prepared(model):
         check_not_converted(model)
         raise ValueError("nothing in the model is fake-quantized; write quantize_model(model, QuantConfig('int8'))")
+    model = merge_adapters(model)
     codes: dict[tuple[int, bool], _Codes] = {}
     converted = {m: _convert(m, name, codes) for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
     for parent in list(model.modules()):
@@ -195,7 +198,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     Int8Linear(in_features=8, out_features=2, bias=True)
     """
     check_not_converted(model)
-    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    model = copy.deepcopy(merge_adapters(model)).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)
     return convert_(model)

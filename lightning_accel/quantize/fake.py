@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .. import select
 from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
+from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
 from .ops import MOST_INT8_INPUTS, row_codes, row_scales
@@ -137,10 +138,10 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
-    fused = _in_fused_operators(model)
+    fused, parts = _in_fused_operators(model), parts_of_adapters(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
-        scheme, reason = chosen[name], _why_not(module, chosen[name], fused)
+        scheme, reason = chosen[name], parts.get(id(module)) or _why_not(module, chosen[name], fused)
         if reason is None:
             scheme, reason = _fitting(name, module, chosen[name], config.group_size)
         else:
@@ -149,6 +150,7 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
             scheme, reason = None, f"int32 sums over more than {MOST_INT8_INPUTS:,} inputs could overflow"
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
+    check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.done is not None})
     for entry in coverage.entries:
         module = modules[entry.name]
         if entry.done is not None and type(module) in _FAKE:
@@ -157,11 +159,13 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     for module in model.modules():
         if type(module) in _UNFUSED and is_prepared(module):
             module.__class__ = _UNFUSED[type(module)]
+    swap_adapters_(model, FAKE_TYPES)
     return coverage.require_any("quantization needs nn.Linear, nn.Embedding or transformers' Conv1D")
 
 
 def unprepare_(model: nn.Module) -> nn.Module:
     """Takes the fake quantizers out again, in place; the weights are the trained ones, not rounded."""
+    unswap_adapters_(model)
     for module in model.modules():
         if type(module) in _PLAIN:
             for quantizer in _QUANTIZERS[type(module)]:
