@@ -7,7 +7,6 @@ verified against the trained model and timed against the float model; a failure 
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from . import engines as all_engines
 from .build import ExportError
 from .capture import is_causal_lm
 from .finalize import Finalized, finalize, restore_
-from .inputs import ExampleInputs, copy_inputs, first_rows, split_inputs, without_labels
+from .inputs import ExampleInputs, copy_inputs, first_rows, inputs_of_batch, split_inputs, without_labels
 from .measure import Measurement, Target, compare, size_on_disk
 from .prune import Masks
 from .quantize import QuantConfig
@@ -43,6 +42,7 @@ def export_model(
     checkpoint: str | Path | None = None,
     module: str | None = None,
     quantize: QuantConfig | None = None,
+    calibration: Iterable[Any] | None = None,
     masks: Masks | None = None,
     engines: Sequence[str] = ("aoti", "portable"),
     data: Iterable[Any] | None = None,
@@ -66,6 +66,7 @@ def export_model(
             Export callback was in the fit, it holds example inputs too.
         module: the name that the model had in the LightningModule of the checkpoint.
         quantize: quantizes after training (a model that QAT prepared needs none).
+        calibration: batches like those of `data`, in which `int8-static` finds its ranges after training.
         masks: from `prune_model_`; structured ones are cut out.
         engines: programs to build; the first is the one that `load` takes.
         data: held-out batches for verification and `metric`: mappings of keyword inputs, tensors, or tuples whose
@@ -103,7 +104,7 @@ def export_model(
     batches = list(data) if data is not None else []
     say = progress or (lambda message: None)
     say("finalizing")
-    final = finalize(model, inputs, masks, quantize)
+    final = finalize(model, inputs, masks, quantize, calibration)
     held_out = [_as_float(_inputs_of_batch(final.trained, batch)) for batch in batches] or [inputs]
     with artifact.staging(directory) as path:
         manifest = build.write(path, final, inputs, dynamic_shapes, engines, assets or {}, say)
@@ -200,15 +201,10 @@ def _as_float(inputs: Any) -> Any:
 
 
 def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
-    """The module's inputs in a batch: keyword inputs of a mapping, or the first item of a tuple."""
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        batch = {k: v for k, v in without_labels(batch).items() if v is not None and (k in parameters or open_ended)}
-        return (
-            {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")} if is_causal_lm(model) else batch
-        )
-    return (batch,) if isinstance(batch, Tensor) else (batch[0],)
+    inputs = inputs_of_batch(model, batch)
+    if isinstance(inputs, Mapping) and is_causal_lm(model):
+        return {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    return inputs
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------

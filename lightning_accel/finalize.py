@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from ._quiet import Conv1D
 from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
-from .quantize import QuantConfig, convert_, is_prepared, prepare_, unprepare_
+from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
 from .quantize.converted import check_not_converted
 from .quantize.fake import Int4GroupFakeQuantizer, count_own
+from .quantize.ranges import load_static_state_
 
 
 @dataclass
@@ -33,7 +35,11 @@ class Finalized:
 
 
 def finalize(
-    model: nn.Module, example_inputs: ExampleInputs, masks: Masks | None, quantize: QuantConfig | None
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    masks: Masks | None,
+    quantize: QuantConfig | None,
+    calibration: Iterable[Any] | None = None,
 ) -> Finalized:
     """Copies of the model for deployment: masks applied, neurons cut out, fake quantization turned into integers.
 
@@ -61,6 +67,7 @@ def finalize(
     if quantize is not None and not is_prepared(trained):
         _check_shrunk(plain, deployed, example_inputs)  # what is quantized below is compared with itself only
         prepare_(deployed, quantize)
+        calibrate_(deployed, calibration)
         trained = _copy(deployed)  # groups of inputs are those that are left
     quantized = is_prepared(deployed)
     if quantized:
@@ -155,6 +162,7 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
             others = [n for n, m in select.named_modules(model) if count_own(m) and n not in chosen]
             config = QuantConfig(**{**state["config"], "overrides": {**chosen, **dict.fromkeys(others)}})
             prepare_(model, config)
+            load_static_state_(model, state["static"], prefix)
     calls = [s["call"] for s in states if s.get("technique") == "export" and _join(s["module"], "") == prefix]
     return Restored(model, masks or None, as_inputs(model, *calls[0]) if calls and calls[0] else None)
 

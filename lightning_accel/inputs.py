@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,15 @@ def first_rows(example_inputs: ExampleInputs, rows: int, length: int | None = No
 def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword inputs without labels, so that a model computes no loss of its own."""
     return {name: value for name, value in kwargs.items() if name not in ("labels", "label")}
+
+
+def inputs_of_batch(model: torch.nn.Module, batch: Any) -> ExampleInputs:
+    """The model's inputs in a batch of a loader: those of a mapping that it takes, or a tuple's first item."""
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {k: v for k, v in without_labels(batch).items() if v is not None and (k in parameters or open_ended)}
+    return (batch,) if isinstance(batch, torch.Tensor) else (batch[0],)
 
 
 def explain_export(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ from lightning_accel.artifact import load_weights
 from lightning_accel.distill import combine
 from lightning_accel.finalize import restore_
 from lightning_accel.quantize import int4, is_prepared
+from lightning_accel.quantize.ranges import freeze_
+from lightning_accel.schedule import position
 
 SCHEMES = [  # each is tested beside everything below
     "int8",
     "int4-weight",
     "int4-int8",
+    "int8-static",
 ]
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -104,8 +108,9 @@ def assert_exported(model: nn.Module, scheme: str, artifact: Path) -> None:
     expected = integers(model, scheme)
     assert {f"{name}.weight" for name in LAYERS} <= set(expected) <= set(stored)
     assert_same(expected, {name: stored[name] for name in expected})
-    x = points(64)[:][0]
-    y, trained = load(artifact)(x), model(x)
+    x, training = points(64)[:][0], model.training
+    y, trained = load(artifact)(x), model.eval()(x)  # in training, ranges would follow the input
+    model.train(training)
     difference = (y - trained).abs().amax(-1)
     assert difference.max() <= 0.01 * trained.abs().max() and int((difference > 1e-5).sum()) <= 2
     assert int((y.argmax(-1) == trained.argmax(-1)).sum()) == 64
@@ -128,11 +133,13 @@ def by_hand(scheme: str, options: dict[str, Any], teacher: nn.Module | None, beg
     model = seeded(Net)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     accumulate, clip = options.get("accumulate_grad_batches", 1), options.get("gradient_clip_val")
-    steps = 0
+    steps, total = 0, 8 // accumulate
     for _ in range(2):
         for index, (x, y) in enumerate(loader()):
             if steps >= begin and not is_prepared(model):
                 prepare_(model, QuantConfig(scheme))
+            if steps >= position(0.9, total):
+                freeze_(model)  # ranges, in the scheme that has some
             with torch.autocast("cpu", torch.bfloat16, enabled="precision" in options):
                 logits = model(x)
                 loss = F.cross_entropy(logits, y)
@@ -149,7 +156,7 @@ def by_hand(scheme: str, options: dict[str, Any], teacher: nn.Module | None, beg
                 optimizer.step()
                 optimizer.zero_grad()
                 steps += 1
-    assert steps == 8 // accumulate
+    assert steps == total
     return weights(model)
 
 
@@ -206,7 +213,7 @@ def test_the_exponential_average_is_what_is_exported_and_what_the_checkpoint_hol
     assert hand.count == 8
     assert_same(weights(module.model), hand.average)
     assert_exported(module.model, scheme, tmp_path / "artifact")
-    last = seeded(Net)
+    last = copy.deepcopy(module.model)
     last.load_state_dict(hand.last)
     assert not torch.equal(integers(last, scheme)["second.weight"], integers(module.model, scheme)["second.weight"])
     restored = restore_(seeded(Net, seed=9), exporting.checkpoint, "model").model
@@ -249,9 +256,10 @@ def test_neurons_trained_away_then_quantized_are_the_quantized_model_of_the_shru
     x, directory = points(64)[:][0], tmp_path / "artifact"
     export_model(
         module.model, directory, example_inputs=(x,), masks=pruning.masks, quantize=QuantConfig(scheme), data=[x],
-        engines=("portable",), measure=False,
+        calibration=[x] * 8, engines=("portable",), measure=False,
     )  # fmt: skip
-    shrunk = quantize_model(shrink_model(module.model, pruning.masks, example_inputs=(x,)), QuantConfig(scheme))
+    small = shrink_model(module.model, pruning.masks, example_inputs=(x,))
+    shrunk = quantize_model(small, QuantConfig(scheme), calibration=[x] * 8)
     assert [codes(getattr(shrunk, name)).shape for name in LAYERS] == [(32, 32), (32, 32), (3, 32)]
     stored = {n.removeprefix("model."): t for n, t in load_weights(directory / "weights.safetensors").items()}
     assert_same(shrunk.state_dict(), {name: stored[name] for name in shrunk.state_dict()})

@@ -6,8 +6,12 @@ import copy
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import nn
 
-from ..quantize import QuantConfig, prepare_
+from ..quantize import QuantConfig, freeze_, prepare_
+from ..quantize.norms import NormWatch, fold_
+from ..quantize.ranges import affine_quantizers, load_static_state_, static_state
 from ..schedule import check_position, position
 from ..select import Coverage
 from .base import AccelCallback
@@ -17,12 +21,15 @@ from .length import total_steps
 class QuantizationAwareTraining(AccelCallback):
     """Fake-quantizes a module from `begin` on; Export turns it into integers.
 
-    Parameters and state_dict keys stay what they were. Logs `accel/quantization/active`, 0 or 1.
+    Parameters and state_dict keys stay what they were. `int8-static` follows the ranges of activations from `begin` to
+    `freeze`, and its convolutions see the BatchNorm that they will absorb; the other schemes have nothing to freeze.
+    Logs `accel/quantization/active`, 0 or 1.
 
     Args:
         config: the scheme and its exceptions.
         begin: an int is an optimizer step, a float a fraction of training.
         module: submodule to quantize, default the whole LightningModule.
+        freeze: from when on ranges, and the statistics of absorbed BatchNorms, stay as they are; read as `begin` is.
 
     Example:
         >>> from lightning_accel import QuantConfig, QuantizationAwareTraining
@@ -31,14 +38,24 @@ class QuantizationAwareTraining(AccelCallback):
 
     technique = "quantization"
 
-    def __init__(self, config: QuantConfig | None = None, begin: int | float = 0.0, module: str | None = None) -> None:
+    def __init__(
+        self,
+        config: QuantConfig | None = None,
+        begin: int | float = 0.0,
+        module: str | None = None,
+        freeze: int | float = 0.9,
+    ) -> None:
         if not isinstance(config, QuantConfig | None):
             raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
         super().__init__(config if config is not None else QuantConfig(), module)
         check_position(begin, "QuantizationAwareTraining(begin=...)")
-        self.begin = begin
+        check_position(freeze, "QuantizationAwareTraining(freeze=...)")
+        self.begin, self.freeze = begin, freeze
         self.total: float | None = None
         self.prepared = False
+        self._network: nn.Module | None = None  # once it is prepared
+        self._watch: NormWatch | None = None
+        self._static: dict[str, Any] | None = None  # of a checkpoint
         self.coverage: Coverage | None = None
         self._resumed = False
 
@@ -57,8 +74,7 @@ class QuantizationAwareTraining(AccelCallback):
             )
         self._refuse_neurons(trainer)
         self.coverage = prepare_(copy.deepcopy(self.target(pl_module)), self.config)
-        if self.prepared:  # a second fit with the same callback
-            prepare_(self.target(pl_module), self.config)
+        self._prepare_again(pl_module)  # a second fit with the same callback
 
     def _refuse_neurons(self, trainer: pl.Trainer) -> None:
         """Raises where neurons would be cut out of inputs in int4; with overrides the export looks at each layer."""
@@ -90,8 +106,24 @@ class QuantizationAwareTraining(AccelCallback):
         self._prepare_again(pl_module)
 
     def _prepare_again(self, pl_module: pl.LightningModule) -> None:
-        if self.prepared:  # where it is prepared already, nothing changes
-            self.coverage = prepare_(self.target(pl_module), self.config)
+        if not self.prepared:
+            return
+        self._prepare(pl_module)  # where it is prepared already, nothing changes
+        if self._static is not None:
+            load_static_state_(self.target(pl_module), self._static, self._prefix)
+            self._static = None
+
+    def _prepare(self, pl_module: pl.LightningModule) -> None:
+        self._network, self.prepared = self.target(pl_module), True
+        self.coverage = prepare_(self._network, self.config)
+
+    @property
+    def _follows_ranges(self) -> bool:
+        return self.coverage is not None and any(e.done == "int8-static" for e in self.coverage.entries)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.module}." if self.module else ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks `begin` against the length of training."""
@@ -103,27 +135,55 @@ class QuantizationAwareTraining(AccelCallback):
                     f"QuantizationAwareTraining(begin={self.begin}) is past the end of training "
                     f"({self.total:g} optimizer steps); write begin=0.6, or train longer"
                 )
+            if self._follows_ranges and position(self.freeze, self.total) <= position(self.begin, self.total):
+                raise ValueError(
+                    f"QuantizationAwareTraining(begin={self.begin}, freeze={self.freeze}) freezes ranges before there "
+                    f"are any; in a training of {self.total:g} optimizer steps, write for example begin=0.5, freeze=0.9"
+                )
         self._resumed = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Swaps the classes when `begin` is reached."""
+        """Swaps the classes when `begin` is reached, and freezes at `freeze`."""
         assert self.total is not None
         if not self.prepared and trainer.global_step >= position(self.begin, self.total):
-            self.coverage = prepare_(self.target(pl_module), self.config)
-            self.prepared = True
+            self._prepare(pl_module)
+            self._watch = NormWatch(self.target(pl_module))
+        elif self.prepared and self._follows_ranges and trainer.global_step >= position(self.freeze, self.total):
+            freeze_(self.target(pl_module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Logs whether quantization is simulated."""
+        """Absorbs the BatchNorms that the first batch has shown; logs whether quantization is simulated."""
+        if self._watch is not None:
+            fold_(self.target(pl_module), self._watch.stop())
+            self._watch = None
+        if self.prepared and trainer.world_size > 1:
+            self._agree(trainer, pl_module)
         self.log_value("active", float(self.prepared))
 
+    def _agree(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives every rank the mean of the ranks' ranges (contract 10)."""
+        if ranges := [quantizer.range for quantizer in affine_quantizers(self.target(pl_module)).values()]:
+            mean = trainer.strategy.reduce(torch.stack(ranges), reduce_op="mean")
+            for range_, agreed in zip(ranges, mean, strict=True):
+                range_.copy_(agreed)
+
+    def release(self, pl_module: pl.LightningModule) -> None:
+        """Takes the hooks off."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
     def state_dict(self) -> dict[str, Any]:
-        """Whether it has begun, what it reaches, and the length of training that fractions refer to."""
-        prefix = f"{self.module}." if self.module else ""
+        """Whether it has begun, what it reaches, its ranges, and the length of training that fractions refer to."""
         entries = self.coverage.entries if self.coverage else ()
-        schemes = {prefix + entry.name: entry.done for entry in entries if entry.done}
-        return self.saved(prepared=self.prepared, quantized=schemes, total=self.total, complete=self.complete)
+        schemes = {self._prefix + entry.name: entry.done for entry in entries if entry.done}
+        static = self._static if self._network is None else static_state(self._network, self._prefix)
+        return self.saved(
+            prepared=self.prepared, quantized=schemes, static=static, total=self.total, complete=self.complete
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         self.prepared, self.total = state_dict["prepared"], state_dict["total"]
+        self._static = state_dict["static"]
         self._resumed = True

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from ..capture import Capture
 
 _KERNELS = Path(__file__).parent / "kernels"
+_OPERATORS = (  # which the kernels implement
+    "int8_linear_tiled",
+    "int4_linear",
+    "int4_int8_linear",
+    "int8_static_linear_tiled",
+    "int8_static_conv2d_tiled",
+)
 _ISA = (
     "avx2",
     "fma3",
@@ -68,19 +75,33 @@ class CompilerMissing(RuntimeError):
 
 
 def lower(model: torch.nn.Module) -> torch.nn.Module:
-    """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer."""
-    from ..quantize.converted import Int8Embedding, Int8Linear
-    from ..quantize.ops import int8_embedding_tiled, int8_linear_tiled, tile
+    """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer.
 
+    An embedding is in tiles only where it is tied to a layer: gathering whole rows is faster.
+    """
+    from ..quantize.converted import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
+    from ..quantize.ops import int8_embedding_reference, int8_embedding_tiled, int8_linear_tiled, tile
+    from ..quantize.static import int8_static_conv2d_tiled, int8_static_linear_tiled
+
+    functions = {
+        Int8Linear: int8_linear_tiled,
+        Int8StaticLinear: int8_static_linear_tiled,
+        Int8StaticConv: int8_static_conv2d_tiled,
+    }
     tiles: dict[int, tuple[Tensor, Tensor]] = {}  # the plain weight is kept too, so that its id stays its own
-    for module in model.modules():
-        if isinstance(module, Int8Linear | Int8Embedding):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if type(module) in functions:
             plain = module.weight
             if id(plain) not in tiles:
                 tiles[id(plain)] = plain, tile(plain)
-            module.weight = tiles[id(plain)][1]
-            linear = isinstance(module, Int8Linear)
-            module.function = int8_linear_tiled if linear else int8_embedding_tiled(plain.shape[1])
+            module.weight, module.function = tiles[id(plain)][1], functions[type(module)]
+    for module in modules:
+        if isinstance(module, Int8Embedding) and id(module.weight) in tiles:
+            plain, module.weight = tiles[id(module.weight)]
+            module.function = int8_embedding_tiled(plain.shape[1])
+        elif isinstance(module, Int8Embedding):
+            module.function = int8_embedding_reference
     return model
 
 
@@ -142,22 +163,11 @@ def _build_kernels(compiler: str, directory: Path) -> None:
 def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: bool) -> Path:
     from torch._inductor import aoti_compile_and_package
 
-    from ..quantize import int4, ops  # noqa: F401  register the operators
-
-    def shim(name: str, bias: str) -> list[str]:
-        tensor = "AtenTensorHandle"
-        return [f"AOTITorchError aoti_torch_cpu_{name}({tensor}, {tensor}, {tensor}, {bias}, {tensor}*)"]
-
-    operators = torch.ops.lightning_accel
     configs: dict[str, Any] = {
         "freezing": freeze,
         "cpp.dynamic_threads": True,  # torch.set_num_threads at run time, not the number at export
         "aot_inductor.package_constants_in_so": freeze,
-        "aot_inductor.custom_ops_to_c_shims": {
-            operators.int8_linear_tiled.default: shim("int8_linear_tiled", "AtenTensorHandle*"),
-            operators.int4_linear.default: shim("int4_linear", "AtenTensorHandle"),
-            operators.int4_int8_linear.default: shim("int4_int8_linear", "AtenTensorHandle"),
-        },
+        "aot_inductor.custom_ops_to_c_shims": _shims(),
         "aot_inductor.custom_op_libs": ["lightning_accel_kernels"],
     }
     before = os.environ.get("LIBRARY_PATH")
@@ -173,6 +183,19 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
         if before:
             os.environ["LIBRARY_PATH"] = before
     return Path(package)
+
+
+def _shims() -> dict[Any, list[str]]:
+    """The C interface of each operator that the kernels implement, from its schema."""
+    from ..quantize import int4, ops, static  # noqa: F401  register the operators
+
+    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t"}
+    shims = {}
+    for name in _OPERATORS:
+        operator = getattr(torch.ops.lightning_accel, name).default
+        arguments = ", ".join(types[str(argument.type)] for argument in operator._schema.arguments)
+        shims[operator] = [f"AOTITorchError aoti_torch_cpu_{name}({arguments}, AtenTensorHandle*)"]
+    return shims
 
 
 def _extract(package: Path, directory: Path, name: str) -> Path:

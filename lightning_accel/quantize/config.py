@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SCHEMES = ("int8", "int4-weight", "int4-int8")
+SCHEMES = ("int8", "int8-static", "int4-weight", "int4-int8")
 GROUPS = (32, 64, 128)
+OBSERVERS = ("minmax", "percentile", "mse")
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class QuantConfig:
     | scheme | activations | weights |
     |---|---|---|
     | `int8` | int8, symmetric, dynamic, one scale a token (last dimension) | int8, symmetric, one scale a channel |
+    | `int8-static` | uint8, one scale and zero point a layer, found in calibration or training | as in `int8` |
     | `int4-weight` | float | int4, symmetric, one scale a group of inputs |
     | `int4-int8` | int8 as in `int8` | int4 as in `int4-weight` |
 
     Embeddings are quantized too, as weights are (in int8 one scale a row); a tied head shares its embedding's codes.
+    Convolutions have `int8-static` only, and absorb the BatchNorm that follows.
     A module whose inputs are no multiple of the group falls back to `int8`, and the coverage says so.
 
     Args:
@@ -28,9 +31,10 @@ class QuantConfig:
         overrides: glob pattern over module names -> scheme, or `None` to leave the module as it is; the first
             pattern that matches wins.
         group_size: inputs that share a scale in the int4 schemes, 32, 64 or 128.
+        observer: how `int8-static` chooses ranges of activations: `"minmax"`, `"percentile"` or `"mse"`.
 
     Raises:
-        ValueError: unknown scheme or group size.
+        ValueError: unknown scheme, group size or observer.
 
     >>> QuantConfig("int8", overrides={"lm_head": None}).overrides
     {'lm_head': None}
@@ -39,10 +43,13 @@ class QuantConfig:
     scheme: str = "int8"
     overrides: Mapping[str, str | None] = field(default_factory=dict)
     group_size: int = 32
+    observer: str = "minmax"
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUPS:
             raise ValueError(f"group_size={self.group_size} has no kernel; write one of {GROUPS}")
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"observer={self.observer!r} is unknown; write one of {OBSERVERS}")
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'pattern': None}}")
         for scheme in (self.scheme, *(s for s in self.overrides.values() if s is not None)):

@@ -16,7 +16,10 @@ from .adapters import merge_adapters
 from .config import QuantConfig
 from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of
 from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack
+from .norms import folded_bias, folded_weight
 from .ops import int8_embedding, int8_linear, row_codes, row_scales
+from .ranges import calibrate_
+from .static import affine, affine_codes, int8_static_conv2d_reference, int8_static_linear_reference, static_sums
 
 _Codes = tuple[Tensor, Tensor]  # int8 [rows, n] and float32 [rows], or as `int4.pack` gives them
 
@@ -62,6 +65,92 @@ class Int8Embedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class _Static(nn.Module):
+    """What layers with static uint8 activations share: y = (codes_x @ codes_w.T + start) * scale + bias.
+
+    Args:
+        codes: int8 weight [out, in] and its float32 scales [out].
+        bias: [out].
+        range_: float32 [2], of the activations.
+        gain: what the channels are multiplied by besides, [out].
+    """
+
+    scheme = "int8-static"
+    weight: Tensor
+    start: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, codes: _Codes, bias: Tensor, range_: Tensor, gain: Tensor | float = 1.0) -> None:
+        super().__init__()
+        self.input_scale, self.zero_point = affine(*range_.tolist())
+        weight, scale = codes
+        self.register_buffer("weight", weight)
+        self.register_buffer("start", static_sums(weight, self.zero_point))
+        self.register_buffer("scale", scale * self.input_scale * gain)
+        self.register_buffer("bias", bias.detach().clone())
+        self.out_features, self.in_features = weight.shape
+
+    def codes(self, x: Tensor) -> Tensor:
+        """uint8 codes of activations."""
+        return affine_codes(x, self.input_scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"input_scale={self.input_scale:.4g}, zero_point={self.zero_point}"
+
+
+class Int8StaticLinear(_Static):
+    """A linear layer with int8 weights [out, in] and static uint8 activations, for inference."""
+
+    function: Callable[..., Tensor] = staticmethod(int8_static_linear_reference)  # engines put their own in its place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.codes(x), self.weight, self.start, self.scale, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+
+class Int8StaticConv(_Static):
+    """A convolution, one- or two-dimensional, with static uint8 activations, for inference.
+
+    Its weight is [out, height * width * in]: the channels of a pixel lie beside each other, in the codes too.
+    """
+
+    function: Callable[..., Tensor] = staticmethod(int8_static_conv2d_reference)
+
+    def __init__(self, codes: _Codes, bias: Tensor, range_: Tensor, gain: Tensor, conv: Any) -> None:
+        super().__init__(codes, bias, range_, gain)
+        self.dims = conv.weight.dim() - 2
+        self.padding_mode, self._around = conv.padding_mode, list(conv._reversed_padding_repeated_twice)
+        self.geometry = tuple(
+            (*(1,) * (2 - self.dims), *sizes) for sizes in (conv.kernel_size, conv.stride, conv.dilation)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batched = x.dim() == self.dims + 2
+        x = x if batched else x.unsqueeze(0)
+        ends = self._around if self.dims == 2 else [*self._around, 0, 0]  # left, right, top, bottom
+        even = ends[0] == ends[1] and ends[2] == ends[3]
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._around, mode=self.padding_mode)
+        elif not even:
+            x = nn.functional.pad(x, self._around)
+        padding = (ends[2], ends[0]) if even and self.padding_mode == "zeros" else (0, 0)
+        codes = self.codes(x if self.dims == 2 else x.unsqueeze(-2)).permute(0, 2, 3, 1).contiguous()
+        (kernel, stride, dilation) = self.geometry
+        y = self.function(
+            codes, self.weight, self.start, self.scale, self.bias, self.zero_point, *kernel, stride, padding, dilation
+        )
+        y = y.permute(0, 3, 1, 2).to(x.dtype)
+        y = y if self.dims == 2 else y.squeeze(-2)
+        return y if batched else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        kernel, stride, dilation = self.geometry
+        return f"out={self.out_features}, kernel={kernel}, stride={stride}, dilation={dilation}, {super().extra_repr()}"
 
 
 class Int4Linear(nn.Module):
@@ -110,7 +199,7 @@ class Int4Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-LINEAR = (Int8Linear, Int4Linear)
+LINEAR = (Int8Linear, Int8StaticLinear, Int8StaticConv, Int4Linear)
 CONVERTED = (*LINEAR, Int8Embedding, Int4Embedding)
 
 
@@ -129,13 +218,24 @@ def convert_(model: nn.Module) -> nn.Module:
         check_not_converted(model)
         raise ValueError("nothing in the model is fake-quantized; write quantize_model(model, QuantConfig('int8'))")
     model = merge_adapters(model)
-    codes: dict[tuple[int, bool], _Codes] = {}
+    _check_finite(model)
+    codes: dict[tuple[Any, ...], _Codes] = {}
     converted = {m: _convert(m, name, codes) for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
+    absorbed = [m.__dict__["norm"] for m in converted if m.__dict__.get("norm") is not None]
+    converted.update({norm: nn.Identity() for norm in absorbed})
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in converted:
                 parent._modules[name] = converted[child]
     return converted.get(model, model)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ValueError where a fake-quantized module holds NaN or infinite values."""
+    for name, module in select.named_modules(model):
+        for part, tensor in module._parameters.items() if type(module) in FAKE_TYPES else ():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}.{part} holds NaN or infinite values; train again or exclude {name!r}")
 
 
 def check_not_converted(model: nn.Module) -> None:
@@ -147,12 +247,11 @@ def check_not_converted(model: nn.Module) -> None:
         )
 
 
-def _convert(module: Any, name: str, codes: dict[tuple[int, bool], _Codes]) -> nn.Module:
-    transposed = isinstance(module, Conv1D)
-    key, scheme = (id(module.weight), transposed), str(scheme_of(module))
-    weight = module.weight.detach().t() if transposed else module.weight.detach()
-    if getattr(module, "bias", None) is not None and not torch.isfinite(module.bias).all():
-        raise ValueError(f"{name}.bias holds NaN or infinite values; train again or exclude {name!r}")
+def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], _Codes]) -> nn.Module:
+    conv, transposed = isinstance(module, nn.Conv1d | nn.Conv2d), isinstance(module, Conv1D)
+    key, scheme = (id(module.weight), transposed, id(module.norm) if conv else None), str(scheme_of(module))
+    weight = folded_weight(module).detach() if conv else module.weight.detach()
+    weight = weight.flatten(1) if conv else weight.t() if transposed else weight
     if key not in codes:
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds NaN or infinite values; train again or exclude {name!r}")
@@ -161,15 +260,32 @@ def _convert(module: Any, name: str, codes: dict[tuple[int, bool], _Codes]) -> n
         if not torch.isfinite(codes[key][1]).all():
             raise ValueError(f"{name}.weight holds values past 5e5, too large for a float16 scale; exclude {name!r}")
     integer: nn.Module
-    if scheme == "int8":
+    if scheme == "int8-static":
+        integer = _static(module, name, codes[key])
+    elif scheme == "int8":
         integer = Int8Embedding(codes[key]) if isinstance(module, nn.Embedding) else Int8Linear(codes[key], module.bias)
     elif isinstance(module, nn.Embedding):
         integer = Int4Embedding(codes[key], weight.shape[0], weight.shape[1])
     else:
         integer = Int4Linear(codes[key], module.bias, weight.shape[0], weight.shape[1], scheme)
     integer.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("_forward_")})  # hooks
-    integer.__dict__["fallback"] = module.fallback
+    integer.__dict__["fallback"] = module.__dict__.get("fallback")
     return integer.train(module.training)
+
+
+def _static(module: Any, name: str, codes: _Codes) -> nn.Module:
+    if not module.activation_fake_quantizer.found:
+        raise ValueError(
+            f"{name} has no range of activations: nothing has run through it; write calibrate_(model, batches), or "
+            f"overrides={{{name!r}: 'int8'}}"
+        )
+    range_ = module.activation_fake_quantizer.range
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        bias = module.bias if module.bias is not None else torch.zeros(len(codes[0]))
+        return Int8StaticLinear(codes, bias, range_)
+    gain, bias = folded_bias(module)
+    pixels = codes[0].view(module.weight.shape).movedim(1, -1).flatten(1).contiguous()
+    return Int8StaticConv((pixels, codes[1]), bias, range_, gain, module)
 
 
 def quantize_rows(weight: Tensor) -> _Codes:
@@ -187,11 +303,14 @@ def quantize_groups(weight: Tensor, group: int) -> _Codes:
 def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[Any] | None = None) -> nn.Module:
     """Post-training quantization: a converted copy of `model`, for inference on the CPU, in float32 where it is float.
 
-    A model that QAT has prepared is converted with the schemes it was trained with. `calibration` is for schemes
-    with static activation ranges; those of now find their scales in each input and need none.
+    A model that QAT has prepared is converted with the schemes it was trained with.
+
+    Args:
+        calibration: batches in which `int8-static` finds its ranges: mappings of keyword inputs, tensors, or tuples
+            whose first item is the input. The other schemes find their scales in each input and need none.
 
     Raises:
-        ValueError: nothing can be quantized, or the model is already converted.
+        ValueError: nothing can be quantized, the model is already converted, or `int8-static` finds no ranges.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> quantize_model(model, QuantConfig("int8"))[2]
@@ -201,6 +320,8 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     model = copy.deepcopy(merge_adapters(model)).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)
+        _check_finite(model)  # or calibration would say that its data are not
+        calibrate_(model, calibration)
     return convert_(model)
 
 
@@ -231,7 +352,7 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
                     parameters,
                     flops=own,
                     done=scheme,
-                    reason=getattr(module, "fallback", None) if scheme else "not quantized",
+                    reason=getattr(module, "fallback", None) or (None if scheme else "not quantized"),
                 )
             )
     if flops is not None:

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import select
-from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
+from .._quiet import Conv1D, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
 from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
-from .ops import MOST_INT8_INPUTS, row_codes, row_scales
+from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
+from .ops import MOST_INT8_INPUTS, round_rows
+from .ranges import AffineFakeQuantizer
+from .static import MOST_INPUTS
 
 
 class _RoundRows(torch.autograd.Function):
@@ -29,8 +32,7 @@ class _RoundRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        scales = row_scales(x)
-        return (row_codes(x, scales) * scales).to(x.dtype)
+        return round_rows(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -90,6 +92,15 @@ class FakeQuantizedConv1D(Conv1D):
         return F.linear(x, weight, self.bias)
 
 
+class FakeQuantizedEmbedding(nn.Embedding):
+    """nn.Embedding with fake-quantized rows: those that are looked up, not the whole table, which gives the same."""
+
+    weight_fake_quantizer: nn.Module
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight_fake_quantizer(super().forward(ids))
+
+
 class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
     """In eval mode too, calls its layers one by one: the fused operator would take their raw weights."""
 
@@ -106,16 +117,17 @@ class UnfusedEncoder(nn.TransformerEncoder):
         return False
 
 
-_FAKE = {nn.Linear: FakeQuantizedLinear, nn.Embedding: FakeQuantizedEmbedding, Conv1D: FakeQuantizedConv1D}
+_FAKE: dict[type, type] = {
+    nn.Linear: FakeQuantizedLinear,
+    nn.Embedding: FakeQuantizedEmbedding,
+    Conv1D: FakeQuantizedConv1D,
+    nn.Conv1d: FakeQuantizedConv1d,
+    nn.Conv2d: FakeQuantizedConv2d,
+}
 _PLAIN = {fake: plain for plain, fake in _FAKE.items()}
 _UNFUSED = {nn.TransformerEncoderLayer: UnfusedEncoderLayer, nn.TransformerEncoder: UnfusedEncoder}
 _FUSED = {unfused: fused for fused, unfused in _UNFUSED.items()}
 FAKE_TYPES = tuple(_PLAIN)
-_QUANTIZERS = {
-    FakeQuantizedLinear: ("activation_fake_quantizer", "weight_fake_quantizer"),
-    FakeQuantizedConv1D: ("activation_fake_quantizer", "weight_fake_quantizer"),
-    FakeQuantizedEmbedding: ("weight_fake_quantizer",),
-}
 
 
 def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
@@ -133,6 +145,25 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     """
     if not isinstance(config, QuantConfig):
         raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
+    coverage = plan(model, config)
+    modules = dict(select.named_modules(model))
+    for entry in coverage.entries:
+        module = modules[entry.name]
+        if entry.done is not None and type(module) in _FAKE:
+            _swap_class(module, entry.done, config)
+        if entry.reason is not None:
+            module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
+    for module in model.modules():
+        if type(module) in _UNFUSED and is_prepared(module):
+            module.__class__ = _UNFUSED[type(module)]
+    swap_adapters_(model, FAKE_TYPES)
+    return coverage.require_any(
+        "quantization needs nn.Linear, nn.Embedding or transformers' Conv1D, and int8-static nn.Conv1d or nn.Conv2d"
+    )
+
+
+def plan(model: nn.Module, config: QuantConfig) -> Coverage:
+    """What `prepare_` would touch and skip, and why."""
     from .converted import check_not_converted  # which imports this module
 
     check_not_converted(model)
@@ -151,26 +182,20 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
     check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.done is not None})
-    for entry in coverage.entries:
-        module = modules[entry.name]
-        if entry.done is not None and type(module) in _FAKE:
-            _swap_class(module, entry.done, config.group_size)
-            module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
-    for module in model.modules():
-        if type(module) in _UNFUSED and is_prepared(module):
-            module.__class__ = _UNFUSED[type(module)]
-    swap_adapters_(model, FAKE_TYPES)
-    return coverage.require_any("quantization needs nn.Linear, nn.Embedding or transformers' Conv1D")
+    return coverage
 
 
 def unprepare_(model: nn.Module) -> nn.Module:
     """Takes the fake quantizers out again, in place; the weights are the trained ones, not rounded."""
     unswap_adapters_(model)
     for module in model.modules():
+        module.__dict__.pop("fallback", None)
         if type(module) in _PLAIN:
-            for quantizer in _QUANTIZERS[type(module)]:
-                delattr(module, quantizer)
-            module.__dict__.pop("fallback", None)
+            for quantizer in ("activation_fake_quantizer", "weight_fake_quantizer"):
+                if hasattr(module, quantizer):
+                    delattr(module, quantizer)
+            if (norm := module.__dict__.pop("norm", None)) is not None:
+                thaw_norm_(norm)
             module.__class__ = _PLAIN[type(module)]
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
@@ -211,25 +236,32 @@ def _why_not(module: nn.Module, scheme: str | None, fused: dict[int, str]) -> st
         return f"a subclass of {parent} may compute something else" if parent else "no int8 form of this module"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients is not supported"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and scheme != "int8-static":
+        return f"{scheme} has no form of convolutions; write overrides={{'pattern': 'int8-static'}} for it"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
+        return "convolutions in groups have no integer kernel"
+    if scheme == "int8-static" and count_inputs(module) > MOST_INPUTS:
+        return f"sums over more than {MOST_INPUTS:,} inputs could overflow int32"
     return None
 
 
 def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[str | None, str | None]:
     """The scheme that the module gets, and why it is another than asked for."""
+    if scheme == "int8-static" and isinstance(module, nn.Embedding):
+        return "int8", None  # the same codes; an embedding has no activations
     if scheme is None or not scheme.startswith("int4"):
         return scheme, None
-    inputs = module.weight.shape[0 if isinstance(module, Conv1D) else -1]
+    inputs = count_inputs(module)
     if inputs % group == 0:
         return scheme, None
     divisors = [n for n in range(2, inputs + 1) if inputs % n == 0]
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
-    warnings.warn(f"{name}: {reason}", stacklevel=4)
+    warnings.warn(f"{name}: {reason}", stacklevel=5)
     return "int8", reason
 
 
 def _may_overflow(module: Any) -> bool:
-    inputs = module.weight.shape[0 if isinstance(module, Conv1D) else -1]
-    return inputs > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
+    return count_inputs(module) > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
 
 
 def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -> None:
@@ -247,23 +279,37 @@ def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -
             )
 
 
-def _swap_class(module: nn.Module, scheme: str, group: int) -> None:
-    fake = _FAKE[type(module)]
-    weight = Int4GroupFakeQuantizer(group) if scheme.startswith("int4") else Int8RowFakeQuantizer()
-    made = {
-        "weight_fake_quantizer": weight,
-        "activation_fake_quantizer": None if scheme == "int4-weight" else Int8RowFakeQuantizer(),
-    }
-    module.__class__ = fake
-    for name in _QUANTIZERS[fake]:
-        quantizer = made[name]
-        setattr(module, name, None if quantizer is None else quantizer.train(module.training))
+def count_inputs(module: Any) -> int:
+    """Products that each output of a layer sums up."""
+    return module.weight.shape[0] if isinstance(module, Conv1D) else module.weight[0].numel()
+
+
+def make_quantizers(scheme: str, config: QuantConfig) -> tuple[FakeQuantizerBase | None, FakeQuantizerBase]:
+    """Fake quantizers of a layer's activations and of its weight in rows."""
+    activations = {"int4-weight": None, "int8-static": AffineFakeQuantizer(config.observer)}
+    weight = Int4GroupFakeQuantizer(config.group_size) if scheme.startswith("int4") else Int8RowFakeQuantizer()
+    return activations.get(scheme, Int8RowFakeQuantizer()), weight
+
+
+def _swap_class(module: Any, scheme: str, config: QuantConfig) -> None:
+    activation, weight = make_quantizers(scheme, config)
+    module.weight_fake_quantizer = weight.train(module.training)
+    if not isinstance(module, nn.Embedding):
+        module.activation_fake_quantizer = activation
+    if isinstance(activation, AffineFakeQuantizer):
+        activation.to(module.weight.device)
+    if activation is not None:
+        activation.train(module.training)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        module.__dict__["norm"] = None
+    module.__class__ = _FAKE[type(module)]
 
 
 def scheme_of(module: Any) -> str | None:
     """The scheme of a fake-quantized module, `None` for any other."""
     if type(module) not in _PLAIN:
         return None
+    activation = getattr(module, "activation_fake_quantizer", None)
     if isinstance(module.weight_fake_quantizer, Int8RowFakeQuantizer):
-        return "int8"
-    return "int4-weight" if getattr(module, "activation_fake_quantizer", None) is None else "int4-int8"
+        return "int8-static" if isinstance(activation, AffineFakeQuantizer) else "int8"
+    return "int4-weight" if activation is None else "int4-int8"

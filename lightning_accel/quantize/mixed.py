@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from .. import select
 from .._quiet import Conv1D
 from ..distill import logits_of
 from .config import SCHEMES, QuantConfig
-from .fake import prepare_, unprepare_
+from .fake import count_inputs, plan, prepare_, unprepare_
+from .ranges import calibrate_, load_static_state_, static_state
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
 FLOAT = "float"
@@ -75,6 +77,7 @@ def sensitivity(
     *,
     loss: Loss = default_loss,
     group_size: int = 32,
+    observer: str = "minmax",
 ) -> Sensitivity:
     """Quantizes each module of `model` alone, in each scheme, and measures the loss on the batches of `loader`.
 
@@ -104,10 +107,8 @@ def sensitivity(
         raise ValueError("the loader gives no batches; sensitivity needs held-out data")
     model = unprepare_(copy.deepcopy(select.unwrap(model)))
     model.eval()
-    coverage = prepare_(model, QuantConfig("int8"))
-    unprepare_(model)
-    units = _units(model, [entry.name for entry in coverage.entries if entry.done])
-    everything = [entry.name for entry in coverage.entries]
+    configs = {scheme: QuantConfig(scheme, group_size=group_size, observer=observer) for scheme in schemes}
+    everything, reached = _reached(model, configs)
 
     def measured() -> float:
         return sum(float(loss(model, batch)) for batch in batches) / len(batches)
@@ -115,24 +116,44 @@ def sensitivity(
     base = measured()
     if not math.isfinite(base):
         raise ValueError(f"the loss of the float model is {base}; look at the batches and the weights")
+    ranges = _ranges(model, batches, loss, configs.get("int8-static"))
     increase: dict[str, dict[str, float]] = {}
     size: dict[str, dict[str, int]] = {}
-    for unit in units:
-        label = "+".join(unit)
+    for unit in _units(model, [name for name in everything if any(name in names for names in reached.values())]):
         rows, inputs = _shape(select.get_module(model, unit[0]))
-        fitting = [s for s in schemes if not (s.startswith("int4") and inputs % group_size)]
-        if not fitting:
-            continue
+        label = "+".join(unit)
         increase[label], size[label] = {}, {FLOAT: 4 * rows * inputs}
-        for scheme in fitting:
+        for scheme in (s for s in schemes if reached[s].issuperset(unit)):
             rest = {name: None for name in everything if name not in unit}
-            prepare_(model, QuantConfig(scheme, overrides=rest, group_size=group_size))
+            prepare_(model, replace(configs[scheme], overrides=rest))
+            load_static_state_(model, ranges)
             increase[label][scheme] = measured() - base
             size[label][scheme] = _bytes(scheme, rows, inputs, group_size)
             unprepare_(model)
+    increase = {label: row for label, row in increase.items() if row}
+    size = {label: size[label] for label in increase}
     if not increase:
         raise ValueError(f"no module fits {tuple(schemes)} with groups of {group_size}; add 'int8' to schemes")
     return Sensitivity(base, increase, size)
+
+
+def _reached(model: nn.Module, configs: Mapping[str, QuantConfig]) -> tuple[list[str], dict[str, set[str]]]:
+    """Names of all modules with weights, and for each scheme of those that it fits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of groups that do not divide: such schemes are left out
+        plans = {scheme: plan(model, config).entries for scheme, config in configs.items()}
+    reached = {s: {e.name for e in entries if e.done == s} for s, entries in plans.items()}
+    return [entry.name for entry in next(iter(plans.values()))], reached
+
+
+def _ranges(model: nn.Module, batches: list[Any], loss: Loss, config: QuantConfig | None) -> dict[str, Any]:
+    """Ranges of static activations of all modules."""
+    if config is not None and any(entry.done == config.scheme for entry in plan(model, config).entries):
+        prepare_(model, config)
+        calibrate_(model, batches, run=loss)
+    state = static_state(model)
+    unprepare_(model)
+    return state
 
 
 def allocate(
@@ -221,9 +242,10 @@ def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
 
 def _shape(module: Any) -> tuple[int, int]:
     """Rows (output channels) and inputs of a weight."""
-    rows, inputs = module.weight.shape
-    return (inputs, rows) if isinstance(module, Conv1D) else (rows, inputs)
+    return module.weight.shape[1 if isinstance(module, Conv1D) else 0], count_inputs(module)
 
 
 def _bytes(scheme: str, rows: int, inputs: int, group: int) -> int:
-    return rows * (inputs + 4) if scheme == "int8" else rows * (inputs // 2 + 2 * (inputs // group))
+    if scheme.startswith("int4"):
+        return rows * (inputs // 2 + 2 * (inputs // group))
+    return rows * (inputs + (8 if scheme == "int8-static" else 4))

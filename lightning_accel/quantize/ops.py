@@ -14,7 +14,7 @@ No clamp is needed: |x| * (1 / scale) exceeds 127 by rounding only. A row with a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ def row_scales(x: Tensor) -> Tensor:
 def row_codes(x: Tensor, scales: Tensor) -> Tensor:
     """Integer codes of `x` [..., n] under `scales` [..., 1], as float32 in [-127, 127]."""
     return torch.round(x.detach().float() * scales.reciprocal())
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """codes * scale of each row of `x` [..., n]: what fake quantization passes on, in the dtype of `x`."""
+    rows = x.detach().float().reshape(-1, x.shape[-1])
+    rounded = torch.empty_like(rows)
+    for some, out in blocks(rows, rounded):
+        scales = row_scales(some)
+        torch.mul(some, scales.reciprocal(), out=out).round_().mul_(scales)
+    return rounded.view(x.shape).to(x.dtype)
+
+
+def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Rows [rows, n] of several tensors in blocks that stay in the cache: passes over them are 2-4 x as fast.
+
+    Smaller ones gain no more, and each is a place where threads wait for each other.
+    """
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return (tensors,)
+    count = max(1, (1 << 18) // max(tensors[0].shape[1], 1))
+    return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -220,7 +220,7 @@ void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
 
 AOTITorchError call_with(void (*linear)(const float*, const Weights&, float*, int64_t), AtenTensorHandle x,
                          AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle bias, AtenTensorHandle* out) {
-  Call call;
+  Call<float> call;
   Weights w;
   int64_t* sizes;
   if (data(packed, &w.packed) || data(scale, &w.scales) || data(bias, &w.bias)) return AOTI_TORCH_FAILURE;

@@ -55,7 +55,7 @@ void linear(const float* x, const int8_t* w, const float* ws, const float* bias,
 
 extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cpu_int8_linear_tiled(
     AtenTensorHandle x, AtenTensorHandle tiles, AtenTensorHandle scale, AtenTensorHandle* bias, AtenTensorHandle* out) {
-  Call call;
+  Call<float> call;
   const int8_t* w;
   const float *s, *b = nullptr;
   if (data(tiles, &w) || data(scale, &s) || (bias && data(*bias, &b))) return AOTI_TORCH_FAILURE;

@@ -1,4 +1,4 @@
-// What the operators' C interfaces share: a float32 input [..., K] in rows, an output [..., N] of the same leading shape.
+// What the operators' C interfaces share: an input [..., K] in rows, a float32 output [..., N] of the same leading shape.
 
 #pragma once
 
@@ -6,11 +6,10 @@
 
 namespace {
 
-struct Call {
-  const float* x;
-  float* y;
-  int64_t M, N, K;
-};
+constexpr int64_t kMaxDims = 8;
+
+inline int32_t dtype_of(const float*) { return aoti_torch_dtype_float32(); }
+inline int32_t dtype_of(const uint8_t*) { return aoti_torch_dtype_uint8(); }
 
 template <class T>
 AOTITorchError data(AtenTensorHandle tensor, const T** pointer) {
@@ -20,33 +19,51 @@ AOTITorchError data(AtenTensorHandle tensor, const T** pointer) {
   return AOTI_TORCH_SUCCESS;
 }
 
-// Checks `x`, allocates the output with as many channels as `channels` [N] has elements.
-inline AOTITorchError open(AtenTensorHandle x, AtenTensorHandle channels, AtenTensorHandle* out, Call* call) {
-  constexpr int64_t kMaxDims = 8;
+// Checks that `x` is of T, contiguous and of 1 to kMaxDims dimensions.
+template <class T>
+AOTITorchError rows(AtenTensorHandle x, const T** pointer, int64_t* dims, int64_t** sizes) {
   int32_t dtype;
   bool contiguous;
-  int64_t dims, *sizes, *n;
-  if (aoti_torch_get_dtype(x, &dtype) || dtype != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE;
+  if (aoti_torch_get_dtype(x, &dtype) || dtype != dtype_of(*pointer)) return AOTI_TORCH_FAILURE;
   if (aoti_torch_is_contiguous(x, &contiguous) || !contiguous) return AOTI_TORCH_FAILURE;
-  if (aoti_torch_get_dim(x, &dims) || dims < 1 || dims > kMaxDims) return AOTI_TORCH_FAILURE;
-  if (aoti_torch_get_sizes(x, &sizes) || aoti_torch_get_sizes(channels, &n)) return AOTI_TORCH_FAILURE;
-  int64_t shape[kMaxDims], strides[kMaxDims], step = 1;
-  call->M = 1;
-  for (int64_t d = 0; d + 1 < dims; d++) call->M *= shape[d] = sizes[d];
-  call->K = sizes[dims - 1];
-  call->N = shape[dims - 1] = n[0];
+  if (aoti_torch_get_dim(x, dims) || *dims < 1 || *dims > kMaxDims) return AOTI_TORCH_FAILURE;
+  if (aoti_torch_get_sizes(x, sizes)) return AOTI_TORCH_FAILURE;
+  return data(x, pointer);
+}
+
+// Allocates a contiguous float32 output.
+inline AOTITorchError allocate(int64_t dims, const int64_t* shape, AtenTensorHandle* out, float** y) {
+  int64_t strides[kMaxDims], step = 1;
   for (int64_t d = dims - 1; d >= 0; d--) {
     strides[d] = step;
     step *= shape[d];
   }
-  if (data(x, &call->x)) return AOTI_TORCH_FAILURE;
   if (AOTITorchError error = aoti_torch_empty_strided(dims, shape, strides, aoti_torch_dtype_float32(),
                                                       aoti_torch_device_type_cpu(), 0, out))
     return error;
-  void* y;
-  if (aoti_torch_get_data_ptr(*out, &y)) return AOTI_TORCH_FAILURE;
-  call->y = static_cast<float*>(y);
+  void* p;
+  if (aoti_torch_get_data_ptr(*out, &p)) return AOTI_TORCH_FAILURE;
+  *y = static_cast<float*>(p);
   return AOTI_TORCH_SUCCESS;
+}
+
+template <class T>
+struct Call {
+  const T* x;
+  float* y;
+  int64_t M, N, K;
+};
+
+// Checks `x`, allocates the output with as many channels as `channels` [N] has elements.
+template <class T>
+AOTITorchError open(AtenTensorHandle x, AtenTensorHandle channels, AtenTensorHandle* out, Call<T>* call) {
+  int64_t dims, *sizes, *n, shape[kMaxDims];
+  if (rows(x, &call->x, &dims, &sizes) || aoti_torch_get_sizes(channels, &n)) return AOTI_TORCH_FAILURE;
+  call->M = 1;
+  for (int64_t d = 0; d + 1 < dims; d++) call->M *= shape[d] = sizes[d];
+  call->K = sizes[dims - 1];
+  call->N = shape[dims - 1] = n[0];
+  return allocate(dims, shape, out, &call->y);
 }
 
 }  // namespace

@@ -1,0 +1,198 @@
+// y[M, N] = float(codes[M, K] @ w[N, K].T + start[N]) * scale[N] + bias[N]: uint8 activations with one scale and zero
+// point a layer, int8 weights with one scale an output channel, for linear layers and convolutions [B, H, W, C]. Mean what
+// the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same order of
+// float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
+
+#include <vector>
+
+#include "products.h"
+#include "shim.h"
+
+namespace {
+
+struct Weights {
+  const int8_t* tiles;
+  const int32_t* start;
+  const float *scale, *bias;
+  int64_t N, K;
+};
+
+struct Scaled {  // the epilogue
+  const Weights& w;
+  float* y;
+
+#ifdef VNNI
+  void store(int64_t m, int64_t n, int64_t count, __m512i sums) const {
+    const __mmask16 in = first(count);
+    const __m512i all = _mm512_add_epi32(sums, _mm512_maskz_loadu_epi32(in, w.start + n));
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_maskz_loadu_ps(in, w.scale + n));
+    _mm512_mask_storeu_ps(y + m * w.N + n, in, _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(in, w.bias + n)));
+  }
+#else
+  void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
+    for (int64_t i = 0; i < std::min(count, kRows); i++)
+      y[m * w.N + n + i] = static_cast<float>(sums[i] + w.start[n + i]) * w.scale[n + i] + w.bias[n + i];
+  }
+#endif
+};
+
+#ifdef VNNI  // short copies of any length, without a call
+
+inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (; bytes > 64; bytes -= 64, to += 64, from += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+  const __mmask64 in = ~uint64_t{0} >> (64 - bytes);
+  if (bytes > 0) _mm512_mask_storeu_epi8(to, in, _mm512_maskz_loadu_epi8(in, from));
+}
+
+#else
+
+inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+
+#endif
+
+struct Matrix {  // rows as they are in memory
+  const uint8_t* codes;
+  int64_t M, K;
+
+  // Rows from the first one on, a multiple of 16, that products can read where they are: up to 63 bytes past the end of
+  // a row, which meet weights of 0, but not past the end of the last.
+  int64_t in_place() const { return K % 64 == 0 ? M / 16 * 16 : 0; }
+  void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
+    for (int64_t i = 0; i < count; i++) copy(to + i * stride, codes + (m + i) * K, K);
+  }
+};
+
+struct Windows {  // a row for each output of a convolution: the inputs in its window, in the order [kh, kw, C]
+  const uint8_t* codes;
+  int64_t H, W, C, out_height, out_width;
+  int64_t zero, kernel_height, kernel_width, stride_height, stride_width, top, left, down, across;
+
+  int64_t in_place() const { return 0; }
+  void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
+    int64_t ox = m % out_width, oy = m / out_width % out_height, b = m / out_width / out_height;
+    for (int64_t i = 0; i < count; i++, to += stride) {
+      window(codes + b * H * W * C, oy * stride_height - top, ox * stride_width - left, to);
+      if (++ox < out_width) continue;
+      ox = 0;
+      if (++oy < out_height) continue;
+      oy = 0, b++;
+    }
+  }
+
+ private:
+  void window(const uint8_t* image, int64_t y, int64_t x, uint8_t* to) const {
+    const int64_t row = kernel_width * C;
+    for (int64_t i = 0; i < kernel_height; i++, y += down, to += row) {
+      if (y < 0 || y >= H) {
+        std::memset(to, static_cast<int>(zero), row);
+      } else if (across == 1 && x >= 0 && x + kernel_width <= W) {
+        copy(to, image + (y * W + x) * C, row);
+      } else {
+        for (int64_t j = 0, at = x; j < kernel_width; j++, at += across) {
+          if (at < 0 || at >= W) std::memset(to + j * C, static_cast<int>(zero), C);
+          else copy(to + j * C, image + (y * W + at) * C, C);
+        }
+      }
+    }
+  }
+};
+
+constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that one task copies and multiplies: they stay in the cache
+
+template <class Source>
+void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
+  const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = (w.K + 63) / 64 * 64;
+  const int64_t panels = (tiles + kPanel - 1) / kPanel, whole = source.in_place();
+  const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t p) {
+    const int64_t t = p * kPanel;
+    panel<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
+                std::min(kPanel, tiles - t), t * kRows, w.N - t * kRows, Scaled{w, y + m * w.N});
+  };
+  static thread_local std::vector<uint8_t> scratch;
+  const int64_t most = std::max<int64_t>(32, std::min<int64_t>(256, kBlockBytes / stride) / 32 * 32);
+  const int64_t blocks = (M + most - 1) / most;
+  if (panels >= blocks) {  // few rows: all of them, then panels of channels
+    const int64_t left = M - whole;
+    std::vector<uint8_t>& rows = scratch;  // of this thread: in the others of a team the name means their own
+    rows.resize(std::max<size_t>(rows.size(), (left + 15) / 16 * 16 * stride));
+    run(
+        (left + 15) / 16, panels, M * w.N * w.K,
+        [&](int64_t i) {
+          source.copy_rows(whole + i * 16, std::min<int64_t>(16, left - i * 16), rows.data() + i * 16 * stride, stride);
+        },
+        [&](int64_t p) {
+          if (whole) products(source.codes, w.K, 0, whole, p);
+          if (left) products(rows.data(), stride, whole, left, p);
+        });
+    return;
+  }
+  run(0, blocks, M * w.N * w.K, [](int64_t) {}, [&](int64_t b) {
+    const int64_t m = b * most, count = std::min(most, M - m);
+    const uint8_t* codes = source.codes + m * w.K;
+    int64_t ld = w.K;
+    if (m + count > whole) {
+      scratch.resize(std::max<size_t>(scratch.size(), most * stride));
+      source.copy_rows(m, count, scratch.data(), stride);
+      codes = scratch.data(), ld = stride;
+    }
+    for (int64_t p = 0; p < panels; p++) products(codes, ld, m, count, p);
+  });
+}
+
+void linear(const uint8_t* codes, int64_t M, const Weights& w, float* y) {
+  multiply(Matrix{codes, M, w.K}, M, w, y);
+}
+
+void conv2d(const Windows& x, int64_t batch, const Weights& w, float* y) {
+  const int64_t M = batch * x.out_height * x.out_width;
+  const bool pixels = x.kernel_height * x.kernel_width * x.stride_height * x.stride_width == 1 && !x.top && !x.left;
+  pixels ? linear(x.codes, M, w, y) : multiply(x, M, w, y);
+}
+
+AOTITorchError open(AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale, AtenTensorHandle bias,
+                    Weights* w) {
+  int64_t* n;
+  if (data(tiles, &w->tiles) || data(start, &w->start) || data(scale, &w->scale) || data(bias, &w->bias))
+    return AOTI_TORCH_FAILURE;
+  if (aoti_torch_get_sizes(scale, &n)) return AOTI_TORCH_FAILURE;
+  w->N = n[0];
+  return AOTI_TORCH_SUCCESS;
+}
+
+}  // namespace
+
+#define LIGHTNING_ACCEL_EXPORT extern "C" __attribute__((visibility("hidden")))
+
+LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_linear_tiled(
+    AtenTensorHandle codes, AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale,
+    AtenTensorHandle bias, AtenTensorHandle* out) {
+  Call<uint8_t> call;
+  Weights w;
+  if (open(tiles, start, scale, bias, &w)) return AOTI_TORCH_FAILURE;
+  if (AOTITorchError error = open(codes, scale, out, &call)) return error;
+  w.K = call.K;
+  linear(call.x, call.M, w, call.y);
+  return AOTI_TORCH_SUCCESS;
+}
+
+LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_conv2d_tiled(
+    AtenTensorHandle codes, AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale,
+    AtenTensorHandle bias, int64_t zero_point, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
+    int64_t stride_width, int64_t padding_height, int64_t padding_width, int64_t dilation_height,
+    int64_t dilation_width, AtenTensorHandle* out) {
+  const uint8_t* x;
+  int64_t dims, *sizes;
+  Weights w;
+  if (open(tiles, start, scale, bias, &w) || rows(codes, &x, &dims, &sizes) || dims != 4) return AOTI_TORCH_FAILURE;
+  const int64_t batch = sizes[0], H = sizes[1], W = sizes[2], C = sizes[3];
+  const int64_t out_height = (H + 2 * padding_height - (kernel_height - 1) * dilation_height - 1) / stride_height + 1;
+  const int64_t out_width = (W + 2 * padding_width - (kernel_width - 1) * dilation_width - 1) / stride_width + 1;
+  const int64_t shape[] = {batch, out_height, out_width, w.N};
+  float* y;
+  if (AOTITorchError error = allocate(4, shape, out, &y)) return error;
+  w.K = kernel_height * kernel_width * C;
+  conv2d({x, H, W, C, out_height, out_width, zero_point, kernel_height, kernel_width, stride_height, stride_width,
+          padding_height, padding_width, dilation_height, dilation_width},
+         batch, w, y);
+  return AOTI_TORCH_SUCCESS;
+}

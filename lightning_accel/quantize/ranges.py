@@ -1,0 +1,198 @@
+"""The fake quantizer of static activations, and where its range comes from: calibration, training, or a saved state.
+
+A range is a buffer that no state_dict holds (contract 1); the callback saves it. While it is empty nothing is rounded
+in training, and evaluation raises.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import select
+from .._quiet import FakeQuantizerBase
+from ..inputs import inputs_of_batch, split_inputs
+from .norms import NormWatch, fold_, freeze_norms_, norms_of
+from .observers import MOMENTUM, NonFinite, Sample, batch_range
+from .ops import blocks
+from .static import CODES, affine_parameters, affine_round
+
+FEW_BATCHES = 8
+
+
+class _RoundAffine(torch.autograd.Function):
+    """Rounds to the codes of a range; the gradient passes inside of it (Bengio et al. 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, range_: Tensor) -> Tensor:
+        scale, zero_point = affine_parameters(range_[0], range_[1])
+        values = x.detach().reshape(-1, x.shape[-1])
+        rounded, inside = torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
+        low, high = -zero_point * scale, (CODES - zero_point) * scale
+        for some, out, within in blocks(values, rounded, inside):
+            affine_round(some, scale, zero_point, out=out)
+            torch.ge(some, low, out=within).logical_and_(some <= high)
+        ctx.save_for_backward(inside.view(x.shape))
+        return rounded.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None
+
+
+class AffineFakeQuantizer(FakeQuantizerBase):
+    """uint8 with one scale and zero point, computed as `static.affine_codes` computes it.
+
+    Attributes:
+        range: float32 [2], the least and the most that is represented; empty is [inf, -inf].
+        frozen: training no longer moves the range.
+        sample: where calibration takes note of values; they then pass as they are.
+    """
+
+    range: Tensor
+
+    def __init__(self, observer: str) -> None:
+        super().__init__()
+        self.enabled, self.observer, self.frozen = True, observer, False
+        self.sample: Sample | None = None
+        self.register_buffer("range", torch.tensor([torch.inf, -torch.inf]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        if self.sample is not None:
+            self.sample.add(x)
+            return x
+        if self.training and not self.frozen:
+            self._follow(x)
+        elif not self.training and not self.found:
+            raise ValueError(
+                "int8-static has no range of activations yet: write calibrate_(model, batches), or train a step"
+            )
+        return _RoundAffine.apply(x, self.range)
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a range."""
+        return bool(self.range[0] <= self.range[1])
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Moves the range to that of a batch; a batch with NaN or infinities says nothing (the loss shows them)."""
+        new, old = batch_range(x, self.observer), self.range
+        moved = torch.where(torch.isinf(old), new, old + MOMENTUM * (new - old))
+        self.range.copy_(torch.where(torch.isfinite(new).all(), moved, old))
+
+    def __repr__(self) -> str:
+        low, high = self.range.tolist()
+        return f"AffineFakeQuantizer(range=[{low:.4g}, {high:.4g}], observer={self.observer!r})"
+
+
+def affine_quantizers(model: nn.Module) -> dict[str, AffineFakeQuantizer]:
+    """The fake quantizers of static activations, by name."""
+    return {name: m for name, m in select.named_modules(model) if isinstance(m, AffineFakeQuantizer)}
+
+
+@torch.no_grad()
+def calibrate_(
+    model: nn.Module, batches: Iterable[Any] | None, run: Callable[[nn.Module, Any], Any] | None = None
+) -> nn.Module:
+    """Finds the ranges of static activations of a prepared model, and which BatchNorm follows which convolution.
+
+    Args:
+        batches: mappings of keyword inputs (labels are left out), tensors, or tuples whose first item is the input.
+        run: calls the model with a batch, if it takes other batches than these.
+
+    Raises:
+        ValueError: no batches, NaN or infinite values, or a module that no batch reaches.
+
+    >>> from lightning_accel import QuantConfig, prepare_
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    >>> _ = prepare_(model, QuantConfig("int8-static"))
+    >>> _ = calibrate_(model, [torch.rand(4, 8) for _ in range(8)])
+    >>> model[2].activation_fake_quantizer.found
+    True
+    """
+    quantizers = affine_quantizers(model)
+    if not quantizers:
+        return model
+    if batches is None:
+        raise ValueError("int8-static finds its ranges in data; write calibration=loader, some batches of inputs")
+    run = run or _run
+    training, count = model.training, 0
+    model.eval()
+    for name, quantizer in quantizers.items():
+        quantizer.sample = Sample(name.rpartition(".")[0])
+    try:
+        for batch in batches:
+            watch = NormWatch(model) if count == 0 else None
+            try:
+                run(model, batch)
+            except NonFinite as error:
+                raise ValueError(f"batch {count} of the calibration data {error}; look at the batch") from error
+            if watch is not None:
+                fold_(model, watch.stop())
+            count += 1
+        _set_ranges(quantizers, count)
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.sample = None
+        model.train(training)
+    return model
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    args, kwargs = split_inputs(inputs_of_batch(model, batch))
+    model(*args, **kwargs)
+
+
+def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int) -> None:
+    if count == 0:
+        raise ValueError("the calibration data is empty; write calibration=loader with some batches of inputs")
+    if count < FEW_BATCHES:
+        warnings.warn(
+            f"ranges from {count} batches of calibration data; values outside of them are cut off, {FEW_BATCHES} or "
+            "more batches are safer",
+            stacklevel=3,
+        )
+    unseen = [name.rpartition(".")[0] for name, q in quantizers.items() if q.sample is not None and not q.sample.parts]
+    if unseen:
+        raise ValueError(
+            f"no batch of the calibration data reaches {unseen[0]!r}; write overrides={{{unseen[0]!r}: None}} or 'int8'"
+        )
+    for quantizer in quantizers.values():
+        assert quantizer.sample is not None
+        quantizer.range.copy_(quantizer.sample.find_range(quantizer.observer))
+
+
+def freeze_(model: nn.Module) -> None:
+    """From here on training moves neither ranges nor the statistics of BatchNorms that convolutions absorb."""
+    for quantizer in affine_quantizers(model).values():
+        quantizer.frozen = True
+    freeze_norms_(model)
+
+
+def static_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Ranges, and the BatchNorm of each convolution, as plain types; names begin with `prefix`."""
+    quantizers = affine_quantizers(model)
+    return {
+        "ranges": {prefix + name: q.range.tolist() for name, q in quantizers.items() if q.found},
+        "norms": {prefix + conv: prefix + norm for conv, norm in norms_of(model).items()},
+        "frozen": any(q.frozen for q in quantizers.values()),
+    }
+
+
+def load_static_state_(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
+    """Puts what `static_state` gave into a prepared model, as far as it has modules of those names."""
+    for name, quantizer in affine_quantizers(model).items():
+        if (range_ := state["ranges"].get(prefix + name)) is not None:
+            quantizer.range.copy_(torch.tensor(range_))
+    norms = {c: n for c, n in state["norms"].items() if c.startswith(prefix) and n.startswith(prefix)}
+    fold_(model, {c.removeprefix(prefix): n.removeprefix(prefix) for c, n in norms.items()})
+    if state["frozen"]:
+        freeze_(model)

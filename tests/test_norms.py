@@ -1,0 +1,249 @@
+"""int8-static: convolutions, and the BatchNorm that they absorb."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_accel import QuantConfig, prepare_, quantize_model
+from lightning_accel.quantize import Int8StaticConv, calibrate_, convert_, freeze_, quantization_coverage, unprepare_
+from lightning_accel.quantize.norms import NormWatch, fold_, folded_weight, norms_of
+from lightning_accel.quantize.ops import row_codes, row_scales
+from lightning_accel.select import count_flops
+
+STATIC = QuantConfig("int8-static")
+
+
+class Block(nn.Module):
+    """conv - norm - ReLU - conv - norm, and a residual."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))))
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """A small residual network for [batch, 3, 12, 12] whose BatchNorms have lived a little."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), Block(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(32, 5),
+    )  # fmt: skip
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        live(norm)
+    return model.eval()
+
+
+def live(norm: Any) -> Any:
+    """Other statistics than a new one's; a channel with weight 0, some with negative ones."""
+    with torch.no_grad():
+        norm.weight.uniform_(-1.5, 2.0)
+        norm.weight[0] = 0.0
+        norm.bias.normal_()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.2, 3.0)
+    return norm.eval()
+
+
+def images(count: int = 8, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, 12, 12, generator=generator) for _ in range(count)]
+
+
+def prepared(model: nn.Module, data: list[Tensor]) -> nn.Module:
+    prepare_(model, STATIC)
+    return calibrate_(model, data)
+
+
+def disabled(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "enabled"):
+            module.enabled = False
+    return model
+
+
+def error_bound(conv: Int8StaticConv, terms: int) -> Tensor:
+    """What the order of float additions may change, [out]: of sums of `terms` products of codes."""
+    return (terms + 8) * 2.0**-24 * (terms * 255 * 127 * conv.scale.double().abs() + conv.bias.double().abs() + 1)
+
+
+GEOMETRY = {
+    "size": st.integers(5, 9),
+    "channels": st.integers(1, 5),
+    "out": st.integers(1, 20),
+    "kernel": st.sampled_from([1, 2, 3, (1, 3), (3, 2)]),
+    "stride": st.sampled_from([1, 2, (2, 1)]),
+    "padding": st.sampled_from([0, 1, (0, 1), "same"]),
+    "dilation": st.sampled_from([1, 2]),
+    "mode": st.sampled_from(["zeros", "reflect", "circular", "replicate"]),
+    "norm": st.booleans(),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 100),
+}
+
+
+@settings(deadline=None, max_examples=100)
+@given(**GEOMETRY)
+def test_a_converted_convolution_is_the_fake_quantized_one_with_its_norm(
+    size: int, channels: int, out: int, kernel: Any, stride: Any, padding: Any, dilation: int, mode: str, norm: bool,
+    bias: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    stride = 1 if padding == "same" else stride
+    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=bias, padding_mode=mode)
+    data = [torch.randn(2, channels, size, size) for _ in range(8)]
+    model = prepared(nn.Sequential(conv, live(nn.BatchNorm2d(out)) if norm else nn.Identity()).eval(), data)
+    fake, converted = model(data[0]), convert_(copy.deepcopy(model))
+    codes = row_codes(folded_weight(conv).flatten(1), row_scales(folded_weight(conv).flatten(1)))
+    expected = codes.view(conv.weight.shape).permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(converted[0].weight.float(), expected), "the same codes"
+    y = converted(data[0])
+    assert y.shape == fake.shape and isinstance(converted[1], nn.Identity)
+    assert ((y.double() - fake.double()).abs() <= 4 * error_bound(converted[0], expected.shape[1])[:, None, None]).all()
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_one_dimensional_convolutions_and_single_samples(padding: Any, batched: bool) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(2, 4, 20) for _ in range(8)]
+    model = nn.Sequential(nn.Conv1d(4, 6, 5, padding=padding), live(nn.BatchNorm1d(6)))
+    model = prepared(model.eval(), data)
+    converted = convert_(copy.deepcopy(model))
+    fake = model(data[0])
+    y = converted(data[0]) if batched else torch.stack([converted[0](x) for x in data[0]])
+    assert isinstance(converted[0], Int8StaticConv) and y.shape == fake.shape
+    torch.testing.assert_close(y, fake, atol=2e-6, rtol=1e-5)
+
+
+def test_norms_are_found_where_they_take_the_convolutions_own_output() -> None:
+    model = prepared(network(), images())
+    assert norms_of(model) == {"0": "1", "3.conv1": "3.norm1", "3.conv2": "3.norm2"}
+
+
+class Twice(nn.Module):
+    """One convolution before two norms, two convolutions before one norm, and one with a ReLU between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(5))
+        self.norms = nn.ModuleList(live(nn.BatchNorm2d(3)) for _ in range(4))
+        self.norms[3] = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convs[0](x)
+        y = self.norms[0](y) + self.norms[1](y)
+        y = self.norms[2](self.convs[1](y)) + self.norms[2](self.convs[2](y))
+        return self.norms[3](self.convs[4](self.norms[0](torch.relu(self.convs[3](y)))))
+
+
+def test_where_partners_are_not_one_to_one_no_norm_is_absorbed() -> None:
+    torch.manual_seed(0)
+    model = prepared(Twice().eval(), images())
+    assert norms_of(model) == {}
+    converted = convert_(copy.deepcopy(model))
+    assert all(isinstance(norm, nn.BatchNorm2d) for norm in converted.norms)
+    torch.testing.assert_close(converted(images()[0]), model(images()[0]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_without_rounding_a_folded_network_computes_what_it_was(train: bool) -> None:
+    model, x = network().train(train), images()[0]
+    expected = copy.deepcopy(model)(x)
+    prepare_(model, STATIC)
+    disabled(model)
+    fold_(model, {"0": "1", "3.conv1": "3.norm1", "3.conv2": "3.norm2"})
+    torch.testing.assert_close(model(x), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_in_training_norms_use_the_batch_until_they_are_frozen() -> None:
+    model, data = network().train(), images()
+    prepare_(model, STATIC)
+    watch = NormWatch(model)
+    model(data[0])
+    fold_(model, watch.stop())
+    before = model[1].running_mean.clone()
+    model(data[1])
+    assert not torch.equal(model[1].running_mean, before)
+    freeze_(model)
+    before, statistics = copy.deepcopy(model.state_dict()), model[1].running_mean.clone()
+    trained = model(data[2])
+    assert torch.equal(model[1].running_mean, statistics) and list(before) == list(model.state_dict())
+    assert torch.equal(model.eval()(data[2]), trained), "frozen, it trains on what is deployed"
+    torch.testing.assert_close(convert_(copy.deepcopy(model))(data[2]), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_reach_weights_and_norms_and_frozen_norms_too() -> None:
+    model, data = network().train(), images()
+    prepare_(model, STATIC)
+    watch = NormWatch(model)
+    model(data[0])
+    fold_(model, watch.stop())
+    for frozen in (False, True):
+        model.zero_grad()
+        model(data[1]).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert model[3].conv1.weight.grad.abs().sum() > 0 and model[3].norm2.weight.grad.abs().sum() > 0
+        if not frozen:
+            freeze_(model)
+
+
+def test_keys_and_parameters_stay_and_unprepare_restores_exactly() -> None:
+    model = network()
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    parameters, attributes = [id(p) for p in model.parameters()], [set(vars(m)) for m in model.modules()]
+    prepared(model, images())
+    freeze_(model)
+    assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
+    unprepare_(model)
+    assert [type(m) for m in model.modules()] == types
+    assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+def test_a_convolutions_codes_do_not_move_with_the_statistics_of_a_batch() -> None:
+    model = prepared(network(), images()).train()
+    freeze_(model)
+    codes = convert_(copy.deepcopy(model))[0].weight
+    model(images(1, seed=7)[0] * 3)
+    assert torch.equal(convert_(copy.deepcopy(model))[0].weight, codes)
+
+
+def test_coverage_counts_convolutions_and_names_those_in_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1),
+        nn.ConvTranspose2d(4, 4, 2),
+    ).eval()  # fmt: skip
+    data = images()
+    coverage = quantization_coverage(quantize_model(model, STATIC, data), count_flops(model, (data[0],), {}))
+    reasons = {e.name: (e.done, e.reason) for e in coverage.entries}
+    assert reasons["0"] == ("int8-static", None) and reasons["4"][0] == "int8-static"
+    assert reasons["3"] == (None, "convolutions in groups have no integer kernel") and reasons["5"][0] is None
+    flops = {e.name: e.flops for e in coverage.entries}
+    assert flops["0"] == 2 * 4 * 8 * 100 * 27 and "1" not in flops
+
+
+def test_other_schemes_say_what_to_write_for_convolutions() -> None:
+    reasons = {e.name: e.reason for e in prepare_(network(), QuantConfig("int8")).entries}
+    assert reasons["0"] == "int8 has no form of convolutions; write overrides={'pattern': 'int8-static'} for it"
+    config = QuantConfig("int8", overrides={"*conv*": "int8-static", "0": "int8-static"})
+    model = quantize_model(network(), config, images())
+    assert isinstance(model[3].conv1, Int8StaticConv) and type(model[6]).__name__ == "Int8Linear"
+
+
+def test_masked_weights_are_zero_codes() -> None:
+    model = network()
+    with torch.no_grad():
+        model[3].conv1.weight[:, ::2] = 0.0
+    converted = quantize_model(model, STATIC, images())
+    assert not converted[3].conv1.weight.view(8, 3, 3, 8)[..., ::2].any()
