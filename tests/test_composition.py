@@ -229,6 +229,40 @@ def test_the_mean_of_all_steps_is_what_is_left_after_the_fit(tmp_path, scheme):
         assert torch.allclose(tensor, hand.average[name], rtol=0, atol=1e-7), name
 
 
+class Convolutions(nn.Module):
+    """Convolutions with BatchNorm, whose statistics are buffers, and a head that groups of 32 divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(x.view(-1, 4, 8)))).flatten(1))
+
+
+@each_scheme
+def test_averages_pair_the_buffers_of_batch_norms_with_themselves(tmp_path, scheme):
+    hand = ByHand(lambda average, weight, n: 0.5 * average + (1 - 0.5) * weight)
+    module = fit(tmp_path, scheme, [EMAWeightAveraging(decay=0.5), hand], seeded(Convolutions))
+    found = weights(module.model)
+    del found["norm.num_batches_tracked"]  # an integer
+    assert_same(found, {name: hand.average[name] for name in found})
+    assert list(dict(module.model.named_buffers())) == [
+        "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
+    ]  # fmt: skip
+
+
+def test_ranges_stay_in_float32_in_a_network_of_another_format():
+    model = seeded(Net).train()
+    prepare_(model, QuantConfig("int8-static"))
+    model(points()[:][0])
+    before = model.first.activation_fake_quantizer.range.clone()
+    model.to(torch.bfloat16)
+    after = model.first.activation_fake_quantizer.range
+    assert after.dtype == torch.float32 and torch.equal(after, before) and not torch.equal(before, before.bfloat16())
+
+
 # --- pruning ----------------------------------------------------------------------------------------------------------
 
 
