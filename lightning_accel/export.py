@@ -25,6 +25,7 @@ from .inputs import ExampleInputs, copy_inputs, first_rows, inputs_of_batch, spl
 from .measure import Measurement, Target, compare, size_on_disk
 from .prune import Masks
 from .quantize import QuantConfig
+from .quantize.adapters import adapted_layers, merge_adapters
 from .report import ExportReport
 from .verify import DriftError, Verification, verify, with_noise
 
@@ -98,6 +99,7 @@ def export_model(
         restored = restore_(copy.deepcopy(model), checkpoint, module)
         model, masks = restored.model, masks or restored.masks
         example_inputs = example_inputs if example_inputs is not None else restored.example_inputs
+    model = _without_adapters(model, masks)
     inputs = _example_inputs(model, example_inputs)
     batches = list(data) if data is not None else []
     say = progress or (lambda message: None)
@@ -153,6 +155,16 @@ def check_options(
     for name, source in (assets or {}).items():
         if not Path(source).is_file():
             raise ValueError(f"the asset {name!r} is no file: {source}; write it before the export")
+
+
+def _without_adapters(model: nn.Module, masks: Masks | None) -> nn.Module:
+    """The model, or a copy with adapters of peft merged, so that one matrix a layer is deployed."""
+    if masks and (names := list(adapted_layers(model))):
+        raise ValueError(
+            f"masks of a model with adapters that are not merged ({names[0]}): merging fills pruned weights again; "
+            "write model = model.merge_and_unload(), then prune and train that"
+        )
+    return merge_adapters(model)
 
 
 def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> ExampleInputs:

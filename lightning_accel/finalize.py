@@ -18,6 +18,7 @@ from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
+from .quantize.converted import check_not_converted
 from .quantize.fake import Int4GroupFakeQuantizer, count_own
 from .quantize.ranges import load_static_state_
 
@@ -43,8 +44,9 @@ def finalize(
     """Copies of the model for deployment: masks applied, neurons cut out, fake quantization turned into integers.
 
     Raises:
-        ValueError: a weight is NaN or infinite.
+        ValueError: a weight is NaN or infinite, or the model holds integers already.
     """
+    check_not_converted(model)  # what it gained and lost over the float model could not be said
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(

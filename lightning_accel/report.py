@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import artifact
+from .engines import aoti
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ExportReport:
         )
         engine = self.manifest["programs"][0]["engine"]
         lines.append(f"takes {_inputs(self.manifest['programs'][0])}")
+        lines += _slow_kernels(self.manifest)
         for workload, gain in self.speedup.items():
             eager = self.over_eager.get(workload)
             lines.append(
@@ -52,6 +54,13 @@ class ExportReport:
             )
         lines += [_coverage_line(c) for c in self.manifest["coverage"]]
         return "\n".join(lines)
+
+
+def _slow_kernels(manifest: Mapping[str, Any]) -> list[str]:
+    """One line where quantized layers run without the instructions that make them fast."""
+    quantized = any("quantization" in coverage["technique"] for coverage in manifest["coverage"])
+    slow = [aoti.slow_kernels(entry) for entry in manifest["programs"] if entry["engine"] == "aoti" and quantized]
+    return [f"SLOW: {reason}" for reason in slow if reason]
 
 
 def _coverage_line(coverage: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from lightning_accel import ArtifactError, artifact, export_model, load
-from lightning_accel.engines import portable
+from lightning_accel.engines import aoti, portable
+from lightning_accel.report import describe
 
 PROGRAM, WEIGHTS, MANIFEST = "decoder.portable.pt2", "weights.safetensors", "manifest.json"
 
@@ -312,6 +313,26 @@ def test_a_cpu_without_the_instructions_of_the_other_is_recognised(decoder, alte
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
     with pytest.warns(UserWarning, match="a CPU with avx512_vnni, which this one lacks"):
         assert load(directory).engine == "portable"
+
+
+@pytest.mark.parametrize(
+    ("has", "missing"),
+    [
+        (("avx2", "fma3"), "avx512_vnni, avx512_bw, avx512_dq, avx512_vl"),
+        (("avx2", "avx_vnni", "avx512_bw", "avx512_dq", "avx512_vl"), "avx512_vnni"),
+        (("avx512_vnni", "avx512_bw", "avx512_dq", "avx512_vl"), None),
+    ],
+)
+def test_one_line_says_which_instructions_the_kernels_lack(decoder, altered, monkeypatch, has, missing):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
+    shown = describe(altered(decoder, compiled_first(isa=aoti.isa())))
+    expected = f"SLOW: quantized layers run in plain loops, as the CPU that compiled them has no {missing}"
+    assert [line for line in shown.splitlines() if "plain loops" in line] == ([expected] if missing else [])
+    assert "plain loops" not in describe(decoder), "the portable program has no kernels"
+
+
+def test_no_kernels_are_said_to_be_slow_where_nothing_is_quantized(network, altered):
+    assert "plain loops" not in describe(altered(network, compiled_first(isa=[])))
 
 
 def test_a_portable_program_of_a_later_torch_is_refused(decoder, altered):

@@ -163,6 +163,18 @@ def test_integer_sums_are_exact(kernels: Kernels, rows: int, groups: int, group:
     assert torch.equal(kernels["int4_linear"](x, packed, scale, torch.zeros(rows)), expected)
 
 
+@pytest.mark.parametrize("code", [-8, 7])
+@pytest.mark.parametrize("group", [32, 128])
+def test_extreme_codes_over_many_inputs_sum_exactly(kernels: Kernels, code: int, group: int) -> None:
+    n, rows = 65_536, 17
+    packed, scale = int4.pack(torch.full((rows, n // group, group), float(code)), torch.ones(rows, n // group, 1))
+    for value in (127.0, -127.0):
+        x, zeros = torch.full((6, n), value), torch.zeros(rows)
+        expected = torch.full((6, rows), code * value * n)
+        assert torch.equal(kernels["int4_int8_linear"](x, packed, scale, zeros), expected)
+        assert torch.equal(kernels["int4_linear"](x / 127, packed, scale, zeros), expected / 127)
+
+
 def test_large_enough_to_run_in_parallel_and_the_same_on_one_thread(kernels: Kernels) -> None:
     packed, scale = quantize_groups(torch.randn(1000, 256), 32)
     x, bias, before = torch.randn(37, 256), torch.randn(1000), torch.get_num_threads()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_accel.engines import aoti
 from lightning_accel.quantize.converted import quantize_rows
-from lightning_accel.quantize.ops import int8_embedding_reference, int8_linear_reference, tile
+from lightning_accel.quantize.ops import MOST_INT8_INPUTS, int8_embedding_reference, int8_linear_reference, tile
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -122,6 +122,18 @@ def test_the_largest_sum_fits(kernel: Kernel) -> None:
     weight, x = torch.full((16, n), -127, dtype=torch.int8), torch.ones(2, n)
     y = kernel(x, tile(weight), torch.ones(16), None)
     assert torch.equal(y, torch.full((2, 16), float(-127 * 127 * n)) * (1 / torch.tensor(127.0)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 17])
+def test_extreme_codes_of_every_sign_sum_exactly(kernel: Kernel, rows: int) -> None:
+    """All codes 127 or -127 over the most inputs: rows and channels of one sign, of the other, and of both in turn."""
+    n = MOST_INT8_INPUTS
+    patterns = torch.stack([torch.ones(n), -torch.ones(n), 1.0 - 2.0 * (torch.arange(n) % 2)])
+    x, weight = patterns[torch.arange(rows) % 3].contiguous(), (127 * patterns[torch.arange(17) % 3]).to(torch.int8)
+    sums = 127 * 127 * (patterns.double() @ patterns.double().T)
+    assert sums.abs().max() == 127 * 127 * n > 2**31 - 127 * 127
+    expected = sums[torch.arange(rows) % 3][:, torch.arange(17) % 3].float() * (1 / torch.tensor(127.0))
+    assert torch.equal(kernel(x, tile(weight), torch.ones(17), None), expected)
 
 
 def test_products_of_torch_before_and_after_are_not_disturbed(kernel: Kernel) -> None:

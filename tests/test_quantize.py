@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_accel import QuantConfig, prepare_, quantize_model
+from lightning_accel import QuantConfig, export_model, prepare_, quantize_model
 from lightning_accel._quiet import Conv1D
 from lightning_accel.quantize import (
     Int8Embedding,
@@ -24,9 +25,10 @@ from lightning_accel.quantize import (
     quantization_coverage,
     unprepare_,
 )
+from lightning_accel.quantize.config import SCHEMES
 from lightning_accel.quantize.converted import quantize_rows
 from lightning_accel.quantize.fake import Int8RowFakeQuantizer
-from lightning_accel.quantize.ops import int8_linear_reference, row_codes, row_scales, tile, untile
+from lightning_accel.quantize.ops import MOST_INT8_INPUTS, int8_linear_reference, row_codes, row_scales, tile, untile
 
 INT8 = QuantConfig("int8")
 
@@ -433,24 +435,58 @@ def test_a_model_that_qat_prepared_keeps_its_exceptions() -> None:
     assert type(quantize_model(model, INT8)[4]) is nn.Linear
 
 
-def test_quantizing_twice_raises() -> None:
-    converted = quantize_model(tiny.mlp(), INT8)
-    with pytest.raises(ValueError, match="already quantized"):
-        quantize_model(converted, INT8)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("head", [None, "int8"], ids=["a-float-layer-left", "all-integers"])
+def test_what_is_quantized_already_is_not_prepared_converted_quantized_or_exported(
+    tmp_path: Path, scheme: str, head: str | None
+) -> None:
+    model, x = tiny.mlp(features=32, hidden=64), torch.randn(4, 32)
+    converted = quantize_model(model, QuantConfig(scheme, overrides={"4": head}), calibration=[x] * 8)
+    before = snapshot(converted)
+    options: dict[str, Any] = {"example_inputs": (x,), "engines": ("portable",), "measure": False}
+    for again in (
+        lambda: prepare_(converted, INT8),
+        lambda: convert_(converted),
+        lambda: quantize_model(converted, INT8),
+        lambda: export_model(converted, tmp_path / "a", **options),
+        lambda: export_model(converted, tmp_path / "a", quantize=INT8, **options),
+    ):
+        with pytest.raises(ValueError, match=r"already quantized \(0 holds integers.*keep the float model, and write"):
+            again()
+    assert snapshot(converted) == before and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_replaced(bad: float) -> None:
-    model = tiny.mlp()
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_replaced(
+    what: str, bad: float, scheme: str
+) -> None:
+    model, config = tiny.mlp(features=32, hidden=64), QuantConfig(scheme)
     with torch.no_grad():
-        model[2].weight[3, 3] = bad
-    with pytest.raises(ValueError, match=r"2\.weight holds NaN or infinite values"):
-        quantize_model(model, INT8)
-    prepare_(model, INT8)
+        getattr(model[2], what).view(64, -1)[3, 0] = bad
+    with pytest.raises(ValueError, match=rf"2\.{what} holds NaN or infinite values"):
+        quantize_model(model, config, calibration=[torch.zeros(4, 32)])
+    prepare_(model, config)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"2\.weight"):
+    with pytest.raises(ValueError, match=rf"2\.{what}"):
         convert_(model)
     assert snapshot(model) == before
+
+
+def test_a_layer_whose_int32_sums_could_overflow_stays_in_float_and_one_at_the_limit_is_exact() -> None:
+    assert MOST_INT8_INPUTS == 133_144 and 127**2 * MOST_INT8_INPUTS < 2**31 <= 127**2 * (MOST_INT8_INPUTS + 1)
+    model = nn.Sequential(nn.Linear(MOST_INT8_INPUTS + 1, 2), nn.Linear(2, 2))
+    reasons = {e.name: e.reason for e in prepare_(model, INT8).entries}
+    assert reasons == {"0": "int32 sums over more than 133,144 inputs could overflow", "1": None}
+    with pytest.warns(UserWarning, match="groups of 32 do not divide"):  # int4 would fall back to int8
+        fallen = prepare_(unprepare_(model), QuantConfig("int4-int8"))
+    assert [e.done for e in fallen.entries] == [None, "int8"]
+    layer = nn.Linear(MOST_INT8_INPUTS, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(-1.0)
+    y = quantize_model(layer, INT8)(torch.ones(1, MOST_INT8_INPUTS))
+    assert torch.equal(y, torch.full((1, 2), float(-(127**2) * MOST_INT8_INPUTS)) * (1 / torch.tensor(127.0)) ** 2)
 
 
 def test_pruned_zeros_survive_conversion() -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..prune import Group, Masks, PruneConfig, apply_masks_, compute_masks
 from ..prune.masks import find_targets
+from ..quantize.adapters import adapted_layers
 from ..schedule import Constant, Schedule
 from .base import AccelCallback
 from .inputs import InputRecorder, calls_of, record_parts
@@ -80,6 +81,11 @@ class Pruning(AccelCallback):
         module = self.target(pl_module)
         if any(c is not self and c.module == self.module and c.config == self.config for c in _prunings(trainer)):
             raise ValueError(f"two equal Pruning callbacks on module={self.module!r}; remove one")
+        if adapted := list(adapted_layers(module)):
+            raise ValueError(
+                f"{adapted[0]} has an adapter, whose merging fills pruned weights again; write "
+                "model = model.merge_and_unload() and train that"
+            )
         self._targets = None
         if self.config.structure == "unstructured" or self.example_inputs is not None:
             self._targets = find_targets(module, self.config, self.example_inputs)

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,9 @@ _ISA = (
     "amx_int8",
     "amx_bf16",
 )
+
+
+_FAST = ("avx512_vnni", "avx512_bw", "avx512_dq", "avx512_vl")  # what kernels/products.h asks for
 
 
 class CompilerMissing(RuntimeError):
@@ -237,6 +240,14 @@ def isa() -> list[str]:
     """The instruction sets of this CPU that a compiler may use."""
     capabilities = torch.cpu.get_capabilities()
     return [name for name in _ISA if capabilities.get(name)]
+
+
+def slow_kernels(entry: Mapping[str, Any]) -> str | None:
+    """Why the kernels of quantized layers are not fast in a program, or None where they are."""
+    missing = [name for name in _FAST if name not in entry["isa"]]
+    if not missing:
+        return None
+    return f"quantized layers run in plain loops, as the CPU that compiled them has no {', '.join(missing)}"
 
 
 def unusable(entry: dict[str, Any]) -> str | None:

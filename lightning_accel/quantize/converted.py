@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
+from .adapters import merge_adapters
 from .config import QuantConfig
 from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of
 from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack
@@ -206,14 +207,18 @@ def convert_(model: nn.Module) -> nn.Module:
     """Replaces each fake-quantized module of `model` by its integer form, in place, and returns the model.
 
     Layers that shared a Parameter (a tied head) share one integer tensor; a module that stood in several places
-    still does; forward hooks move to the integer form. A model that is itself one layer comes back as another object.
+    still does; forward hooks move to the integer form. A model that is itself one layer comes back as another object,
+    and so does one with adapters of peft, which are merged in a copy.
 
     Raises:
         ValueError: nothing is fake-quantized (call `prepare_` or `quantize_model` first), or weights are not finite;
             the model is then as it was.
     """
     if not is_prepared(model):
+        check_not_converted(model)
         raise ValueError("nothing in the model is fake-quantized; write quantize_model(model, QuantConfig('int8'))")
+    model = merge_adapters(model)
+    _check_finite(model)
     codes: dict[tuple[Any, ...], _Codes] = {}
     converted = {m: _convert(m, name, codes) for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
     absorbed = [m.__dict__["norm"] for m in converted if m.__dict__.get("norm") is not None]
@@ -223,6 +228,23 @@ def convert_(model: nn.Module) -> nn.Module:
             if child in converted:
                 parent._modules[name] = converted[child]
     return converted.get(model, model)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ValueError where a fake-quantized module holds NaN or infinite values."""
+    for name, module in select.named_modules(model):
+        for part, tensor in module._parameters.items() if type(module) in FAKE_TYPES else ():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}.{part} holds NaN or infinite values; train again or exclude {name!r}")
+
+
+def check_not_converted(model: nn.Module) -> None:
+    """Raises ValueError where `model` holds integers already: they cannot be rounded or trained again."""
+    if name := next((n or "<root>" for n, m in select.named_modules(model) if isinstance(m, CONVERTED)), None):
+        raise ValueError(
+            f"the model is already quantized ({name} holds integers, which cannot be trained or quantized again); keep "
+            "the float model, and write quantize_model(model, config) last or export_model(model, ..., quantize=config)"
+        )
 
 
 def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], _Codes]) -> nn.Module:
@@ -294,11 +316,11 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     >>> quantize_model(model, QuantConfig("int8"))[2]
     Int8Linear(in_features=8, out_features=2, bias=True)
     """
-    if any(isinstance(m, CONVERTED) for m in model.modules()):
-        raise ValueError("the model is already quantized; quantize the original model instead")
-    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    check_not_converted(model)
+    model = copy.deepcopy(merge_adapters(model)).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)
+        _check_finite(model)  # or calibration would say that its data are not
         calibrate_(model, calibration)
     return convert_(model)
 

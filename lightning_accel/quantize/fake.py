@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from .. import select
 from .._quiet import Conv1D, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
+from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
-from .ops import round_rows
+from .ops import MOST_INT8_INPUTS, round_rows
 from .ranges import AffineFakeQuantizer
 from .static import MOST_INPUTS
 
@@ -135,7 +136,7 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     Preparing twice with the same exceptions changes nothing.
 
     Raises:
-        ValueError: nothing in the model can be quantized, or an override matches nothing.
+        ValueError: nothing in the model can be quantized, it holds integers already, or an override matches nothing.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(prepare_(model, QuantConfig("int8", overrides={"2": None})))
@@ -155,6 +156,7 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     for module in model.modules():
         if type(module) in _UNFUSED and is_prepared(module):
             module.__class__ = _UNFUSED[type(module)]
+    swap_adapters_(model, FAKE_TYPES)
     return coverage.require_any(
         "quantization needs nn.Linear, nn.Embedding or transformers' Conv1D, and int8-static nn.Conv1d or nn.Conv2d"
     )
@@ -162,23 +164,30 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
 
 def plan(model: nn.Module, config: QuantConfig) -> Coverage:
     """What `prepare_` would touch and skip, and why."""
+    from .converted import check_not_converted  # which imports this module
+
+    check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
-    fused = _in_fused_operators(model)
+    fused, parts = _in_fused_operators(model), parts_of_adapters(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
-        scheme, reason = chosen[name], _why_not(module, chosen[name], fused)
+        scheme, reason = chosen[name], parts.get(id(module)) or _why_not(module, chosen[name], fused)
         if reason is None:
             scheme, reason = _fitting(name, module, chosen[name], config.group_size)
         else:
             scheme = None
+        if scheme == "int8" and _may_overflow(module):
+            scheme, reason = None, f"int32 sums over more than {MOST_INT8_INPUTS:,} inputs could overflow"
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
+    check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.done is not None})
     return coverage
 
 
 def unprepare_(model: nn.Module) -> nn.Module:
     """Takes the fake quantizers out again, in place; the weights are the trained ones, not rounded."""
+    unswap_adapters_(model)
     for module in model.modules():
         module.__dict__.pop("fallback", None)
         if type(module) in _PLAIN:
@@ -249,6 +258,10 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
     warnings.warn(f"{name}: {reason}", stacklevel=5)
     return "int8", reason
+
+
+def _may_overflow(module: Any) -> bool:
+    return count_inputs(module) > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
 
 
 def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30  # keeps 1 / scale finite for a row of zeros
+MOST_INT8_INPUTS = (2**31 - 1) // 127**2  # of a layer: int32 sums of more products of int8 codes could overflow
 
 
 def row_scales(x: Tensor) -> Tensor:

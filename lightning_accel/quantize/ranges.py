@@ -1,7 +1,8 @@
 """The fake quantizer of static activations, and where its range comes from: calibration, training, or a saved state.
 
-A range is a buffer that no state_dict holds (contract 1); the callback saves it. While it is empty nothing is rounded
-in training, and evaluation raises.
+A range is a plain tensor: no state_dict holds it (contract 1), and it is no new buffer for Lightning's averages of
+weights, which pair a network's buffers with those of a copy by their order. The callback saves it. While it is empty
+nothing is rounded in training, and evaluation raises.
 """
 
 from __future__ import annotations
@@ -54,13 +55,16 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         sample: where calibration takes note of values; they then pass as they are.
     """
 
-    range: Tensor
-
     def __init__(self, observer: str) -> None:
         super().__init__()
         self.enabled, self.observer, self.frozen = True, observer, False
         self.sample: Sample | None = None
-        self.register_buffer("range", torch.tensor([torch.inf, -torch.inf]), persistent=False)
+        self.range = torch.tensor([torch.inf, -torch.inf])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AffineFakeQuantizer:
+        """Follows the module to another device, and stays in float32."""
+        self.range = self.range.to(fn(self.range).device)
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

@@ -40,7 +40,7 @@ inline void quantize_row(const float* x, int64_t K, int64_t stride, int8_t* code
     sum = _mm512_add_epi32(sum, q);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtsepi32_epi8(q));
   }
-  *start = -128 * _mm512_reduce_add_epi32(sum);
+  *start = static_cast<int32_t>(-128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)));  // modulo 2^32, as the sums
 }
 
 #else
