@@ -93,9 +93,9 @@ def integers(model: nn.Module, scheme: str) -> dict[str, Tensor]:
 
 def codes(layer: Any) -> Tensor:
     """Integer codes [out, in] of a converted layer."""
-    if layer.weight.dim() == 2:
-        return layer.weight
-    return int4.unpack(layer.weight, layer.scale, layer.out_features)[0].flatten(1)
+    if layer.codes.dim() == 2:
+        return layer.codes
+    return int4.unpack(layer.codes, layer.scale, layer.out_features)[0].flatten(1)
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def assert_exported(model: nn.Module, scheme: str, artifact: Path) -> None:
     """
     stored = {n.removeprefix("model."): t for n, t in load_weights(artifact / "weights.safetensors").items()}
     expected = integers(model, scheme)
-    assert {f"{name}.weight" for name in LAYERS} <= set(expected) <= set(stored)
+    assert {f"{name}.codes" for name in LAYERS} <= set(expected) <= set(stored)
     assert_same(expected, {name: stored[name] for name in expected})
     x, training = points(64)[:][0], model.training
     y, trained = load(artifact)(x), model.eval()(x)  # in training, ranges would follow the input
@@ -215,7 +215,7 @@ def test_the_exponential_average_is_what_is_exported_and_what_the_checkpoint_hol
     assert_exported(module.model, scheme, tmp_path / "artifact")
     last = copy.deepcopy(module.model)
     last.load_state_dict(hand.last)
-    assert not torch.equal(integers(last, scheme)["second.weight"], integers(module.model, scheme)["second.weight"])
+    assert not torch.equal(integers(last, scheme)["second.codes"], integers(module.model, scheme)["second.codes"])
     restored = restore_(seeded(Net, seed=9), exporting.checkpoint, "model").model
     assert_same(integers(restored, scheme), integers(module.model, scheme))
 

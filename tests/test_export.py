@@ -69,7 +69,7 @@ def test_a_damaged_tile_of_weights_is_drift_and_the_last_good_artifact_stays(
     good, save = files(tmp_path / "a"), artifact.save_weights
 
     def save_damaged(tensors: dict[str, Tensor], path: Path) -> None:
-        name = next(n for n in tensors if n.endswith("2.weight") or path.name != artifact.WEIGHTS)
+        name = next(n for n in tensors if n.endswith(("2.weight", "2.codes")) or path.name != artifact.WEIGHTS)
         save({**tensors, name: corrupt(tensors[name])} if path.name == artifact.WEIGHTS else tensors, path)
 
     monkeypatch.setattr(artifact, "save_weights", save_damaged)
@@ -87,7 +87,7 @@ def test_a_damaged_tile_of_a_compiled_program_is_drift(
     directory = tmp_path / "damaged"
     shutil.copytree(built.directory, directory)
     tensors = {n: t.clone() for n, t in artifact.load_weights(directory / artifact.WEIGHTS).items()}
-    layer = next(n for n in tensors if n.endswith(("layers.1.self_attn.v_proj.weight", "layer.1.output.dense.weight")))
+    layer = next(n for n in tensors if n.endswith(("layers.1.self_attn.v_proj.codes", "layer.1.output.dense.codes")))
     assert tensors[layer].dtype == torch.int8 and tensors[layer].dim() == 4
     tensors[layer] = corrupt(tensors[layer])
     artifact.save_weights(tensors, directory / artifact.WEIGHTS)

@@ -122,7 +122,7 @@ def test_a_thousand_layers_have_the_same_codes_fake_quantized_converted_and_pack
         prepare_(fake, QuantConfig(SCHEMES[seed % 2], group_size=(32, 64)[seed // 2 % 2]))
         rounded = fake[0].weight_fake_quantizer(fake[0].weight)
         converted = convert_(fake)[0]
-        codes, scales = int4.unpack(converted.weight, converted.scale, converted.out_features)
+        codes, scales = int4.unpack(converted.codes, converted.scale, converted.out_features)
         assert torch.equal((codes * scales).flatten(1), rounded), seed
 
 
@@ -234,8 +234,8 @@ def test_a_tied_head_shares_one_packed_tensor_and_half_a_byte_a_weight() -> None
     converted = quantize_model(model, QuantConfig("int4-int8"))
     embedding, head = converted.get_input_embeddings(), converted.get_output_embeddings()
     assert isinstance(embedding, Int4Embedding) and isinstance(head, Int4Linear)
-    assert embedding.weight is head.weight and embedding.scale is head.scale
-    assert head.weight.nbytes == -(-tiny.VOCABULARY // 16) * 16 * tiny.WIDTH // 2
+    assert embedding.codes is head.codes and embedding.scale is head.scale
+    assert head.codes.nbytes == -(-tiny.VOCABULARY // 16) * 16 * tiny.WIDTH // 2
     coverage = quantization_coverage(converted)
     assert coverage.technique == "int4-int8 quantization" and coverage.share_of_parameters > 0.99
     assert sum(e.parameters for e in coverage.entries) == sum(p.numel() for p in model.parameters())

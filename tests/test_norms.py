@@ -106,7 +106,7 @@ def test_a_converted_convolution_is_the_fake_quantized_one_with_its_norm(
     fake, converted = model(data[0]), convert_(copy.deepcopy(model))
     codes = row_codes(folded_weight(conv).flatten(1), row_scales(folded_weight(conv).flatten(1)))
     expected = codes.view(conv.weight.shape).permute(0, 2, 3, 1).flatten(1)
-    assert torch.equal(converted[0].weight.float(), expected), "the same codes"
+    assert torch.equal(converted[0].codes.float(), expected), "the same codes"
     y = converted(data[0])
     assert y.shape == fake.shape and isinstance(converted[1], nn.Identity)
     assert ((y.double() - fake.double()).abs() <= 4 * error_bound(converted[0], expected.shape[1])[:, None, None]).all()
@@ -213,9 +213,9 @@ def test_keys_and_parameters_stay_and_unprepare_restores_exactly() -> None:
 def test_a_convolutions_codes_do_not_move_with_the_statistics_of_a_batch() -> None:
     model = prepared(network(), images()).train()
     freeze_(model)
-    codes = convert_(copy.deepcopy(model))[0].weight
+    codes = convert_(copy.deepcopy(model))[0].codes
     model(images(1, seed=7)[0] * 3)
-    assert torch.equal(convert_(copy.deepcopy(model))[0].weight, codes)
+    assert torch.equal(convert_(copy.deepcopy(model))[0].codes, codes)
 
 
 def test_coverage_counts_convolutions_and_names_those_in_groups() -> None:
@@ -246,4 +246,15 @@ def test_masked_weights_are_zero_codes() -> None:
     with torch.no_grad():
         model[3].conv1.weight[:, ::2] = 0.0
     converted = quantize_model(model, STATIC, images())
-    assert not converted[3].conv1.weight.view(8, 3, 3, 8)[..., ::2].any()
+    assert not converted[3].conv1.codes.view(8, 3, 3, 8)[..., ::2].any()
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_the_weight_of_a_converted_convolution_is_the_folded_one_in_float(dims: int) -> None:
+    torch.manual_seed(0)
+    conv = (nn.Conv1d if dims == 1 else nn.Conv2d)(3, 5, 3)
+    norm = (nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d)(5)
+    model = prepared(nn.Sequential(conv, norm).eval(), [torch.randn(2, 3, *(7,) * dims) for _ in range(8)])
+    converted = convert_(copy.deepcopy(model))[0]
+    expected = conv.weight_fake_quantizer(folded_weight(conv).flatten(1)).view(conv.weight.shape)
+    torch.testing.assert_close(converted.weight, expected, atol=1e-7, rtol=1e-6)

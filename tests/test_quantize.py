@@ -109,7 +109,7 @@ def test_a_converted_layer_is_the_integer_reference_bit_by_bit(
     converted = quantize_model(nn.Sequential(layer), INT8)
     bias = layer.bias.detach() if with_bias else None
     assert torch.equal(converted(x), numpy_linear(x, layer.weight.detach(), bias))
-    assert np.array_equal(converted[0].weight.numpy(), numpy_codes(layer.weight.detach())[0])
+    assert np.array_equal(converted[0].codes.numpy(), numpy_codes(layer.weight.detach())[0])
 
 
 @settings(deadline=None, max_examples=50)
@@ -391,7 +391,7 @@ def test_a_tied_head_shares_one_integer_tensor(make: Any) -> None:
     model = quantize_model(make(), INT8)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, Int8Embedding) and isinstance(head, Int8Linear)
-    assert head.weight is embedding.weight and head.scale is embedding.scale
+    assert head.codes is embedding.codes and head.scale is embedding.scale
     assert sum(b.numel() for b in dict.fromkeys(model.buffers()) if b.dtype == torch.int8) == sum(
         p.numel() for p in make().parameters() if p.dim() == 2
     )
@@ -495,7 +495,7 @@ def test_pruned_zeros_survive_conversion() -> None:
         model[0].weight[model[0].weight.abs() < 0.2] = 0.0
         model[2].weight[5] = 0.0
     converted = quantize_model(model, INT8)
-    assert (converted[0].weight[model[0].weight == 0] == 0).all() and (converted[2].weight[5] == 0).all()
+    assert (converted[0].codes[model[0].weight == 0] == 0).all() and (converted[2].codes[5] == 0).all()
 
 
 @torch.no_grad()
@@ -515,3 +515,15 @@ def test_coverage_of_a_converted_model_names_what_stays_float() -> None:
     weights = 24 * 8 + 3 * 24
     assert {e.name: e.done for e in coverage.entries} == {"0": "int8", "2": None, "4": "int8"}
     assert coverage.share_of_parameters == weights / (weights + 24 * 24 + 24) > weights / total
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-weight", "int4-int8"])
+def test_the_weight_of_a_converted_layer_is_the_rounded_one_in_float(scheme: str) -> None:
+    """Models cast activations to the dtype of `layer.weight`: it must not be int8."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(32, 20), nn.Embedding(20, 32), Conv1D(20, 32)])
+    prepare_(model, QuantConfig(scheme))
+    converted = convert_(copy.deepcopy(model))
+    for fake, integer, transposed in zip(model, converted, (False, False, True), strict=True):
+        expected = fake.weight_fake_quantizer(fake.weight.t() if transposed else fake.weight)
+        assert integer.weight.dtype == torch.float32 and torch.equal(integer.weight, expected)

@@ -198,7 +198,7 @@ def test_fake_quantized_and_converted_layers_agree_to_float_rounding(
     model = prepared(nn.Sequential(nn.Linear(n, out, bias=bias)), data=[x] * 8)
     fake, converted = model(x), convert_(copy.deepcopy(model))
     scale, weight = converted[0].input_scale, model[0].weight
-    assert torch.equal(converted[0].weight.float(), row_codes(weight, row_scales(weight)))
+    assert torch.equal(converted[0].codes.float(), row_codes(weight, row_scales(weight)))
     terms = n * 255 * 127 * scale * row_scales(weight).double().T
     assert ((fake.double() - converted(x).double()).abs() <= (n + 4) * 2.0**-24 * (terms + 1)).all()
 
@@ -249,7 +249,7 @@ def test_ranges_are_in_no_state_dict_and_unprepare_takes_them_out() -> None:
 def test_embeddings_and_tied_heads_share_int8_codes() -> None:
     ids = [{"input_ids": tiny.ids(4, 12, seed=s)} for s in range(8)]
     model = quantize_model(tiny.gpt2(), STATIC, ids)
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.codes is model.transformer.wte.codes
     schemes = {e.name: e.done for e in quantization_coverage(model, {"lm_head": 1}).entries}
     assert schemes["transformer.wte"] == "int8" and schemes["lm_head"] == "int8-static"
 

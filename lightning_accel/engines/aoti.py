@@ -92,13 +92,13 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
     modules: list[Any] = list(model.modules())
     for module in modules:
         if type(module) in functions:
-            plain = module.weight
+            plain = module.codes
             if id(plain) not in tiles:
                 tiles[id(plain)] = plain, tile(plain)
-            module.weight, module.function = tiles[id(plain)][1], functions[type(module)]
+            module.codes, module.function = tiles[id(plain)][1], functions[type(module)]
     for module in modules:
-        if isinstance(module, Int8Embedding) and id(module.weight) in tiles:
-            plain, module.weight = tiles[id(module.weight)]
+        if isinstance(module, Int8Embedding) and id(module.codes) in tiles:
+            plain, module.codes = tiles[id(module.codes)]
             module.function = int8_embedding_tiled(plain.shape[1])
         elif isinstance(module, Int8Embedding):
             module.function = int8_embedding_reference

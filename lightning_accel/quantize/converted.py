@@ -15,59 +15,80 @@ from ..select import Coverage, Entry
 from .adapters import merge_adapters
 from .config import QuantConfig
 from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of
-from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack
+from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack, unpack
 from .norms import folded_bias, folded_weight
-from .ops import int8_embedding, int8_linear, row_codes, row_scales
+from .ops import int8_embedding, int8_linear, row_codes, row_scales, untile
 from .ranges import calibrate_
 from .static import affine, affine_codes, int8_static_conv2d_reference, int8_static_linear_reference, static_sums
 
 _Codes = tuple[Tensor, Tensor]  # int8 [rows, n] and float32 [rows], or as `int4.pack` gives them
 
 
-class Int8Linear(nn.Module):
+class _Converted(nn.Module):
+    """What the layers share: integer `codes`, as they are stored, and their scales.
+
+    Each has a `weight`, which is what the codes mean, in float32: models look at its dtype, and cast activations to it
+    (transformers' ViT would make int8 of its pixels).
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def _rows(self, rows: int, n: int) -> Tensor:
+        """int8 codes [rows, n], whether an engine keeps them in tiles or not."""
+        return self.codes if self.codes.dim() == 2 else untile(self.codes, rows, n)
+
+
+class Int8Linear(_Converted):
     """A linear layer with int8 weights [out, in], float32 scales [out] and dynamic int8 activations, for inference."""
 
     scheme = "int8"
-    weight: Tensor
-    scale: Tensor
 
     def __init__(self, codes: _Codes, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", codes[0])
+        self.register_buffer("codes", codes[0])
         self.register_buffer("scale", codes[1])
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.out_features, self.in_features = codes[0].shape
         self.function: Callable[..., Tensor] = int8_linear  # engines put their own form in its place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, self.scale, self.bias)
+        return self.function(x, self.codes, self.scale, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in]."""
+        return self._rows(self.out_features, self.in_features).float() * self.scale[:, None]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(_Converted):
     """An embedding with int8 rows [n, width] and float32 scales [n], for inference."""
 
     scheme = "int8"
-    weight: Tensor
-    scale: Tensor
 
     def __init__(self, codes: _Codes) -> None:
         super().__init__()
-        self.register_buffer("weight", codes[0])
+        self.register_buffer("codes", codes[0])
         self.register_buffer("scale", codes[1])
         self.num_embeddings, self.embedding_dim = codes[0].shape
         self.function: Callable[..., Tensor] = int8_embedding  # engines put their own form in its place
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.function(ids, self.weight, self.scale)
+        return self.function(ids, self.codes, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [n, width]."""
+        return self._rows(self.num_embeddings, self.embedding_dim).float() * self.scale[:, None]
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-class _Static(nn.Module):
+class _Static(_Converted):
     """What layers with static uint8 activations share: y = (codes_x @ codes_w.T + start) * scale + bias.
 
     Args:
@@ -78,24 +99,27 @@ class _Static(nn.Module):
     """
 
     scheme = "int8-static"
-    weight: Tensor
     start: Tensor
-    scale: Tensor
     bias: Tensor
 
     def __init__(self, codes: _Codes, bias: Tensor, range_: Tensor, gain: Tensor | float = 1.0) -> None:
         super().__init__()
         self.input_scale, self.zero_point = affine(*range_.tolist())
         weight, scale = codes
-        self.register_buffer("weight", weight)
+        self.register_buffer("codes", weight)
         self.register_buffer("start", static_sums(weight, self.zero_point))
         self.register_buffer("scale", scale * self.input_scale * gain)
         self.register_buffer("bias", bias.detach().clone())
         self.out_features, self.in_features = weight.shape
 
-    def codes(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         """uint8 codes of activations."""
         return affine_codes(x, self.input_scale, self.zero_point)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in]."""
+        return self._rows(self.out_features, self.in_features).float() * (self.scale / self.input_scale)[:, None]
 
     def extra_repr(self) -> str:
         return f"input_scale={self.input_scale:.4g}, zero_point={self.zero_point}"
@@ -107,7 +131,7 @@ class Int8StaticLinear(_Static):
     function: Callable[..., Tensor] = staticmethod(int8_static_linear_reference)  # engines put their own in its place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.codes(x), self.weight, self.start, self.scale, self.bias).to(x.dtype)
+        return self.function(self.quantize(x), self.codes, self.start, self.scale, self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -139,61 +163,72 @@ class Int8StaticConv(_Static):
         elif not even:
             x = nn.functional.pad(x, self._around)
         padding = (ends[2], ends[0]) if even and self.padding_mode == "zeros" else (0, 0)
-        codes = self.codes(x if self.dims == 2 else x.unsqueeze(-2)).permute(0, 2, 3, 1).contiguous()
+        codes = self.quantize(x if self.dims == 2 else x.unsqueeze(-2)).permute(0, 2, 3, 1).contiguous()
         (kernel, stride, dilation) = self.geometry
         y = self.function(
-            codes, self.weight, self.start, self.scale, self.bias, self.zero_point, *kernel, stride, padding, dilation
+            codes, self.codes, self.start, self.scale, self.bias, self.zero_point, *kernel, stride, padding, dilation
         )
         y = y.permute(0, 3, 1, 2).to(x.dtype)
         y = y if self.dims == 2 else y.squeeze(-2)
         return y if batched else y.squeeze(0)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in, (height,) width]."""
+        return super().weight.unflatten(1, (*self.geometry[0][2 - self.dims :], -1)).movedim(-1, 1)
 
     def extra_repr(self) -> str:
         kernel, stride, dilation = self.geometry
         return f"out={self.out_features}, kernel={kernel}, stride={stride}, dilation={dilation}, {super().extra_repr()}"
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(_Converted):
     """A linear layer with packed int4 weights and scales (`int4.pack`), for inference.
 
     Args:
         scheme: `"int4-weight"` (activations as they are) or `"int4-int8"` (dynamic int8 activations).
     """
 
-    weight: Tensor
-    scale: Tensor
     bias: Tensor
 
     def __init__(self, codes: _Codes, bias: Tensor | None, out_features: int, in_features: int, scheme: str) -> None:
         super().__init__()
-        self.register_buffer("weight", codes[0])
+        self.register_buffer("codes", codes[0])
         self.register_buffer("scale", codes[1])
         self.register_buffer("bias", torch.zeros(out_features) if bias is None else bias.detach().clone())
         self.out_features, self.in_features, self.scheme = out_features, in_features, scheme
         self.function: Callable[..., Tensor] = int4_linear if scheme == "int4-weight" else int4_int8_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, self.scale, self.bias)
+        return self.function(x, self.codes, self.scale, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in]."""
+        return dequantize_groups(self.codes, self.scale, self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme!r}"
 
 
-class Int4Embedding(nn.Module):
+class Int4Embedding(_Converted):
     """An embedding with packed int4 rows and their scales (`int4.pack`), for inference."""
 
     scheme = "int4-weight"
-    weight: Tensor
-    scale: Tensor
 
     def __init__(self, codes: _Codes, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
-        self.register_buffer("weight", codes[0])
+        self.register_buffer("codes", codes[0])
         self.register_buffer("scale", codes[1])
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        return int4_embedding_reference(ids, self.weight, self.scale)
+        return int4_embedding_reference(ids, self.codes, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [n, width]."""
+        return dequantize_groups(self.codes, self.scale, self.num_embeddings)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
@@ -294,6 +329,12 @@ def quantize_rows(weight: Tensor) -> _Codes:
     return row_codes(weight, scales).to(torch.int8).contiguous(), scales.squeeze(-1).contiguous()
 
 
+def dequantize_groups(packed: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """float32 [rows, n] of what `quantize_groups` gives."""
+    codes, scales = unpack(packed, scale, rows)
+    return (codes * scales).flatten(1)
+
+
 def quantize_groups(weight: Tensor, group: int) -> _Codes:
     """Packed int4 codes and float16 scales of `weight` [rows, n] in groups of inputs."""
     scales = group_scales(weight, group)
@@ -337,7 +378,7 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
     coverage = Coverage(f"{' and '.join(schemes)} quantization")
     seen: set[int] = set()
     for name, module in select.named_modules(model):
-        weight = getattr(module, "weight", None) if isinstance(module, CONVERTED) else None
+        weight: Any = module.codes if isinstance(module, CONVERTED) else None
         tensors: list[Tensor] = [t for t in module._parameters.values() if t is not None]
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
         parameters += _size(module) if weight is not None and id(weight) not in seen else 0
