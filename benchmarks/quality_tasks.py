@@ -243,7 +243,7 @@ TASKS = {
     "cnn": Task(
         "CNN with BatchNorm (0.24 M), Fashion-MNIST",
         ("int8-static",),
-        Settings(train=30000, validation=2000, test=10000, epochs=2, batch=128, lr=2e-3, begin=0.5),
+        Settings(train=50000, validation=2000, test=10000, epochs=2, batch=128, lr=5e-3, begin=0.5),
         Settings(train=512, validation=100, test=500, epochs=1, batch=64, lr=2e-3, begin=0.5),
         load_fashion, build_cnn,
     ),
