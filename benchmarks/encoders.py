@@ -1,4 +1,4 @@
-"""Encoders at MiniLM and BERT-base shapes, random weights: int8 against the float engine and the float graph in eager.
+"""Encoders at MiniLM and BERT-base shapes, random weights: int8 against the float engine, eager and other engines.
 
     lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import peers
 import torch
-from tables import coverage, default_load, provenance, table
+from tables import PAUSE, coverage, default_load, provenance, table
 from transformers import BertConfig, BertModel
 
 from lightning_accel import QuantConfig, export_model
@@ -28,11 +29,15 @@ def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def float_model(shape: str) -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**SHAPES[shape]), add_pooling_layer=False).eval()
+
+
 def build(out: Path) -> None:
     """Writes the artifacts, unless they are there; the golden inputs are those that are timed."""
     for shape, batch, length in ROWS:
-        torch.manual_seed(0)
-        model = BertModel(BertConfig(**SHAPES[shape]), add_pooling_layer=False).eval()
+        model = float_model(shape)
         for name, quantize in (("float", None), ("int8", QuantConfig("int8"))):
             folder = out / f"{shape}-{batch}x{length}-{name}"
             if not (folder / MANIFEST).exists():
@@ -44,20 +49,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/encoders"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    peers.add_option(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    others = peers.chosen(options.peers, "encoder")
     build(options.out)
     for shape, batch, length in ROWS:
         float_, int8 = (options.out / f"{shape}-{batch}x{length}-{name}" for name in ("float", "int8"))
+        folder = options.out / "peers" / f"{shape}-{batch}x{length}"
+        rows, agreements = peers.encoder_rows(others, float_model(shape), inputs(batch, length), folder)
         targets = {
             "eager_fp32": Target(str(float_), engine="portable"),
             "engine_fp32": Target(str(float_)),
             "int8": Target(str(int8)),
+            **{row.name: row.target for row in rows},
         }
-        measured = compare(targets, threads=options.threads, rounds=options.rounds)
+        measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
         sizes = {"eager_fp32": default_load(float_), "engine_fp32": default_load(float_), "int8": default_load(int8)}
+        sizes |= {row.name: row.bytes for row in rows}
         print(table(f"{shape}, {batch} x {length}", measured, sizes) + f"\n\n{coverage(int8)}\n")
-    print("random weights: no quality is claimed\n" + provenance(options.threads))
+        print(peers.notes(rows, agreements) + "\n")
+    print("random weights: no quality is claimed\n" + provenance(options.threads, peers.packages(others)))
 
 
 if __name__ == "__main__":

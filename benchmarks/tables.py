@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from lightning_accel.artifact import read_manifest
 from lightning_accel.measure import Measurement, machine, size_on_disk, versions
+
+PAUSE = 0.3  # seconds before a turn: threads of some runtimes spin for 0.2 s after their work (KMP_BLOCKTIME)
 
 
 def table(title: str, measured: Mapping[str, Measurement], sizes: Mapping[str, int]) -> str:
@@ -39,6 +42,7 @@ def coverage(folder: Path) -> str:
     return f"{found['technique']}: {flops:.1%} of FLOPs, {parameters:.1%} of parameters"
 
 
-def provenance(threads: int) -> str:
-    """Machine, versions and command, as they belong beside every figure."""
-    return json.dumps({"machine": machine(threads), "versions": versions(), "command": " ".join(sys.argv)})
+def provenance(threads: int, packages: Iterable[str] = ()) -> str:
+    """Machine, versions (of further packages too) and command, as they belong beside every figure."""
+    found = versions() | {name: version(name) for name in packages}
+    return json.dumps({"machine": machine(threads), "versions": found, "command": " ".join(sys.argv)})

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -61,6 +62,7 @@ def compare(
     threads: int | None = None,
     rounds: int = 5,
     repeat: int = 3,
+    pause: float = 0.0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Measurement]:
     """Times every workload of every target, in turns.
@@ -70,6 +72,7 @@ def compare(
         threads: of torch in each worker; default torch.get_num_threads().
         rounds: interleaved rounds; in each, every target runs every workload `repeat` times, the first round is
             warm-up and does not count.
+        pause: seconds before each turn, for threads of the last one that still spin, as some runtimes' do.
 
     Raises:
         RuntimeError: a worker failed; the message holds what it printed.
@@ -88,6 +91,7 @@ def compare(
             for name, worker in workers.items():
                 if progress:
                     progress(f"measuring {name}, round {turn} of {rounds}")
+                time.sleep(pause)
                 for workload in worker.workloads:
                     seconds = worker.ask({"run": workload, "repeat": repeat})["seconds"]
                     if turn:
