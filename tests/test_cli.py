@@ -22,7 +22,7 @@ def test_inspect_shows_programs_sizes_coverage_and_figures(decoder, capsys):
         "cache: 4 tensors, up to 64 positions",
         f"{manifest['sizes']['default_load_bytes'] / 1e6:.2f} MB for the default load",
         f"int8 quantization: {manifest['coverage'][0]['share_of_parameters']:.1%} of parameters",
-        "skipped by int8 quantization: model.norm (LlamaRMSNorm, 32 parameters): not quantized",
+        "skipped by int8 quantization: model.norm (LlamaRMSNorm, 32 parameters): no int8 form of this module",
         "speed: not measured",
         f"_mean_logit (artifact): {manifest['metrics'][2]['value']:.4f} (held-out, 1 batches; lower is better)",
     ):
