@@ -1,7 +1,7 @@
 // y[M, N] = float(codes[M, K] @ w[N, K].T + start[N]) * scale[N] + bias[N]: uint8 activations with one scale and zero
-// point a layer, int8 weights with one scale an output channel, for linear layers and convolutions [B, H, W, C]. Mean what
-// the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same order of
-// float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
+// point a layer, int8 weights with one scale an output channel; linear layers, and convolutions of [B, H, W, C]. Mean
+// what the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same
+// order of float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
 
 #include <vector>
 
@@ -36,29 +36,28 @@ struct Scaled {  // the epilogue
 #endif
 };
 
-#ifdef VNNI  // short copies of any length, without a call
-
-inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  for (; bytes > 64; bytes -= 64, to += 64, from += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
-  const __mmask64 in = ~uint64_t{0} >> (64 - bytes);
-  if (bytes > 0) _mm512_mask_storeu_epi8(to, in, _mm512_maskz_loadu_epi8(in, from));
-}
-
+// Copies `count` pieces of `bytes`, each `step` after the one before it.
+inline void copy(uint8_t* to, int64_t to_step, const uint8_t* from, int64_t from_step, int64_t bytes, int64_t count) {
+#ifdef VNNI  // without a call: pieces are short
+  const int64_t lines = (bytes - 1) / 64 * 64;
+  const __mmask64 last = ~uint64_t{0} >> (64 - (bytes - lines));
+  for (int64_t i = 0; i < count; i++, to += to_step, from += from_step) {
+    for (int64_t at = 0; at < lines; at += 64) _mm512_storeu_si512(to + at, _mm512_loadu_si512(from + at));
+    _mm512_mask_storeu_epi8(to + lines, last, _mm512_maskz_loadu_epi8(last, from + lines));
+  }
 #else
-
-inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
-
+  for (int64_t i = 0; i < count; i++) std::memcpy(to + i * to_step, from + i * from_step, bytes);
 #endif
+}
 
 struct Matrix {  // rows as they are in memory
   const uint8_t* codes;
   int64_t M, K;
 
-  // Rows from the first one on, a multiple of 16, that products can read where they are: up to 63 bytes past the end of
-  // a row, which meet weights of 0, but not past the end of the last.
+  // How many rows, from the first on, products can read where they are: 16 by 64 bytes at a time.
   int64_t in_place() const { return K % 64 == 0 ? M / 16 * 16 : 0; }
   void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
-    for (int64_t i = 0; i < count; i++) copy(to + i * stride, codes + (m + i) * K, K);
+    copy(to, stride, codes + m * K, K, K, count);
   }
 };
 
@@ -69,33 +68,47 @@ struct Windows {  // a row for each output of a convolution: the inputs in its w
 
   int64_t in_place() const { return 0; }
   void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
-    int64_t ox = m % out_width, oy = m / out_width % out_height, b = m / out_width / out_height;
-    for (int64_t i = 0; i < count; i++, to += stride) {
-      window(codes + b * H * W * C, oy * stride_height - top, ox * stride_width - left, to);
-      if (++ox < out_width) continue;
-      ox = 0;
-      if (++oy < out_height) continue;
-      oy = 0, b++;
+    while (count > 0) {  // outputs beside each other
+      const int64_t ox = m % out_width, oy = m / out_width % out_height, b = m / out_width / out_height;
+      const int64_t n = std::min(count, out_width - ox);
+      for (int64_t i = 0; i < kernel_height; i++) {
+        const int64_t y = oy * stride_height - top + i * down;
+        uint8_t* row = to + i * kernel_width * C;
+        if (y >= 0 && y < H) copy_row(codes + (b * H + y) * W * C, ox, n, row, stride);
+        else for (int64_t o = 0; o < n; o++) std::memset(row + o * stride, static_cast<int>(zero), kernel_width * C);
+      }
+      m += n, count -= n, to += n * stride;
     }
   }
 
  private:
-  void window(const uint8_t* image, int64_t y, int64_t x, uint8_t* to) const {
-    const int64_t row = kernel_width * C;
-    for (int64_t i = 0; i < kernel_height; i++, y += down, to += row) {
-      if (y < 0 || y >= H) {
-        std::memset(to, static_cast<int>(zero), row);
-      } else if (across == 1 && x >= 0 && x + kernel_width <= W) {
-        copy(to, image + (y * W + x) * C, row);
-      } else {
-        for (int64_t j = 0, at = x; j < kernel_width; j++, at += across) {
-          if (at < 0 || at >= W) std::memset(to + j * C, static_cast<int>(zero), C);
-          else copy(to + j * C, image + (y * W + at) * C, C);
-        }
-      }
+  // A row of the windows of n outputs, from a line of the image.
+  void copy_row(const uint8_t* line, int64_t ox, int64_t n, uint8_t* to, int64_t stride) const {
+    // of those windows that lie inside, a row is one piece
+    int64_t from = (left + stride_width - 1) / stride_width - ox, until = W + left - kernel_width;
+    until = until < 0 || across != 1 ? 0 : until / stride_width + 1 - ox;
+    from = std::min(std::max<int64_t>(from, 0), n), until = std::min(std::max(until, from), n);
+    for (int64_t o = 0; o < from; o++) copy_pixels(line, (ox + o) * stride_width - left, to + o * stride);
+    if (from < until)
+      copy(to + from * stride, stride, line + ((ox + from) * stride_width - left) * C, stride_width * C,
+           kernel_width * C, until - from);
+    for (int64_t o = until; o < n; o++) copy_pixels(line, (ox + o) * stride_width - left, to + o * stride);
+  }
+  void copy_pixels(const uint8_t* line, int64_t x, uint8_t* to) const {
+    for (int64_t j = 0; j < kernel_width; j++, x += across, to += C) {
+      if (x >= 0 && x < W) copy(to, 0, line + x * C, 0, C, 1);
+      else std::memset(to, static_cast<int>(zero), C);
     }
   }
 };
+
+inline int64_t threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that one task copies and multiplies: they stay in the cache
 
@@ -109,7 +122,8 @@ void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
                 std::min(kPanel, tiles - t), t * kRows, w.N - t * kRows, Scaled{w, y + m * w.N});
   };
   static thread_local std::vector<uint8_t> scratch;
-  const int64_t most = std::max<int64_t>(32, std::min<int64_t>(256, kBlockBytes / stride) / 32 * 32);
+  const int64_t share = (M + threads() - 1) / threads() + 31;  // of a thread, to be rounded down to a multiple of 32
+  const int64_t most = std::max<int64_t>(32, std::min({int64_t{256}, kBlockBytes / stride, share}) / 32 * 32);
   const int64_t blocks = (M + most - 1) / most;
   if (panels >= blocks) {  // few rows: all of them, then panels of channels
     const int64_t left = M - whole;
@@ -185,8 +199,10 @@ LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_conv2d_tiled(
   Weights w;
   if (open(tiles, start, scale, bias, &w) || rows(codes, &x, &dims, &sizes) || dims != 4) return AOTI_TORCH_FAILURE;
   const int64_t batch = sizes[0], H = sizes[1], W = sizes[2], C = sizes[3];
-  const int64_t out_height = (H + 2 * padding_height - (kernel_height - 1) * dilation_height - 1) / stride_height + 1;
-  const int64_t out_width = (W + 2 * padding_width - (kernel_width - 1) * dilation_width - 1) / stride_width + 1;
+  const int64_t down = H + 2 * padding_height - (kernel_height - 1) * dilation_height - 1;
+  const int64_t across = W + 2 * padding_width - (kernel_width - 1) * dilation_width - 1;
+  if (down < 0 || across < 0) return AOTI_TORCH_FAILURE;  // smaller than a window
+  const int64_t out_height = down / stride_height + 1, out_width = across / stride_width + 1;
   const int64_t shape[] = {batch, out_height, out_width, w.N};
   float* y;
   if (AOTITorchError error = allocate(4, shape, out, &y)) return error;
