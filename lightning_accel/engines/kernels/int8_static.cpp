@@ -3,8 +3,6 @@
 // the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same order of
 // float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
 
-#include <vector>
-
 #include "products.h"
 #include "shim.h"
 
@@ -103,40 +101,41 @@ template <class Source>
 void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
   const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = (w.K + 63) / 64 * 64;
   const int64_t panels = (tiles + kPanel - 1) / kPanel, whole = source.in_place();
-  const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t p) {
-    const int64_t t = p * kPanel;
-    panel<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
-                std::min(kPanel, tiles - t), t * kRows, w.N - t * kRows, Scaled{w, y + m * w.N});
+  const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t from, int64_t to) {
+    const int64_t t = from * kPanel;
+    product<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
+                  std::min(to * kPanel, tiles) - t, t * kRows, w.N - t * kRows, Scaled{w, y + m * w.N});
   };
-  static thread_local std::vector<uint8_t> scratch;
+  static thread_local Buffer<uint8_t> scratch;
   const int64_t most = std::max<int64_t>(32, std::min<int64_t>(256, kBlockBytes / stride) / 32 * 32);
   const int64_t blocks = (M + most - 1) / most;
   if (panels >= blocks) {  // few rows: all of them, then panels of channels
     const int64_t left = M - whole;
-    std::vector<uint8_t>& rows = scratch;  // of this thread: in the others of a team the name means their own
-    rows.resize(std::max<size_t>(rows.size(), (left + 15) / 16 * 16 * stride));
+    Buffer<uint8_t>& rows = scratch;  // of this thread: in the others of a team the name means their own
+    rows.grow((left + 15) / 16 * 16 * stride);
     run(
         (left + 15) / 16, panels, M * w.N * w.K,
         [&](int64_t i) {
           source.copy_rows(whole + i * 16, std::min<int64_t>(16, left - i * 16), rows.data() + i * 16 * stride, stride);
         },
-        [&](int64_t p) {
-          if (whole) products(source.codes, w.K, 0, whole, p);
-          if (left) products(rows.data(), stride, whole, left, p);
+        [&](int64_t from, int64_t to) {
+          if (whole) products(source.codes, w.K, 0, whole, from, to);
+          if (left) products(rows.data(), stride, whole, left, from, to);
         });
     return;
   }
-  run(0, blocks, M * w.N * w.K, [](int64_t) {}, [&](int64_t b) {
+  const auto block = [&](int64_t b) {
     const int64_t m = b * most, count = std::min(most, M - m);
     const uint8_t* codes = source.codes + m * w.K;
     int64_t ld = w.K;
     if (m + count > whole) {
-      scratch.resize(std::max<size_t>(scratch.size(), most * stride));
+      scratch.grow(most * stride);
       source.copy_rows(m, count, scratch.data(), stride);
       codes = scratch.data(), ld = stride;
     }
-    for (int64_t p = 0; p < panels; p++) products(codes, ld, m, count, p);
-  });
+    products(codes, ld, m, count, 0, panels);
+  };
+  run(0, blocks, M * w.N * w.K, [](int64_t) {}, each(block));
 }
 
 void linear(const uint8_t* codes, int64_t M, const Weights& w, float* y) {

@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "products.h"
 
@@ -65,18 +64,18 @@ inline void quantize_row(const float* x, int64_t K, int64_t stride, int8_t* code
 
 #endif
 
-// Scratch of a thread that calls an operator; kept from call to call.
+// Scratch of a thread that calls an operator.
 struct Rows {
-  std::vector<int8_t> codes;   // [M rounded up to 16, stride]
-  std::vector<int32_t> start;  // [M], -128 * sum of codes: what sums start from where 128 is added to each weight
-  std::vector<float> scale;    // [M]
+  Buffer<int8_t> codes;   // [M rounded up to 16, stride]
+  Buffer<int32_t> start;  // [M], -128 * sum of codes: what sums start from where 128 is added to each weight
+  Buffer<float> scale;    // [M]
   int64_t stride = 0;
 
   void resize(int64_t M, int64_t K) {
-    stride = (K + 63) / 64 * 64;
-    codes.resize(std::max<size_t>(codes.size(), (M + 15) / 16 * 16 * stride));
-    start.resize(std::max<size_t>(start.size(), M));
-    scale.resize(std::max<size_t>(scale.size(), M));
+    stride = ((K + 63) / 64 | 1) * 64;  // an odd number of cache lines: rows spread over all sets of the cache
+    codes.grow((M + 15) / 16 * 16 * stride);
+    start.grow(M);
+    scale.grow(M);
   }
   void quantize(const float* x, int64_t K, int64_t m) {
     quantize_row(x + m * K, K, stride, codes.data() + m * stride, start.data() + m, scale.data() + m);
