@@ -20,11 +20,26 @@ struct Scaled {  // the epilogue
   float* y;
 
 #ifdef VNNI
-  void store(int64_t m, int64_t n, int64_t count, __m512i sums) const {
+  struct Column {
+    __m512i start;
+    __m512 scale, bias;
+    float* y;
+    int64_t ldy;
+    __mmask16 in;
+
+    void store(int64_t m, __m512i sums) const {
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, start)), scale);
+      _mm512_mask_storeu_ps(y + m * ldy, in, _mm512_add_ps(scaled, bias));
+    }
+  };
+  Column at(int64_t n, int64_t count) const {
     const __mmask16 in = first(count);
-    const __m512i all = _mm512_add_epi32(sums, _mm512_maskz_loadu_epi32(in, w.start + n));
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_maskz_loadu_ps(in, w.scale + n));
-    _mm512_mask_storeu_ps(y + m * w.N + n, in, _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(in, w.bias + n)));
+    return {_mm512_maskz_loadu_epi32(in, w.start + n),
+            _mm512_maskz_loadu_ps(in, w.scale + n),
+            _mm512_maskz_loadu_ps(in, w.bias + n),
+            y + n,
+            w.N,
+            in};
   }
 #else
   void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {

@@ -5,9 +5,12 @@
 // bytes, padded with zeros, signed (symmetric quantization) or unsigned (with a zero point).
 //
 // An epilogue is an object with
-//     void store(int64_t m, int64_t n, int64_t count, sums)      // 16 sums of row m, channels n .. n + count
-// where `sums` is a __m512i on CPUs with AVX512 and a pointer to 16 int32 elsewhere, and for signed codes also
-//     int32_t start(int64_t m)                                   // -128 * sum of the codes of row m
+//     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most 16, with
+//         void store(int64_t m, __m512i sums)          // their sums in row m
+// on CPUs with AVX512, so that what depends on the channels stays in registers from row to row, and elsewhere with
+//     void store(int64_t m, int64_t n, int64_t count, const int32_t* sums)
+// For signed codes it has besides
+//     int32_t start(int64_t m)                         // -128 * sum of the codes of row m
 
 #pragma once
 
@@ -95,8 +98,10 @@ inline void block(const Codes& x, int64_t m, const int8_t* w, int64_t K4, int64_
         sums[i][j] = kUnsigned ? dot(sums[i][j], codes, tiles[j]) : dot(sums[i][j], tiles[j], codes);
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) out.store(m + i, n + j * kRows, channels - j * kRows, sums[i][j]);
+  for (int j = 0; j < N; j++) {
+    const auto column = out.at(n + j * kRows, channels - j * kRows);
+    for (int i = 0; i < M; i++) column.store(m + i, sums[i][j]);
+  }
 }
 
 template <bool kUnsigned, int N, class Out>
@@ -162,15 +167,26 @@ class Pending {
     m_ = m, rows_ = rows, at_ = 0, from_ = tile * kRows, two_ = two;
   }
   void take(int64_t most) {  // up to as many rows
-    const int64_t n = n_ + from_, channels = channels_ - from_;
-    for (const int64_t end = std::min(rows_, at_ + most); at_ < end; at_++) {
-      const int32_t* sums = ready_ + at_ / 16 * 512 + at_ % 16 * 16;
-      out_.store(m_ + at_, n, channels, _mm512_load_si512(sums));
-      if (two_) out_.store(m_ + at_, n + kRows, channels - kRows, _mm512_load_si512(sums + 256));
+    const int64_t from = at_, to = std::min(rows_, at_ + most);
+    at_ = to;
+    if (from == to) return;
+    const auto left = out_.at(n_ + from_, channels_ - from_);
+    if (!two_) {
+      for (int64_t i = from; i < to; i++) left.store(m_ + i, sums(i, 0));
+      return;
+    }
+    const auto right = out_.at(n_ + from_ + kRows, channels_ - from_ - kRows);
+    for (int64_t i = from; i < to; i++) {
+      left.store(m_ + i, sums(i, 0));
+      right.store(m_ + i, sums(i, 1));
     }
   }
 
  private:
+  __m512i sums(int64_t row, int64_t tile) const {
+    return _mm512_load_si512(ready_ + (row / 16 * 2 + tile) * 256 + row % 16 * 16);
+  }
+
   alignas(64) mutable int32_t sums_[2][4][256];
   const int32_t* ready_ = nullptr;
   int64_t turn_ = 0, m_ = 0, rows_ = 0, at_ = 0, from_ = 0;
