@@ -26,9 +26,23 @@ inline __m512i larger(__m512i most, __m512 x) {
 }
 
 inline float largest(const float* x, int64_t K) {
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t k = 0; k < K; k += 16) most = larger(most, _mm512_maskz_loadu_ps(first(K - k), x + k));
-  return as_float(_mm512_reduce_max_epi32(most));
+  __m512i most[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  int64_t k = 0;
+  for (; k + 32 <= K; k += 32)
+    for (int i = 0; i < 2; i++) most[i] = larger(most[i], _mm512_loadu_ps(x + k + 16 * i));
+  for (; k < K; k += 16) most[0] = larger(most[0], _mm512_maskz_loadu_ps(first(K - k), x + k));
+  return as_float(_mm512_reduce_max_epi32(_mm512_max_epi32(most[0], most[1])));
+}
+
+// 64 codes of as many floats, from `load(i)` for the i-th 16 of them.
+template <class Load>
+inline __m512i convert(const Load& load, __m512 inverse) {
+  __m512i q[4];
+  for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(load(i), inverse));
+  // packed four by four within quarters of a register
+  const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, packed);
 }
 
 // Codes of a row whose largest magnitude is `top`.
@@ -43,11 +57,14 @@ inline void convert_row(const float* x, int64_t K, int64_t stride, float top, in
   *scale = std::max(top, kTiny) / 127.0f;
   const __m512 inverse = _mm512_set1_ps(1.0f / *scale);
   __m512i sum = _mm512_setzero_si512();
-  for (int64_t k = 0; k < stride; k += 16) {
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first(K - k), x + k), inverse));
-    sum = _mm512_add_epi32(sum, q);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtsepi32_epi8(q));
-  }
+  int64_t k = 0;
+  const auto put = [&](__m512i q) {
+    sum = dot(sum, _mm512_set1_epi8(1), q);
+    _mm512_storeu_si512(codes + k, q);
+  };
+  for (; k + 64 <= K; k += 64) put(convert([&](int i) { return _mm512_loadu_ps(x + k + 16 * i); }, inverse));
+  for (; k < stride; k += 64)
+    put(convert([&](int i) { return _mm512_maskz_loadu_ps(first(K - k - 16 * i), x + k + 16 * i); }, inverse));
   *start = static_cast<int32_t>(-128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)));  // modulo 2^32, as the sums
 }
 
