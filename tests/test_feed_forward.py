@@ -24,19 +24,22 @@ from lightning_accel.engines import aoti
 from lightning_accel.engines.fuse import fuse
 from lightning_accel.quantize.fused import ACTIVATIONS
 from lightning_accel.quantize.ops import int8_linear_reference, tile
+from lightning_accel.quantize.static import affine, affine_codes, int8_static_linear_reference, static_sums
 
 BOUND = 2.0**-21  # of an activation's error, in parts of its input
 
-ENTRY = """
-#include "{kernels}/int8_feed_forward.cpp"
+EXPORT = """
+#include "{source}"
 #define EXPORT extern "C" __attribute__((visibility("default")))
+"""
+DYNAMIC = """
 EXPORT bool run(const float* x, const int8_t* w, const float* scale, const float* bias, const int8_t* w_2,
-    const float* scale_2, const float* bias_2, float* y, int64_t M, int64_t K, int64_t H, int64_t N, int64_t kind) {{
-  const Layer first{{w, scale, bias, H, K}}, second{{w_2, scale_2, bias_2, N, H}};
-  return with_activation(kind, [&](auto k) {{ feed_forward<decltype(k)::value>(x, M, first, second, y); }});
-}}
-EXPORT bool activations(const float* x, float* y, int64_t n, int64_t kind) {{
-  return with_activation(kind, [&](auto k) {{
+    const float* scale_2, const float* bias_2, float* y, int64_t M, int64_t K, int64_t H, int64_t N, int64_t kind) {
+  const Layer first{w, scale, bias, H, K}, second{w_2, scale_2, bias_2, N, H};
+  return with_activation(kind, [&](auto k) { feed_forward<decltype(k)::value>(x, M, first, second, y); });
+}
+EXPORT bool activations(const float* x, float* y, int64_t n, int64_t kind) {
+  return with_activation(kind, [&](auto k) {
     const Activate<decltype(k)::value> activate;
 #ifdef VNNI
     for (int64_t i = 0; i < n; i += 16)
@@ -44,42 +47,61 @@ EXPORT bool activations(const float* x, float* y, int64_t n, int64_t kind) {{
 #else
     for (int64_t i = 0; i < n; i++) y[i] = activate(x[i]);
 #endif
-  }});
-}}
+  });
+}
+"""
+STATIC = """
+EXPORT bool run(const uint8_t* x, const int8_t* w, const int32_t* start, const float* scale, const float* bias,
+    const int8_t* w_2, const int32_t* start_2, const float* scale_2, const float* bias_2, float* y, int64_t M,
+    int64_t K, int64_t H, int64_t N, int64_t kind, int64_t zero_point, const float* factor) {
+  const Weights first{w, start, scale, bias, H, K}, second{w_2, start_2, scale_2, bias_2, N, H};
+  return with_activation(kind, [&](auto k) {
+    feed_forward<decltype(k)::value>(x, M, first, second, *factor, static_cast<float>(zero_point), y);
+  });
+}
 """
 
 Layer = tuple[Tensor, Tensor, Tensor | None]
 
 
+def compiled(directory: Path, kernel: str, entry: str, flags: list[str]) -> ctypes.CDLL:
+    """A kernel's inner functions as a small shared library."""
+    source, library = directory / f"{kernel}.cpp", directory / f"{kernel}.so"
+    source.write_text(EXPORT.format(source=aoti._KERNELS / f"{kernel}.cpp") + entry)
+    libraries = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"]
+    command = [aoti._compiler(), *aoti.kernel_flags(), *flags, str(source), *link, "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def call(function: Any, *arguments: Any) -> bool:
+    """Calls a C function on tensors (or None) and integers."""
+    values: list[Any] = []
+    for argument in arguments:
+        assert not isinstance(argument, Tensor) or argument.is_contiguous()
+        pointer = argument.data_ptr() if isinstance(argument, Tensor) else argument
+        values.append(ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_void_p(pointer))
+    return bool(function(*values) & 1)
+
+
 class Kernel:
-    """The kernel's inner functions as a small shared library, called on tensors."""
+    """The kernels' inner functions, called on tensors."""
 
     def __init__(self, directory: Path, flags: list[str]) -> None:
-        source, library = directory / "entry.cpp", directory / "kernel.so"
-        source.write_text(ENTRY.format(kernels=aoti._KERNELS))
-        libraries = Path(torch.__file__).parent / "lib"
-        link = ["-shared", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"]
-        command = [aoti._compiler(), *aoti.kernel_flags(), *flags, str(source), *link, "-o", str(library)]
-        subprocess.run(command, check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.dynamic = compiled(directory, "int8_feed_forward", DYNAMIC, flags)
+        self.static = compiled(directory, "int8_static_feed_forward", STATIC, flags)
 
     def __call__(self, x: Tensor, first: Layer, second: Layer, activation: str) -> Tensor:
         y = torch.full((len(x), len(second[1])), float("nan"))
-        layers = [tile(first[0]), *first[1:], tile(second[0]), *second[1:]]
         sizes = (len(x), x.shape[1], len(first[1]), len(second[1]), list(ACTIVATIONS).index(activation))
-        assert self.library.run(*map(_pointer, (x, *layers, y)), *map(ctypes.c_int64, sizes)) & 1
+        assert call(self.dynamic.run, x, tile(first[0]), *first[1:], tile(second[0]), *second[1:], y, *sizes)
         return y
 
     def activations(self, x: Tensor, activation: str) -> Tensor:
         y = torch.empty_like(x)
-        sizes = (x.numel(), list(ACTIVATIONS).index(activation))
-        assert self.library.activations(_pointer(x), _pointer(y), *map(ctypes.c_int64, sizes)) & 1
+        assert call(self.dynamic.activations, x, y, x.numel(), list(ACTIVATIONS).index(activation))
         return y
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 @pytest.fixture(scope="module", params=PATHS)
@@ -206,7 +228,64 @@ def test_hardly_a_code_differs_from_torchs_activation(kernel: Kernel, activation
 
 def test_an_unknown_activation_is_refused(kernel: Kernel) -> None:
     x = torch.zeros(16)
-    assert not kernel.library.activations(_pointer(x), _pointer(x), *map(ctypes.c_int64, (16, 9))) & 1
+    assert not call(kernel.dynamic.activations, x, x, 16, len(ACTIVATIONS))
+
+
+# --- static activations ----------------------------------------------------------------------------------------------
+
+
+def assert_static_bitwise(
+    kernel: Kernel, rows: int, sizes: tuple[int, int, int], activation: str, seed: int, hot: float = 1.0
+) -> None:
+    """As for dynamic activations. `hot` scales what is between the layers, past the range of its codes."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, sizes[0]), generator=generator, dtype=torch.uint8)
+    between, static = affine(-0.3, 5.0), []
+    typical = 128.0 * 128.0 * sizes[0] ** 0.5  # of a sum of products of codes
+    for n, out, scale, zero_point in ((*sizes[:2], hot / typical, 131), (*sizes[1:], *between)):
+        weight = torch.randint(-127, 128, (out, n), generator=generator, dtype=torch.int8)
+        scales = torch.rand(out, generator=generator) * scale
+        static.append((weight, static_sums(weight, zero_point), scales, torch.randn(out, generator=generator)))
+    first, second = static
+    hidden = kernel.activations(int8_static_linear_reference(codes, *first), activation)
+    expected = int8_static_linear_reference(affine_codes(hidden, *between), *second)
+    y, factor = torch.full((rows, sizes[2]), float("nan")), torch.tensor(1.0 / between[0])
+    numbers = (rows, *sizes, list(ACTIVATIONS).index(activation), between[1])
+    assert call(
+        kernel.static.run, codes, tile(first[0]), *first[1:], tile(second[0]), *second[1:], y, *numbers, factor
+    )
+    assert torch.equal(bits(y), bits(expected))
+
+
+@settings(deadline=None, max_examples=75)
+@given(
+    st.integers(1, 70),
+    st.tuples(st.integers(1, 150), st.integers(1, 150), st.integers(1, 90)),
+    st.sampled_from(list(ACTIVATIONS)),
+    st.sampled_from([0.1, 1.0, 30.0, float("inf")]),
+    st.integers(0, 10**6),
+)
+def test_static_outputs_are_those_of_the_layers_bit_by_bit(
+    kernel: Kernel, rows: int, sizes: tuple[int, int, int], activation: str, hot: float, seed: int
+) -> None:
+    assert_static_bitwise(kernel, rows, sizes, activation, seed, hot)
+
+
+@pytest.mark.parametrize("sizes", [(64, 256, 64), (128, 64, 33), (61, 67, 33), (1, 1, 1)])  # in place, and copied
+def test_static_with_every_number_of_rows_and_ragged_sizes(kernel: Kernel, sizes: tuple[int, int, int]) -> None:
+    for rows in (*range(1, 18), 31, 32, 33, 63, 64, 65, 70, 127, 129, 300):
+        assert_static_bitwise(kernel, rows, sizes, "gelu", rows)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20, 37, 130, 400])
+def test_static_the_same_on_any_number_of_threads(kernel: Kernel, rows: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            assert_static_bitwise(kernel, rows, (640, 2000, 601), "gelu", rows)
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- in programs -----------------------------------------------------------------------------------------------------
@@ -214,7 +293,7 @@ def test_an_unknown_activation_is_refused(kernel: Kernel) -> None:
 
 def program(model: nn.Module, inputs: Any, scheme: str = "int8") -> tuple[torch.export.ExportedProgram, tuple]:
     """What a compiled program is built from."""
-    calibration = [inputs] if scheme == "int8-static" else None
+    calibration = [inputs] * 8 if scheme == "int8-static" else None
     captured = capture(aoti.lower(quantize_model(model, QuantConfig(scheme), calibration)), inputs)
     return captured.export(captured.module), captured.example
 
@@ -239,16 +318,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_each_layer_of_a_model_has_its_feed_forward_block_fused(name: str) -> None:
+def test_each_layer_of_a_model_has_its_feed_forward_block_fused(name: str, scheme: str) -> None:
     make, inputs, activation = MODELS[name]
-    exported, example = program(make(), inputs)
-    before, linears = exported.module()(*example), count(exported, "int8_linear_tiled")
+    exported, example = program(make(), inputs, scheme)
+    kind = scheme.replace("-", "_")
+    before, linears = exported.module()(*example), count(exported, f"{kind}_linear_tiled")
     assert fuse(exported) == tiny.LAYERS
-    assert count(exported, "int8_feed_forward") == tiny.LAYERS
-    assert count(exported, "int8_linear_tiled") == linears - 2 * tiny.LAYERS
-    codes = {node.args[-1] for node in exported.graph.nodes if "feed_forward" in str(node.target)}
+    assert count(exported, f"{kind}_feed_forward") == tiny.LAYERS
+    assert count(exported, f"{kind}_linear_tiled") == linears - 2 * tiny.LAYERS
+    position = -1 if scheme == "int8" else -3
+    codes = {node.args[position] for node in exported.graph.nodes if "feed_forward" in str(node.target)}
     assert codes == {list(ACTIVATIONS).index(activation)}
     exported.graph.lint()
     for now, then in zip(exported.module()(*example), before, strict=True):
@@ -292,6 +374,7 @@ class Block(nn.Module):
         return self.second(nn.functional.dropout(nn.functional.gelu(h, approximate="tanh"), training=False))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
@@ -307,10 +390,10 @@ class Block(nn.Module):
     ],
 )
 @torch.no_grad()
-def test_only_blocks_with_nothing_else_between_are_fused(kind: str, found: int) -> None:
-    exported, example = program(Block(kind).eval(), (torch.randn(5, 8),))
+def test_only_blocks_with_nothing_else_between_are_fused(kind: str, found: int, scheme: str) -> None:
+    exported, example = program(Block(kind).eval(), (torch.randn(5, 8),), scheme)
     before = exported.module()(*example)
-    assert fuse(exported) == found == count(exported, "int8_feed_forward")
+    assert fuse(exported) == found == count(exported, f"{scheme.replace('-', '_')}_feed_forward")
     assert all(torch.equal(now, then) for now, then in zip(exported.module()(*example), before, strict=True))
 
 

@@ -36,6 +36,7 @@ _OPERATORS = (  # which the kernels implement
     "int8_static_linear_tiled",
     "int8_static_conv2d_tiled",
     "int8_feed_forward",
+    "int8_static_feed_forward",
 )
 _ISA = (
     "avx2",
@@ -192,7 +193,7 @@ def _shims() -> dict[Any, list[str]]:
     """The C interface of each operator that the kernels implement, from its schema."""
     from ..quantize import fused, int4, ops, static  # noqa: F401  register the operators
 
-    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t"}
+    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t", "float": "double"}
     shims = {}
     for name in _OPERATORS:
         operator = getattr(torch.ops.lightning_accel, name).default

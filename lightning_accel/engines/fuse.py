@@ -20,15 +20,17 @@ def fuse(program: torch.export.ExportedProgram) -> int:
     from ..quantize.fused import ACTIVATIONS
 
     operators = torch.ops.lightning_accel
-    linear = operators.int8_linear_tiled.default
+    dynamic, static = operators.int8_linear_tiled.default, operators.int8_static_linear_tiled.default
     found = 0
-    for second in [node for node in program.graph.nodes if node.target is linear]:
-        activation = _activation(_alone(second.args[0]))
+    for second in [node for node in program.graph.nodes if node.target in (dynamic, static)]:
+        hidden, *quantization = _affine(second.args[0]) if second.target is static else (second.args[0],)
+        activation = _activation(_alone(hidden))
         first = _alone(*activation[1:]) if activation else None
-        if activation is None or first is None or first.target is not linear:
+        if activation is None or first is None or first.target is not second.target:
             continue
+        fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
         code = list(ACTIVATIONS).index(activation[0])
-        _become(second, operators.int8_feed_forward.default, (*_all(first), *_all(second)[1:], code))
+        _become(second, fused.default, (*_all(first), *_all(second)[1:], code, *quantization))
         found += 1
     program.graph_module.recompile()
     return found
@@ -86,6 +88,30 @@ def _computes_nothing(node: Node) -> bool:
     return node.target is _aten.dropout.default and not _all(node)[2]
 
 
+def _operands(node: Any, target: Any, count: int = 2, uses: int = 1) -> tuple:
+    """What a call of `target` takes, if `node` is one and is used so often; else None for each operand."""
+    if isinstance(node, Node) and node.target is target and _uses(node) == uses and len(node.args) == count:
+        return node.args
+    return (None,) * count
+
+
+def _affine(node: Any) -> tuple[Any, Any, Any]:
+    """What `static.codes_by_factor` was called with, if `node` is what it gave: x, the factor and the zero point."""
+    from ..quantize.static import CODES
+
+    nothing = None, None, None
+    kept, dtype = _operands(node, _aten.to.dtype)
+    equal, clamped, zero_point = _operands(kept, _aten.where.ScalarOther, 3)
+    moved, low, high = _operands(clamped, _aten.clamp.default, 3, uses=2)
+    rounded, offset = _operands(moved, _aten.add.Tensor)
+    (scaled,) = _operands(rounded, _aten.round.default, 1)
+    x, factor = _operands(scaled, _aten.mul.Tensor)
+    if dtype is not torch.uint8 or (low, high) != (0, CODES) or not isinstance(factor, float):
+        return nothing
+    same = _operands(equal, _aten.eq.Tensor) == (clamped, clamped) and isinstance(offset, int) and offset == zero_point
+    return (x, factor, zero_point) if same else nothing
+
+
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +134,7 @@ def _gelu_by_hand(node: Node) -> tuple[str, Any, int] | None:
     half, one = _operands(node, _aten.mul.Tensor)
     x, factor = _operands(half, _aten.mul.Tensor)
     tanh, addend = _operands(one, _aten.add.Tensor)
-    (inner,) = _operands(tanh, _aten.tanh.default)
+    (inner,) = _operands(tanh, _aten.tanh.default, 1)
     cubic, root = _operands(inner, _aten.mul.Tensor)
     same, third = _operands(cubic, _aten.add.Tensor)
     cube, share = _operands(third, _aten.mul.Tensor)
@@ -117,10 +143,3 @@ def _gelu_by_hand(node: Node) -> tuple[str, Any, int] | None:
         return None
     return ("gelu_tanh", x, 3) if root == math.sqrt(2.0 / math.pi) else None
 
-
-def _operands(node: Any, target: Any) -> tuple:
-    """What a call of `target` takes, if `node` is one and is used once; else None for each operand."""
-    count = 1 if target is _aten.tanh.default else 2
-    if isinstance(node, Node) and node.target is target and _uses(node) == 1 and len(node.args) == count:
-        return node.args
-    return (None,) * count

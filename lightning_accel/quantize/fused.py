@@ -1,8 +1,8 @@
 """Feed-forward blocks as one operator: two integer linear layers with an activation between them.
 
 Compiled programs call a kernel in their place, which keeps the hidden activations in the cache; `engines.fuse` puts the
-operator into a program. Its meaning, and what runs in eager, is the layers of `ops` and `static` one after the other. The
-products are bit by bit the same; the kernel's activations are within 2^-21 |x| of exact.
+operator into a program. Its meaning, and what runs in eager, is the layers of `ops` or `static` one after the other.
+Products and codes are bit by bit the same; the kernel's activations are within 2^-21 |x| of exact.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import int8_linear_reference, untile
+from .static import codes_by_factor, int8_static_linear_reference
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order of engines/kernels/activation.h
     "relu": F.relu,
@@ -54,3 +55,42 @@ def _(
     activation: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale_2.shape[0])
+
+
+@torch.library.custom_op("lightning_accel::int8_static_feed_forward", mutates_args=())
+def _int8_static_feed_forward(
+    codes: Tensor,
+    tiles: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    tiles_2: Tensor,
+    start_2: Tensor,
+    scale_2: Tensor,
+    bias_2: Tensor,
+    activation: int,
+    factor: float,
+    zero_point: int,
+) -> Tensor:
+    weight, weight_2 = untile(tiles, len(scale), codes.shape[-1]), untile(tiles_2, len(scale_2), len(scale))
+    hidden = _activate(int8_static_linear_reference(codes, weight, start, scale, bias), activation)
+    between = codes_by_factor(hidden, factor, zero_point)
+    return int8_static_linear_reference(between, weight_2, start_2, scale_2, bias_2)
+
+
+@_int8_static_feed_forward.register_fake
+def _(
+    codes: Tensor,
+    tiles: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    tiles_2: Tensor,
+    start_2: Tensor,
+    scale_2: Tensor,
+    bias_2: Tensor,
+    activation: int,
+    factor: float,
+    zero_point: int,
+) -> Tensor:
+    return scale.new_empty(*codes.shape[:-1], scale_2.shape[0])

@@ -4,6 +4,7 @@
 // activations within the bound of activation.h.
 
 #include "activation.h"
+#include "blocks.h"
 #include "rows.h"
 #include "shim.h"
 
@@ -54,15 +55,7 @@ struct Scratch {  // of a block of rows
   Rows in, between;
   Buffer<float> hidden;  // [M, ld]
   Buffer<int32_t> most;  // [threads, M, 16]
-  int64_t ld = 0;
 
-  void resize(int64_t M, int64_t threads, const Layer& first, const Layer& second) {
-    ld = ((first.N + 15) / 16 | 1) * 16;  // an odd number of cache lines
-    in.resize(M, first.K);
-    between.resize(M, second.K);
-    hidden.grow(M * ld);
-    most.grow(threads * M * 16);
-  }
   float top(int64_t m, int64_t M, int64_t threads) const {
     int32_t top = 0;
     for (int64_t t = 0; t < threads; t++)
@@ -71,68 +64,34 @@ struct Scratch {  // of a block of rows
   }
 };
 
-// A thread's share of the channels of a layer.
-template <class Out>
-void channels(const Rows& rows, int64_t M, const Layer& layer, int64_t thread, int64_t threads, const Out& out) {
-  const int64_t K4 = (layer.K + kCols - 1) / kCols, tiles = (layer.N + kRows - 1) / kRows;
-  const int64_t pairs = (tiles + 1) / 2, t = pairs * thread / threads * 2;
-  const int64_t end = std::min(tiles, pairs * (thread + 1) / threads * 2);
-  product<false>({rows.codes.data(), rows.stride}, M, layer.tiles + t * K4 * kTile, K4, end - t, t * kRows,
-                 layer.N - t * kRows, out);
-}
-
-// What one of the threads that share a block of rows does; each waits for all at a barrier.
-template <int64_t kind, class Barrier>
-void block(const float* x, int64_t M, const Layer& first, const Layer& second, float* y, Scratch& s, int64_t thread,
-           int64_t threads, const Barrier& barrier) {
-  for (int64_t m = thread; m < M; m += threads) s.in.quantize(x, first.K, m);
-  int32_t* most = s.most.data() + thread * M * 16;
-  std::fill(most, most + M * 16, 0);
-  barrier();
-  channels(s.in, M, first, thread, threads,
-           Activated<kind>{{s.in.start.data(), s.in.scale.data(), first.scale, first.bias}, s.hidden.data(), s.ld, most});
-  barrier();
-  for (int64_t m = thread; m < M; m += threads)
-    s.between.convert(s.hidden.data() + m * s.ld, second.K, m, s.top(m, M, threads));
-  barrier();
-  channels(s.between, M, second, thread, threads,
-           Dequantized{{s.between.start.data(), s.between.scale.data(), second.scale, second.bias}, y, second.N});
-}
-
-constexpr int64_t kMostRows = 128, kHiddenBytes = 3 << 19;  // of a block
+constexpr int64_t kHiddenBytes = 3 << 19;  // of a block
 
 template <int64_t kind>
 void feed_forward(const float* x, int64_t M, const Layer& first, const Layer& second, float* y) {
-  static thread_local Scratch scratch;
-  int64_t threads = 1;
-#ifdef _OPENMP
-  if (M * first.N * (first.K + second.N) >= 2 * kParallel) threads = omp_get_max_threads();
-#endif
-  const int64_t fit = std::min(kMostRows, kHiddenBytes / (4 * std::max<int64_t>(first.N, 1))) / 32 * 32;
-  const int64_t most = std::max<int64_t>(32, std::min(fit, ((M + threads - 1) / threads + 31) / 32 * 32));
-  const int64_t blocks = (M + most - 1) / most;
-  const auto alone = [&](int64_t b) {
-    const int64_t m = b * most, count = std::min(most, M - m);
-    scratch.resize(count, 1, first, second);
-    block<kind>(x + m * first.K, count, first, second, y + m * second.N, scratch, 0, 1, [] {});
+  const int64_t ld = ((first.N + 15) / 16 | 1) * 16;  // an odd number of cache lines
+  const auto resize = [&](Scratch& s, int64_t count, int64_t threads) {
+    s.in.resize(count, first.K);
+    s.between.resize(count, second.K);
+    s.hidden.grow(count * ld);
+    s.most.grow(threads * count * 16);
   };
-  if (threads == 1) {
-    for (int64_t b = 0; b < blocks; b++) alone(b);
-    return;
-  }
-#ifdef _OPENMP
-  if (blocks >= threads) {
-#pragma omp parallel for
-    for (int64_t b = 0; b < blocks; b++) alone(b);
-    return;
-  }
-  Scratch& shared = scratch;  // of this thread: in the others of a team the name means their own
-  shared.resize(M, threads, first, second);
-#pragma omp parallel
-  block<kind>(x, M, first, second, y, shared, omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-  });
-#endif
+  const auto block = [&](int64_t begin, int64_t count, Scratch& s, int64_t thread, int64_t threads, auto barrier) {
+    for (int64_t m = thread; m < count; m += threads) s.in.quantize(x + begin * first.K, first.K, m);
+    int32_t* most = s.most.data() + thread * count * 16;
+    std::fill(most, most + count * 16, 0);
+    barrier();
+    const Dequantize sums{s.in.start.data(), s.in.scale.data(), first.scale, first.bias};
+    channels<false>({s.in.codes.data(), s.in.stride}, count, first, thread, threads,
+                    Activated<kind>{sums, s.hidden.data(), ld, most});
+    barrier();
+    for (int64_t m = thread; m < count; m += threads)
+      s.between.convert(s.hidden.data() + m * ld, second.K, m, s.top(m, count, threads));
+    barrier();
+    const Dequantize sums_2{s.between.start.data(), s.between.scale.data(), second.scale, second.bias};
+    channels<false>({s.between.codes.data(), s.between.stride}, count, second, thread, threads,
+                    Dequantized{sums_2, y + begin * second.N, second.N});
+  };
+  in_blocks<Scratch>(M, kHiddenBytes / (4 * ld), M * first.N * (first.K + second.N), resize, block);
 }
 
 AOTITorchError open(AtenTensorHandle tiles, AtenTensorHandle scale, AtenTensorHandle* bias, int64_t K, Layer* layer) {

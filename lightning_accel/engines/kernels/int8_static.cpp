@@ -3,77 +3,9 @@
 // the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same order of
 // float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
 
-#include "products.h"
-#include "shim.h"
+#include "static.h"
 
 namespace {
-
-struct Weights {
-  const int8_t* tiles;
-  const int32_t* start;
-  const float *scale, *bias;
-  int64_t N, K;
-};
-
-struct Scaled {  // the epilogue
-  const Weights& w;
-  float* y;
-
-#ifdef VNNI
-  struct Column {
-    __m512i start;
-    __m512 scale, bias;
-    float* y;
-    int64_t ldy;
-    __mmask16 in;
-
-    void store(int64_t m, __m512i sums) const {
-      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, start)), scale);
-      _mm512_mask_storeu_ps(y + m * ldy, in, _mm512_add_ps(scaled, bias));
-    }
-  };
-  Column at(int64_t n, int64_t count) const {
-    const __mmask16 in = first(count);
-    return {_mm512_maskz_loadu_epi32(in, w.start + n),
-            _mm512_maskz_loadu_ps(in, w.scale + n),
-            _mm512_maskz_loadu_ps(in, w.bias + n),
-            y + n,
-            w.N,
-            in};
-  }
-#else
-  void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
-    for (int64_t i = 0; i < std::min(count, kRows); i++)
-      y[m * w.N + n + i] = static_cast<float>(sums[i] + w.start[n + i]) * w.scale[n + i] + w.bias[n + i];
-  }
-#endif
-};
-
-#ifdef VNNI  // short copies of any length, without a call
-
-inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  for (; bytes > 64; bytes -= 64, to += 64, from += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
-  const __mmask64 in = ~uint64_t{0} >> (64 - bytes);
-  if (bytes > 0) _mm512_mask_storeu_epi8(to, in, _mm512_maskz_loadu_epi8(in, from));
-}
-
-#else
-
-inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
-
-#endif
-
-struct Matrix {  // rows as they are in memory
-  const uint8_t* codes;
-  int64_t M, K;
-
-  // Rows from the first one on, a multiple of 16, that products can read where they are: up to 63 bytes past the end of
-  // a row, which meet weights of 0, but not past the end of the last.
-  int64_t in_place() const { return K % 64 == 0 ? M / 16 * 16 : 0; }
-  void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
-    for (int64_t i = 0; i < count; i++) copy(to + i * stride, codes + (m + i) * K, K);
-  }
-};
 
 struct Windows {  // a row for each output of a convolution: the inputs in its window, in the order [kh, kw, C]
   const uint8_t* codes;
@@ -114,12 +46,12 @@ constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that one task copies an
 
 template <class Source>
 void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
-  const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = (w.K + 63) / 64 * 64;
+  const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = ((w.K + 63) / 64 | 1) * 64;
   const int64_t panels = (tiles + kPanel - 1) / kPanel, whole = source.in_place();
   const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t from, int64_t to) {
     const int64_t t = from * kPanel;
     product<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
-                  std::min(to * kPanel, tiles) - t, t * kRows, w.N - t * kRows, Scaled{w, y + m * w.N});
+                  std::min(to * kPanel, tiles) - t, t * kRows, w.N - t * kRows, Scaled{{w}, y + m * w.N});
   };
   static thread_local Buffer<uint8_t> scratch;
   const int64_t most = std::max<int64_t>(32, std::min<int64_t>(256, kBlockBytes / stride) / 32 * 32);
@@ -161,16 +93,6 @@ void conv2d(const Windows& x, int64_t batch, const Weights& w, float* y) {
   const int64_t M = batch * x.out_height * x.out_width;
   const bool pixels = x.kernel_height * x.kernel_width * x.stride_height * x.stride_width == 1 && !x.top && !x.left;
   pixels ? linear(x.codes, M, w, y) : multiply(x, M, w, y);
-}
-
-AOTITorchError open(AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale, AtenTensorHandle bias,
-                    Weights* w) {
-  int64_t* n;
-  if (data(tiles, &w->tiles) || data(start, &w->start) || data(scale, &w->scale) || data(bias, &w->bias))
-    return AOTI_TORCH_FAILURE;
-  if (aoti_torch_get_sizes(scale, &n)) return AOTI_TORCH_FAILURE;
-  w->N = n[0];
-  return AOTI_TORCH_SUCCESS;
 }
 
 }  // namespace
