@@ -35,6 +35,8 @@ _OPERATORS = (  # which the kernels implement
     "int4_int8_linear",
     "int8_static_linear_tiled",
     "int8_static_conv2d_tiled",
+    "int8_feed_forward",
+    "int8_static_feed_forward",
 )
 _ISA = (
     "avx2",
@@ -113,10 +115,12 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     """
     from ..artifact import sha256
     from ..quantize.converted import LINEAR
+    from .fuse import fuse
 
     compiler = _compiler()
     freeze = not any(isinstance(module, LINEAR) for module in capture.module.modules())
     program = capture.export(capture.module)
+    fuse(program)
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary))
         package = _compile(program, Path(temporary), freeze)
@@ -187,9 +191,9 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
 
 def _shims() -> dict[Any, list[str]]:
     """The C interface of each operator that the kernels implement, from its schema."""
-    from ..quantize import int4, ops, static  # noqa: F401  register the operators
+    from ..quantize import fused, int4, ops, static  # noqa: F401  register the operators
 
-    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t"}
+    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t", "float": "double"}
     shims = {}
     for name in _OPERATORS:
         operator = getattr(torch.ops.lightning_accel, name).default

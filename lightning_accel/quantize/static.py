@@ -62,9 +62,14 @@ def affine_codes(x: Tensor, scale: float, zero_point: int) -> Tensor:
     >>> affine_codes(torch.tensor([-9.0, 0.0, 1.0, 9.0]), *affine(-1.0, 4.0))
     tensor([  0,  51, 102, 255], dtype=torch.uint8)
     """
+    return codes_by_factor(x, 1.0 / scale, zero_point)
+
+
+def codes_by_factor(x: Tensor, factor: float, zero_point: int) -> Tensor:
+    """`affine_codes` with 1 / scale."""
     # torch rounds the factor to float32; clamp keeps NaN, whose conversion to an integer is undefined. Inductor makes
-    # vectors of == but not of isnan, which took three times as long
-    codes = (torch.round(x.detach().float() * (1.0 / scale)) + zero_point).clamp(0, CODES)
+    # vectors of == but not of isnan, which took three times as long. engines.fuse knows this expression
+    codes = (torch.round(x.detach().float() * factor) + zero_point).clamp(0, CODES)
     return torch.where(codes == codes, codes, zero_point).to(torch.uint8)
 
 

@@ -172,18 +172,17 @@ float channel(const Weights& w, const T* x, int64_t n) {
 
 void int4_linear(const float* x, const Weights& w, float* y, int64_t M) {
   const int64_t tiles = (w.N + kRows - 1) / kRows;
-  run(
-      0, (tiles + kPanel - 1) / kPanel, M * w.N * w.K, [](int64_t) {},
-      [&](int64_t p) {
-        const int64_t t = p * kPanel, count = std::min(kPanel, tiles - t);
+  const auto multiply = [&](int64_t p) {
+    const int64_t t = p * kPanel, count = std::min(kPanel, tiles - t);
 #ifdef VNNI
-        cover(M, t, count, FloatBlock{w, x, y});
+    cover(M, t, count, FloatBlock{w, x, y});
 #else
-        for (int64_t m = 0; m < M; m++)
-          for (int64_t n = t * kRows; n < std::min(w.N, (t + count) * kRows); n++)
-            y[m * w.N + n] = channel<float, float>(w, x + m * w.K, n) + w.bias[n];
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t n = t * kRows; n < std::min(w.N, (t + count) * kRows); n++)
+        y[m * w.N + n] = channel<float, float>(w, x + m * w.K, n) + w.bias[n];
 #endif
-      });
+  };
+  run(0, (tiles + kPanel - 1) / kPanel, M * w.N * w.K, [](int64_t) {}, each(multiply));
 }
 
 void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
@@ -194,28 +193,27 @@ void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
   std::vector<int32_t>& sums = scratch_sums;
   rows.resize(M, w.K);
   sums.resize(std::max<size_t>(sums.size(), M * w.groups));
-  run(
-      M, (tiles + kPanel - 1) / kPanel, M * w.N * w.K,
-      [&](int64_t m) {
-        rows.quantize(x, w.K, m);
-        const int8_t* codes = rows.codes.data() + m * rows.stride;
-        for (int64_t g = 0; g < w.groups; g++) {
-          int32_t sum = 0;
-          for (int64_t k = g * size; k < (g + 1) * size; k++) sum += codes[k];
-          sums[m * w.groups + g] = -8 * sum;
-        }
-      },
-      [&](int64_t p) {
-        const int64_t t = p * kPanel, count = std::min(kPanel, tiles - t);
+  const auto quantize = [&](int64_t m) {
+    rows.quantize(x, w.K, m);
+    const int8_t* codes = rows.codes.data() + m * rows.stride;
+    for (int64_t g = 0; g < w.groups; g++) {
+      int32_t sum = 0;
+      for (int64_t k = g * size; k < (g + 1) * size; k++) sum += codes[k];
+      sums[m * w.groups + g] = -8 * sum;
+    }
+  };
+  const auto multiply = [&](int64_t p) {
+    const int64_t t = p * kPanel, count = std::min(kPanel, tiles - t);
 #ifdef VNNI
-        cover(M, t, count, Int8Block{w, rows, sums.data(), y});
+    cover(M, t, count, Int8Block{w, rows, sums.data(), y});
 #else
-        for (int64_t m = 0; m < M; m++)
-          for (int64_t n = t * kRows; n < std::min(w.N, (t + count) * kRows); n++)
-            y[m * w.N + n] =
-                channel<int8_t, int32_t>(w, rows.codes.data() + m * rows.stride, n) * rows.scale[m] + w.bias[n];
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t n = t * kRows; n < std::min(w.N, (t + count) * kRows); n++)
+        y[m * w.N + n] =
+            channel<int8_t, int32_t>(w, rows.codes.data() + m * rows.stride, n) * rows.scale[m] + w.bias[n];
 #endif
-      });
+  };
+  run(M, (tiles + kPanel - 1) / kPanel, M * w.N * w.K, quantize, each(multiply));
 }
 
 AOTITorchError call_with(void (*linear)(const float*, const Weights&, float*, int64_t), AtenTensorHandle x,

@@ -3,63 +3,9 @@
 // what the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same
 // order of float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
 
-#include <vector>
-
-#include "products.h"
-#include "shim.h"
+#include "static.h"
 
 namespace {
-
-struct Weights {
-  const int8_t* tiles;
-  const int32_t* start;
-  const float *scale, *bias;
-  int64_t N, K;
-};
-
-struct Scaled {  // the epilogue
-  const Weights& w;
-  float* y;
-
-#ifdef VNNI
-  void store(int64_t m, int64_t n, int64_t count, __m512i sums) const {
-    const __mmask16 in = first(count);
-    const __m512i all = _mm512_add_epi32(sums, _mm512_maskz_loadu_epi32(in, w.start + n));
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_maskz_loadu_ps(in, w.scale + n));
-    _mm512_mask_storeu_ps(y + m * w.N + n, in, _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(in, w.bias + n)));
-  }
-#else
-  void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
-    for (int64_t i = 0; i < std::min(count, kRows); i++)
-      y[m * w.N + n + i] = static_cast<float>(sums[i] + w.start[n + i]) * w.scale[n + i] + w.bias[n + i];
-  }
-#endif
-};
-
-// Copies `count` pieces of `bytes`, each `step` after the one before it.
-inline void copy(uint8_t* to, int64_t to_step, const uint8_t* from, int64_t from_step, int64_t bytes, int64_t count) {
-#ifdef VNNI  // without a call: pieces are short
-  const int64_t lines = (bytes - 1) / 64 * 64;
-  const __mmask64 last = ~uint64_t{0} >> (64 - (bytes - lines));
-  for (int64_t i = 0; i < count; i++, to += to_step, from += from_step) {
-    for (int64_t at = 0; at < lines; at += 64) _mm512_storeu_si512(to + at, _mm512_loadu_si512(from + at));
-    _mm512_mask_storeu_epi8(to + lines, last, _mm512_maskz_loadu_epi8(last, from + lines));
-  }
-#else
-  for (int64_t i = 0; i < count; i++) std::memcpy(to + i * to_step, from + i * from_step, bytes);
-#endif
-}
-
-struct Matrix {  // rows as they are in memory
-  const uint8_t* codes;
-  int64_t M, K;
-
-  // How many rows, from the first on, products can read where they are: 16 by 64 bytes at a time.
-  int64_t in_place() const { return K % 64 == 0 ? M / 16 * 16 : 0; }
-  void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
-    copy(to, stride, codes + m * K, K, K, count);
-  }
-};
 
 struct Windows {  // a row for each output of a convolution: the inputs in its window, in the order [kh, kw, C]
   const uint8_t* codes;
@@ -114,43 +60,44 @@ constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that one task copies an
 
 template <class Source>
 void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
-  const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = (w.K + 63) / 64 * 64;
+  const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = ((w.K + 63) / 64 | 1) * 64;
   const int64_t panels = (tiles + kPanel - 1) / kPanel, whole = source.in_place();
-  const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t p) {
-    const int64_t t = p * kPanel;
-    panel<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
-                std::min(kPanel, tiles - t), t * kRows, w.N - t * kRows, Scaled{w, y + m * w.N});
+  const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t from, int64_t to) {
+    const int64_t t = from * kPanel;
+    product<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
+                  std::min(to * kPanel, tiles) - t, t * kRows, w.N - t * kRows, Scaled{{w}, y + m * w.N});
   };
-  static thread_local std::vector<uint8_t> scratch;
+  static thread_local Buffer<uint8_t> scratch;
   const int64_t share = (M + threads() - 1) / threads() + 31;  // of a thread, to be rounded down to a multiple of 32
   const int64_t most = std::max<int64_t>(32, std::min({int64_t{256}, kBlockBytes / stride, share}) / 32 * 32);
   const int64_t blocks = (M + most - 1) / most;
   if (panels >= blocks) {  // few rows: all of them, then panels of channels
     const int64_t left = M - whole;
-    std::vector<uint8_t>& rows = scratch;  // of this thread: in the others of a team the name means their own
-    rows.resize(std::max<size_t>(rows.size(), (left + 15) / 16 * 16 * stride));
+    Buffer<uint8_t>& rows = scratch;  // of this thread: in the others of a team the name means their own
+    rows.grow((left + 15) / 16 * 16 * stride);
     run(
         (left + 15) / 16, panels, M * w.N * w.K,
         [&](int64_t i) {
           source.copy_rows(whole + i * 16, std::min<int64_t>(16, left - i * 16), rows.data() + i * 16 * stride, stride);
         },
-        [&](int64_t p) {
-          if (whole) products(source.codes, w.K, 0, whole, p);
-          if (left) products(rows.data(), stride, whole, left, p);
+        [&](int64_t from, int64_t to) {
+          if (whole) products(source.codes, w.K, 0, whole, from, to);
+          if (left) products(rows.data(), stride, whole, left, from, to);
         });
     return;
   }
-  run(0, blocks, M * w.N * w.K, [](int64_t) {}, [&](int64_t b) {
+  const auto block = [&](int64_t b) {
     const int64_t m = b * most, count = std::min(most, M - m);
     const uint8_t* codes = source.codes + m * w.K;
     int64_t ld = w.K;
     if (m + count > whole) {
-      scratch.resize(std::max<size_t>(scratch.size(), most * stride));
+      scratch.grow(most * stride);
       source.copy_rows(m, count, scratch.data(), stride);
       codes = scratch.data(), ld = stride;
     }
-    for (int64_t p = 0; p < panels; p++) products(codes, ld, m, count, p);
-  });
+    products(codes, ld, m, count, 0, panels);
+  };
+  run(0, blocks, M * w.N * w.K, [](int64_t) {}, each(block));
 }
 
 void linear(const uint8_t* codes, int64_t M, const Weights& w, float* y) {
@@ -161,16 +108,6 @@ void conv2d(const Windows& x, int64_t batch, const Weights& w, float* y) {
   const int64_t M = batch * x.out_height * x.out_width;
   const bool pixels = x.kernel_height * x.kernel_width * x.stride_height * x.stride_width == 1 && !x.top && !x.left;
   pixels ? linear(x.codes, M, w, y) : multiply(x, M, w, y);
-}
-
-AOTITorchError open(AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale, AtenTensorHandle bias,
-                    Weights* w) {
-  int64_t* n;
-  if (data(tiles, &w->tiles) || data(start, &w->start) || data(scale, &w->scale) || data(bias, &w->bias))
-    return AOTI_TORCH_FAILURE;
-  if (aoti_torch_get_sizes(scale, &n)) return AOTI_TORCH_FAILURE;
-  w->N = n[0];
-  return AOTI_TORCH_SUCCESS;
 }
 
 }  // namespace

@@ -5,15 +5,19 @@
 // bytes, padded with zeros, signed (symmetric quantization) or unsigned (with a zero point).
 //
 // An epilogue is an object with
-//     void store(int64_t m, int64_t n, int64_t count, sums)      // 16 sums of row m, channels n .. n + count
-// where `sums` is a __m512i on CPUs with AVX512 and a pointer to 16 int32 elsewhere, and for signed codes also
-//     int32_t start(int64_t m)                                   // -128 * sum of the codes of row m
+//     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most 16, with
+//         void store(int64_t m, __m512i sums)          // their sums in row m
+// on CPUs with AVX512, so that what depends on the channels stays in registers from row to row, and elsewhere with
+//     void store(int64_t m, int64_t n, int64_t count, const int32_t* sums)
+// For signed codes it has besides
+//     int32_t start(int64_t m)                         // -128 * sum of the codes of row m
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -34,6 +38,24 @@ constexpr int64_t kRows = 16, kCols = 4, kTile = kRows * kCols;  // of a tile, a
 constexpr int64_t kPanel = 4;                                    // tiles of channels that one task computes
 constexpr int64_t kTileRows = 5;                                 // rows from which AMX is faster than VNNI
 constexpr int64_t kParallel = 1 << 21;                           // products below which threads cost more than they give
+
+// Scratch memory on a border of cache lines, kept from call to call. AMX reads rows of 64 bytes, and where each lies across
+// two lines the products take up to twice as long.
+template <class T>
+class Buffer {
+ public:
+  void grow(int64_t count) {
+    memory_.resize(std::max<size_t>(memory_.size(), count + 64 / sizeof(T)));
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  std::vector<T> memory_;
+  T* data_ = nullptr;
+};
 
 struct Codes {
   const int8_t* data;  // [M rounded up to 16, stride]
@@ -76,8 +98,10 @@ inline void block(const Codes& x, int64_t m, const int8_t* w, int64_t K4, int64_
         sums[i][j] = kUnsigned ? dot(sums[i][j], codes, tiles[j]) : dot(sums[i][j], tiles[j], codes);
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) out.store(m + i, n + j * kRows, channels - j * kRows, sums[i][j]);
+  for (int j = 0; j < N; j++) {
+    const auto column = out.at(n + j * kRows, channels - j * kRows);
+    for (int i = 0; i < M; i++) column.store(m + i, sums[i][j]);
+  }
 }
 
 template <bool kUnsigned, int N, class Out>
@@ -129,13 +153,55 @@ class Tiles {
   TileConfig before_;
 };
 
+// The sums of 32 rows by two tiles of channels, on their way from the tile registers to an epilogue. It takes them row by
+// row between the products of the next block, which run meanwhile: the two use different units of the core.
+template <class Out>
+class Pending {
+ public:
+  Pending(int64_t n, int64_t channels, const Out& out) : n_(n), channels_(channels), out_(out) {}
+
+  int32_t* next() const { return sums_[turn_][0]; }  // where to store the four registers of the next block
+  void put(int64_t m, int64_t rows, int64_t tile, bool two) {
+    in_memory(sums_);
+    ready_ = sums_[turn_][0], turn_ ^= 1;
+    m_ = m, rows_ = rows, at_ = 0, from_ = tile * kRows, two_ = two;
+  }
+  void take(int64_t most) {  // up to as many rows
+    const int64_t from = at_, to = std::min(rows_, at_ + most);
+    at_ = to;
+    if (from == to) return;
+    const auto left = out_.at(n_ + from_, channels_ - from_);
+    if (!two_) {
+      for (int64_t i = from; i < to; i++) left.store(m_ + i, sums(i, 0));
+      return;
+    }
+    const auto right = out_.at(n_ + from_ + kRows, channels_ - from_ - kRows);
+    for (int64_t i = from; i < to; i++) {
+      left.store(m_ + i, sums(i, 0));
+      right.store(m_ + i, sums(i, 1));
+    }
+  }
+
+ private:
+  __m512i sums(int64_t row, int64_t tile) const {
+    return _mm512_load_si512(ready_ + (row / 16 * 2 + tile) * 256 + row % 16 * 16);
+  }
+
+  alignas(64) mutable int32_t sums_[2][4][256];
+  const int32_t* ready_ = nullptr;
+  int64_t turn_ = 0, m_ = 0, rows_ = 0, at_ = 0, from_ = 0;
+  bool two_ = false;
+  const int64_t n_, channels_;
+  const Out out_;
+};
+
 template <bool kUnsigned, class Out>  // 32 (or 16) rows by 32 (or 16) channels at a time
 void panel_amx(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
                const Out& out) {
-  alignas(64) int32_t sums[4][256];
   alignas(64) int8_t rest[2][1024];
   const Tiles configured;
-  const int64_t whole = K4 / 16, left = K4 % 16;
+  Pending<Out> pending(n, channels, out);
+  const int64_t whole = K4 / 16, left = K4 % 16, steps = whole + (left > 0), share = 32 / std::max<int64_t>(steps, 1) + 1;
   for (int64_t t = 0; t < tiles; t += 2) {
     const bool two = t + 1 < tiles;
     const int8_t* first_w = w + t * K4 * kTile;
@@ -154,7 +220,7 @@ void panel_amx(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t t
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int64_t k = 0; k < whole + (left > 0); k++) {
+      for (int64_t k = 0; k < steps; k++) {
         const bool last = k == whole;
         _tile_loadd(6, last ? rest[0] : first_w + k * 1024, 64);
         _tile_loadd(7, last ? rest[1] : second_w + k * 1024, 64);
@@ -171,17 +237,17 @@ void panel_amx(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t t
           _tile_dpbssd(2, 5, 6);
           _tile_dpbssd(3, 5, 7);
         }
+        pending.take(share);
       }
-      _tile_stored(0, sums[0], 64);
-      _tile_stored(1, sums[1], 64);
-      _tile_stored(2, sums[2], 64);
-      _tile_stored(3, sums[3], 64);
-      for (int64_t i = 0; i < std::min<int64_t>(32, M - m); i++)
-        for (int64_t j = 0; j < 1 + two; j++)
-          out.store(m + i, n + (t + j) * kRows, channels - (t + j) * kRows,
-                    _mm512_load_si512(sums[i / 16 * 2 + j] + i % 16 * 16));
+      int32_t* sums = pending.next();
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + 256, 64);
+      _tile_stored(2, sums + 512, 64);
+      _tile_stored(3, sums + 768, 64);
+      pending.put(m, std::min<int64_t>(32, M - m), t, two);
     }
   }
+  pending.take(32);
 }
 #endif
 
@@ -205,26 +271,37 @@ void panel_plain(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t
 }
 #endif
 
-// Products of a panel of up to kPanel tiles of channels with all rows.
+// Products of all rows with `tiles` tiles of channels, from channel n on.
 template <bool kUnsigned, class Out>
-void panel(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
-           const Out& out) {
+void product(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
+             const Out& out) {
 #ifdef AMX
   if (M >= kTileRows && amx_granted()) return panel_amx<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
 #endif
 #ifdef VNNI
-  switch (tiles) {
-    case 4: return panel_vnni<kUnsigned, 4>(x, M, w, K4, n, channels, out);
-    case 3: return panel_vnni<kUnsigned, 3>(x, M, w, K4, n, channels, out);
-    case 2: return panel_vnni<kUnsigned, 2>(x, M, w, K4, n, channels, out);
-    default: return panel_vnni<kUnsigned, 1>(x, M, w, K4, n, channels, out);
+  for (; tiles > 0; tiles -= kPanel, w += kPanel * K4 * kTile, n += kPanel * kRows, channels -= kPanel * kRows) {
+    switch (tiles) {
+      case 1: panel_vnni<kUnsigned, 1>(x, M, w, K4, n, channels, out); break;
+      case 2: panel_vnni<kUnsigned, 2>(x, M, w, K4, n, channels, out); break;
+      case 3: panel_vnni<kUnsigned, 3>(x, M, w, K4, n, channels, out); break;
+      default: panel_vnni<kUnsigned, 4>(x, M, w, K4, n, channels, out);
+    }
   }
 #else
   panel_plain<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
 #endif
 }
 
-// Quantizes M rows, then multiplies them by panels of channels, in parallel where it pays.
+// For `run`: multiply(p) for one panel after the other.
+template <class Multiply>
+auto each(const Multiply& multiply) {
+  return [&multiply](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; p++) multiply(p);
+  };
+}
+
+// Quantizes M rows, then multiplies them by panels of channels, from the first to before the last, in parallel where it
+// pays.
 template <class Quantize, class Multiply>
 void run(int64_t M, int64_t panels, int64_t products, const Quantize& quantize, const Multiply& multiply) {
 #ifdef _OPENMP
@@ -233,14 +310,14 @@ void run(int64_t M, int64_t panels, int64_t products, const Quantize& quantize, 
     {
 #pragma omp for
       for (int64_t m = 0; m < M; m++) quantize(m);
-#pragma omp for
-      for (int64_t p = 0; p < panels; p++) multiply(p);
+      const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      multiply(panels * thread / threads, panels * (thread + 1) / threads);
     }
     return;
   }
 #endif
   for (int64_t m = 0; m < M; m++) quantize(m);
-  for (int64_t p = 0; p < panels; p++) multiply(p);
+  multiply(0, panels);
 }
 
 }  // namespace

@@ -1,0 +1,145 @@
+"""Feed-forward blocks of a captured program: two integer layers and the activation between them become one operator.
+
+A block is found where the first layer's output goes through one activation into the second layer, and nowhere else, in
+float32. What torch.export leaves on the way and computes nothing is passed over. All else stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_aten = torch.ops.aten
+
+
+def fuse(program: torch.export.ExportedProgram) -> int:
+    """Fuses the feed-forward blocks of `program`, in place, and returns how many there were."""
+    from ..quantize.fused import ACTIVATIONS
+
+    operators = torch.ops.lightning_accel
+    dynamic, static = operators.int8_linear_tiled.default, operators.int8_static_linear_tiled.default
+    found = 0
+    for second in [node for node in program.graph.nodes if node.target in (dynamic, static)]:
+        hidden, *quantization = _affine(second.args[0]) if second.target is static else (second.args[0],)
+        activation = _activation(_alone(hidden))
+        first = _alone(*activation[1:]) if activation else None
+        if activation is None or first is None or first.target is not second.target:
+            continue
+        fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
+        code = list(ACTIVATIONS).index(activation[0])
+        _become(second, fused.default, (*_all(first), *_all(second)[1:], code, *quantization))
+        found += 1
+    program.graph_module.recompile()
+    return found
+
+
+def _become(node: Node, operator: Any, arguments: tuple) -> None:
+    """Makes `node` call `operator`, under its own name, and takes out what only it used."""
+    idle = dict.fromkeys(node.all_input_nodes)
+    node.target, node.args, node.kwargs = operator, arguments, {}
+    while idle:
+        before, _ = idle.popitem()
+        if before.op == "call_function" and not _uses(before):
+            idle.update(dict.fromkeys(before.all_input_nodes))
+            for assertion in list(before.users):
+                before.graph.erase_node(assertion)
+            before.graph.erase_node(before)
+
+
+def _all(node: Node) -> tuple:
+    """The arguments of a call by position, those left out too."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    return tuple(given.get(argument.name, argument.default_value) for argument in schema)
+
+
+# --- the way from one layer to the next -------------------------------------------------------------------------------
+
+
+def _alone(node: Any, uses: int = 1) -> Node | None:
+    """The call that `node` comes from, past what computes nothing; None unless in float32 and with these uses only."""
+    while isinstance(node, Node) and node.op == "call_function":
+        if _uses(node) != uses or _dtype(node) is not torch.float32:
+            return None
+        if not _computes_nothing(node):
+            return node
+        node, uses = node.args[0], 1
+    return None
+
+
+def _uses(node: Node) -> int:
+    return sum(user.target is not _aten._assert_tensor_metadata.default for user in node.users)
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
+
+
+def _computes_nothing(node: Node) -> bool:
+    if node.target in (_aten.detach.default, _aten.alias.default):
+        return True
+    if node.target is _aten.to.dtype:
+        return len(node.args) == 2 and _dtype(node.args[0]) == node.args[1]
+    if node.target is _aten.contiguous.default:
+        return node.args[0].meta["val"].is_contiguous()  # type: ignore[union-attr]
+    return node.target is _aten.dropout.default and not _all(node)[2]
+
+
+def _operands(node: Any, target: Any, count: int = 2, uses: int = 1) -> tuple:
+    """What a call of `target` takes, if `node` is one and is used so often; else None for each operand."""
+    if isinstance(node, Node) and node.target is target and _uses(node) == uses and len(node.args) == count:
+        return node.args
+    return (None,) * count
+
+
+def _affine(node: Any) -> tuple[Any, Any, Any]:
+    """What `static.codes_by_factor` was called with, if `node` is what it gave: x, the factor and the zero point."""
+    from ..quantize.static import CODES
+
+    nothing = None, None, None
+    kept, dtype = _operands(node, _aten.to.dtype)
+    equal, clamped, zero_point = _operands(kept, _aten.where.ScalarOther, 3)
+    moved, low, high = _operands(clamped, _aten.clamp.default, 3, uses=2)
+    rounded, offset = _operands(moved, _aten.add.Tensor)
+    (scaled,) = _operands(rounded, _aten.round.default, 1)
+    x, factor = _operands(scaled, _aten.mul.Tensor)
+    if dtype is not torch.uint8 or (low, high) != (0, CODES) or not isinstance(factor, float):
+        return nothing
+    same = _operands(equal, _aten.eq.Tensor) == (clamped, clamped) and isinstance(offset, int) and offset == zero_point
+    return (x, factor, zero_point) if same else nothing
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def _activation(node: Node | None) -> tuple[str, Any, int] | None:
+    """Name of the activation that `node` is, what it takes, and how often it uses that."""
+    if node is None:
+        return None
+    if node.target in (_aten.relu.default, _aten.relu_.default):
+        return "relu", node.args[0], 1
+    if node.target in (_aten.silu.default, _aten.silu_.default):
+        return "silu", node.args[0], 1
+    if node.target is _aten.gelu.default:
+        x, approximate = _all(node)
+        return "gelu_tanh" if approximate == "tanh" else "gelu", x, 1
+    return _gelu_by_hand(node)
+
+
+def _gelu_by_hand(node: Node) -> tuple[str, Any, int] | None:
+    """0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3))), as GPT-2 has it in transformers."""
+    half, one = _operands(node, _aten.mul.Tensor)
+    x, factor = _operands(half, _aten.mul.Tensor)
+    tanh, addend = _operands(one, _aten.add.Tensor)
+    (inner,) = _operands(tanh, _aten.tanh.default, 1)
+    cubic, root = _operands(inner, _aten.mul.Tensor)
+    same, third = _operands(cubic, _aten.add.Tensor)
+    cube, share = _operands(third, _aten.mul.Tensor)
+    base, exponent = _operands(cube, _aten.pow.Tensor_Scalar)
+    if x is None or not (x is same is base) or (factor, addend, exponent, share) != (0.5, 1.0, 3.0, 0.044715):
+        return None
+    return ("gelu_tanh", x, 3) if root == math.sqrt(2.0 / math.pi) else None
+

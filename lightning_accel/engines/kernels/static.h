@@ -1,0 +1,102 @@
+// Layers with static uint8 activations, as lightning_accel.quantize.static has them: y = float(codes @ w.T + start) * scale
+// + bias, bit by bit.
+
+#pragma once
+
+#include "products.h"
+#include "shim.h"
+
+namespace {
+
+struct Weights {
+  const int8_t* tiles;
+  const int32_t* start;
+  const float *scale, *bias;
+  int64_t N, K;
+};
+
+// float(sum + start) * scale + bias
+struct Scale {
+  const Weights& w;
+
+#ifdef VNNI
+  struct Column {
+    __m512i start;
+    __m512 scale, bias;
+
+    __m512 operator()(__m512i sums) const {
+      return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, start)), scale), bias);
+    }
+  };
+  Column at(int64_t n, __mmask16 in) const {
+    return {_mm512_maskz_loadu_epi32(in, w.start + n), _mm512_maskz_loadu_ps(in, w.scale + n),
+            _mm512_maskz_loadu_ps(in, w.bias + n)};
+  }
+#else
+  float operator()(int64_t n, int32_t sum) const {
+    return static_cast<float>(sum + w.start[n]) * w.scale[n] + w.bias[n];
+  }
+#endif
+};
+
+struct Scaled {  // an epilogue: scaled sums are the output
+  Scale value;
+  float* y;
+
+#ifdef VNNI
+  struct Column {
+    Scale::Column value;
+    float* y;
+    int64_t ldy;
+    __mmask16 in;
+
+    void store(int64_t m, __m512i sums) const { _mm512_mask_storeu_ps(y + m * ldy, in, value(sums)); }
+  };
+  Column at(int64_t n, int64_t count) const {
+    const __mmask16 in = first(count);
+    return {value.at(n, in), y + n, value.w.N, in};
+  }
+#else
+  void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
+    for (int64_t i = 0; i < std::min(count, kRows); i++) y[m * value.w.N + n + i] = value(n + i, sums[i]);
+  }
+#endif
+};
+
+// Copies `count` pieces of `bytes`, each `step` after the one before it.
+inline void copy(uint8_t* to, int64_t to_step, const uint8_t* from, int64_t from_step, int64_t bytes, int64_t count) {
+#ifdef VNNI  // without a call: pieces are short
+  const int64_t lines = (bytes - 1) / 64 * 64;
+  const __mmask64 last = ~uint64_t{0} >> (64 - (bytes - lines));
+  for (int64_t i = 0; i < count; i++, to += to_step, from += from_step) {
+    for (int64_t at = 0; at < lines; at += 64) _mm512_storeu_si512(to + at, _mm512_loadu_si512(from + at));
+    _mm512_mask_storeu_epi8(to + lines, last, _mm512_maskz_loadu_epi8(last, from + lines));
+  }
+#else
+  for (int64_t i = 0; i < count; i++) std::memcpy(to + i * to_step, from + i * from_step, bytes);
+#endif
+}
+
+struct Matrix {  // rows as they are in memory
+  const uint8_t* codes;
+  int64_t M, K;
+
+  // Rows from the first one on, a multiple of 16, that products can read where they are: up to 63 bytes past the end of
+  // a row, which meet weights of 0, but not past the end of the last.
+  int64_t in_place() const { return K % 64 == 0 ? M / 16 * 16 : 0; }
+  void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
+    copy(to, stride, codes + m * K, K, K, count);
+  }
+};
+
+AOTITorchError open(AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale, AtenTensorHandle bias,
+                    Weights* w) {
+  int64_t* n;
+  if (data(tiles, &w->tiles) || data(start, &w->start) || data(scale, &w->scale) || data(bias, &w->bias))
+    return AOTI_TORCH_FAILURE;
+  if (aoti_torch_get_sizes(scale, &n)) return AOTI_TORCH_FAILURE;
+  w->N = n[0];
+  return AOTI_TORCH_SUCCESS;
+}
+
+}  // namespace
