@@ -1,9 +1,9 @@
-// out[b, h] = softmax(scale * q[b, h] @ k[b, h / group].T + mask[b, h]) @ v[b, h / group] in float32, with tensors as views of
-// any strides; means what torch's scaled_dot_product_attention means. A row's result depends neither on the number of threads
-// nor on the rows beside it, apart from how many there are.
+// Attention in float32, which means what lightning_accel.engines.attention means. A row's result does not depend on the number
+// of threads.
 
 #include "attention_few.h"
 #include "attention_many.h"
+#include "attention_tiles.h"
 #include "shim.h"
 
 namespace {
@@ -13,7 +13,12 @@ constexpr int64_t kParallelProducts = 1 << 18;  // below, threads cost more than
 #ifdef VNNI
 
 void attend(const Problem& p, int64_t b, int64_t group, int64_t begin, int64_t count) {
-  if (p.rows() <= kFew && p.k.column == 1 && p.v.column == 1) return attend_few(p, b, group);
+  const bool rows = p.k.column == 1 && p.v.column == 1;
+  if (rows && p.rows() <= kFew) return attend_few(p, b, group);
+#ifdef AMX_FLOAT
+  const bool tiles = rows && p.q.column == 1 && p.rows() >= kTiled && p.keys && amx_granted();
+  if (tiles && attend_tiles(p, b, group, begin, count)) return;
+#endif
   attend_many(p, b, group, begin, count);
 }
 

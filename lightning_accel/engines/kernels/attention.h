@@ -1,5 +1,6 @@
-// Attention in float32: what its forms share. out[b, h] = softmax(scale * q[b, h] @ k[b, h / group].T + mask[b, h]) @ v[b,
-// h / group], with tensors as views of any strides; a row that sees no key is zero, as in torch.
+// Attention in float32: what its forms share. With tensors as views of any strides and `group` heads to a head of keys,
+//     out[b, h] = softmax(scale * q[b, h] @ k[b, h / group].T + mask[b, h]) @ v[b, h / group];
+// a row that sees no key is zero, as in torch.
 
 #pragma once
 
@@ -78,19 +79,31 @@ constexpr int64_t kWide = 16;  // floats of a register
 
 inline int64_t wide(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
 
-// e^x for x <= 0, within 1.1 units in the last place; 0 below the least normal number. NaN stays NaN.
+// e^x for x <= 0, within 1.1 units in the last place; 0 below the least normal number. NaN stays NaN. Several at a time, step
+// by step beside each other: one alone is a chain of operations that wait.
+template <int N>
+inline void exponential(__m512 (&x)[N]) {
+  const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: added, it rounds to whole numbers
+  const float steps[] = {8.3687250e-3f, 4.1668389e-2f, 1.6666521e-1f, 4.9999994e-1f, 1.0f, 1.0f};
+  __m512 n[N], r[N], y[N];
+  for (int i = 0; i < N; i++) n[i] = _mm512_fmadd_ps(x[i], _mm512_set1_ps(1.44269504f), magic);
+  for (int i = 0; i < N; i++) n[i] = _mm512_sub_ps(n[i], magic);
+  for (int i = 0; i < N; i++) r[i] = _mm512_fnmadd_ps(n[i], _mm512_set1_ps(0.693145752f), x[i]);  // ln 2 in two parts
+  for (int i = 0; i < N; i++) r[i] = _mm512_fnmadd_ps(n[i], _mm512_set1_ps(1.42860677e-6f), r[i]);
+  for (int i = 0; i < N; i++) y[i] = _mm512_set1_ps(1.3814581e-3f);  // minimax on [-ln 2 / 2, ln 2 / 2], to 3e-9
+#pragma GCC unroll 6
+  for (int k = 0; k < 6; k++)
+    for (int i = 0; i < N; i++) y[i] = _mm512_fmadd_ps(y[i], r[i], _mm512_set1_ps(steps[k]));
+  for (int i = 0; i < N; i++) {
+    const __mmask16 normal = _mm512_cmp_ps_mask(x[i], _mm512_set1_ps(-87.3365f), _CMP_NLT_UQ);
+    x[i] = _mm512_maskz_scalef_ps(normal, y[i], n[i]);
+  }
+}
+
 inline __m512 exponential(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 y = _mm512_set1_ps(1.3814581e-3f);  // minimax on [-ln 2 / 2, ln 2 / 2], relative error 3e-9
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3687250e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1668389e-2f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666521e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.9999994e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3365f), _CMP_NLT_UQ), y, n);
+  __m512 one[] = {x};
+  exponential(one);
+  return one[0];
 }
 
 struct Row {
@@ -140,7 +153,15 @@ inline void copy(const float* from, int64_t step, int64_t count, int64_t padded,
 inline float exponentials(float* s, int64_t count, float top) {
   const __m512 base = _mm512_set1_ps(top == kNone ? 0.0f : top);
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t j = 0; j < count; j += kWide) {
+  int64_t j = 0;
+  for (; j + 48 < count; j += 64) {
+    __m512 e[4];
+    for (int n = 0; n < 4; n++) e[n] = _mm512_sub_ps(_mm512_load_ps(s + j + n * kWide), base);
+    exponential(e);
+    for (int n = 0; n < 4; n++) _mm512_store_ps(s + j + n * kWide, e[n]);
+    for (int n = 0; n < 4; n++) sum = _mm512_add_ps(sum, e[n]);
+  }
+  for (; j < count; j += kWide) {
     const __m512 e = exponential(_mm512_sub_ps(_mm512_load_ps(s + j), base));
     _mm512_store_ps(s + j, e);
     sum = _mm512_add_ps(sum, e);
@@ -152,6 +173,61 @@ inline void put(const float* o, float sum, int64_t Dv, float* out) {
   const __m512 inverse = _mm512_set1_ps(sum == 0.0f ? 1.0f : 1.0f / sum);
   for (int64_t d = 0; d < Dv; d += kWide)
     _mm512_mask_storeu_ps(out + d, first(Dv - d), _mm512_mul_ps(_mm512_load_ps(o + d), inverse));
+}
+
+struct Sum {
+  static __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
+struct Most {
+  static __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+};
+
+template <class Of>  // element n: the sum of a[n], or its largest element
+inline __m512 reduce(const __m512* a) {
+  const auto singles = [](__m512 x, __m512 y) { return Of::of(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+  const auto doubles = [](__m512 x, __m512 y) {
+    const __m512d c = _mm512_castps_pd(x), d = _mm512_castps_pd(y);
+    return Of::of(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  };
+  const auto quarters = [](__m512 x, __m512 y) {
+    return Of::of(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  __m512 u[4];
+  for (int n = 0; n < 4; n++)
+    u[n] = doubles(singles(a[4 * n], a[4 * n + 1]), singles(a[4 * n + 2], a[4 * n + 3]));
+  return quarters(quarters(u[0], u[1]), quarters(u[2], u[3]));
+}
+
+inline void transpose(__m512* a) {  // 16 rows of 16, in place
+  __m512 t[16];
+  for (int n = 0; n < 16; n += 2) {
+    t[n] = _mm512_unpacklo_ps(a[n], a[n + 1]);
+    t[n + 1] = _mm512_unpackhi_ps(a[n], a[n + 1]);
+  }
+  const auto low = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  for (int n = 0; n < 16; n += 4) {
+    a[n] = low(t[n], t[n + 2]);
+    a[n + 1] = high(t[n], t[n + 2]);
+    a[n + 2] = low(t[n + 1], t[n + 3]);
+    a[n + 3] = high(t[n + 1], t[n + 3]);
+  }
+  for (int n = 0; n < 4; n++) {
+    t[n] = _mm512_shuffle_f32x4(a[n], a[n + 4], 0x88);
+    t[n + 4] = _mm512_shuffle_f32x4(a[n], a[n + 4], 0xdd);
+    t[n + 8] = _mm512_shuffle_f32x4(a[n + 8], a[n + 12], 0x88);
+    t[n + 12] = _mm512_shuffle_f32x4(a[n + 8], a[n + 12], 0xdd);
+  }
+  for (int n = 0; n < 4; n++) {
+    a[n] = _mm512_shuffle_f32x4(t[n], t[n + 8], 0x88);
+    a[n + 8] = _mm512_shuffle_f32x4(t[n], t[n + 8], 0xdd);
+    a[n + 4] = _mm512_shuffle_f32x4(t[n + 4], t[n + 12], 0x88);
+    a[n + 12] = _mm512_shuffle_f32x4(t[n + 4], t[n + 12], 0xdd);
+  }
 }
 
 #endif

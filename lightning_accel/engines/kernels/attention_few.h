@@ -7,25 +7,9 @@
 
 namespace {
 
-constexpr int64_t kFew = 8;  // rows up to which transposing the keys does not pay
+constexpr int64_t kFew = 16;  // rows up to which packing the keys does not pay
 
 #ifdef VNNI
-
-inline __m512 add_unpacked(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-inline __m512 add_unpacked_pairs(__m512 a, __m512 b) {
-  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-}
-inline __m512 add_quarters(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-
-inline __m512 sums(const __m512* a) {  // element n: the sum over a[n]
-  __m512 u[4];
-  for (int n = 0; n < 4; n++)
-    u[n] = add_unpacked_pairs(add_unpacked(a[4 * n], a[4 * n + 1]), add_unpacked(a[4 * n + 2], a[4 * n + 3]));
-  return add_quarters(add_quarters(u[0], u[1]), add_quarters(u[2], u[3]));
-}
 
 template <int R>  // scores of 16 / R keys from j on, of R rows
 inline void score_few(const View& k, const float* base, int64_t j, int64_t last, const float* q, int64_t D, float* s,
@@ -46,7 +30,7 @@ inline void score_few(const View& k, const float* base, int64_t j, int64_t last,
       for (int r = 0; r < R; r++) acc[r * N + n] = _mm512_fmadd_ps(key, queries[r], acc[r * N + n]);
     }
   }
-  const __m512 all = sums(acc);
+  const __m512 all = reduce<Sum>(acc);
   if constexpr (R == 1) _mm512_store_ps(s + j, all);
   if constexpr (R == 2) {
     _mm256_store_ps(s + j, _mm512_castps512_ps256(all));
@@ -61,8 +45,8 @@ inline void score_few(const View& k, const float* base, int64_t j, int64_t last,
 }
 
 template <int R, int N>  // o[R, 16 N] = p[R, keys] @ v[keys, 16 N]
-inline void weigh_few(const float* v, int64_t step, __mmask16 last, const float* p, int64_t stride, int64_t keys, float* o,
-                      int64_t width) {
+inline void weigh_few(const float* v, int64_t step, __mmask16 last, const float* p, int64_t stride, int64_t keys,
+                      float* o, int64_t width) {
   constexpr int U = std::max(1, 8 / (R * N));  // keys at a time, for enough sums that do not wait for each other
   __m512 acc[U][R][N];
   for (int u = 0; u < U; u++)

@@ -13,38 +13,6 @@ constexpr int64_t kBlock = 512;   // keys that are packed at a time
 constexpr int64_t kQueries = 48;  // rows whose scores of a block are kept, a multiple of 6
 constexpr int64_t kNear = 8192;   // floats of values that stay in the nearest cache
 
-inline void transpose(__m512* a) {  // 16 rows of 16, in place
-  __m512 t[16];
-  for (int n = 0; n < 16; n += 2) {
-    t[n] = _mm512_unpacklo_ps(a[n], a[n + 1]);
-    t[n + 1] = _mm512_unpackhi_ps(a[n], a[n + 1]);
-  }
-  const auto low = [](__m512 x, __m512 y) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-  };
-  const auto high = [](__m512 x, __m512 y) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-  };
-  for (int n = 0; n < 16; n += 4) {
-    a[n] = low(t[n], t[n + 2]);
-    a[n + 1] = high(t[n], t[n + 2]);
-    a[n + 2] = low(t[n + 1], t[n + 3]);
-    a[n + 3] = high(t[n + 1], t[n + 3]);
-  }
-  for (int n = 0; n < 4; n++) {
-    t[n] = _mm512_shuffle_f32x4(a[n], a[n + 4], 0x88);
-    t[n + 4] = _mm512_shuffle_f32x4(a[n], a[n + 4], 0xdd);
-    t[n + 8] = _mm512_shuffle_f32x4(a[n + 8], a[n + 12], 0x88);
-    t[n + 12] = _mm512_shuffle_f32x4(a[n + 8], a[n + 12], 0xdd);
-  }
-  for (int n = 0; n < 4; n++) {
-    a[n] = _mm512_shuffle_f32x4(t[n], t[n + 8], 0x88);
-    a[n + 8] = _mm512_shuffle_f32x4(t[n], t[n + 8], 0xdd);
-    a[n + 4] = _mm512_shuffle_f32x4(t[n + 4], t[n + 12], 0x88);
-    a[n + 12] = _mm512_shuffle_f32x4(t[n + 4], t[n + 12], 0xdd);
-  }
-}
-
 // Keys [count, D] as [ceil(count / 16), wide(D), 16], filled up with zeros.
 void pack_keys(const float* k, const View& view, int64_t count, int64_t D, float* to) {
   for (int64_t j = 0; j < count; j += kWide)
