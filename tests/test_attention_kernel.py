@@ -1,4 +1,4 @@
-"""The compiled attention kernel against float64, on its tile, vector and plain paths; the pass that puts it into programs."""
+"""The compiled attention kernel against float64, on its tile, vector and plain paths; its pass over programs."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     softmax(scale * q @ k.T + mask) @ v     q [B, H, L, D], k [B, G, S, D], v [B, G, S, E], H a multiple of G
 
 `mask` is boolean (true: seen) or float32 (added), and broadcast to [B, H, L, S]; a row that sees no key is zero, as
-torch's is. The output lies in memory as [B, L, H, E]: what models make of it next, [B, L, H * E], is a view. The compiled
-kernel takes views as inputs, projections that were split into heads among them, and copies none of them.
+torch's is. The output lies in memory as [B, L, H, E]: what models make of it next, [B, L, H * E], is a view. The
+compiled kernel takes views as inputs, projections that were split into heads among them, and copies none of them.
 """
 
 from __future__ import annotations
