@@ -37,6 +37,7 @@ _OPERATORS = (  # which the kernels implement
     "int8_static_conv2d_tiled",
     "int8_feed_forward",
     "int8_static_feed_forward",
+    "attention",
 )
 _ISA = (
     "avx2",
@@ -115,12 +116,15 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     """
     from ..artifact import sha256
     from ..quantize.converted import LINEAR
+    from .attention import replace_attention
     from .fuse import fuse
 
     compiler = _compiler()
     freeze = not any(isinstance(module, LINEAR) for module in capture.module.modules())
     program = capture.export(capture.module)
     fuse(program)
+    if not slow_kernels({"isa": isa()}):
+        replace_attention(program)
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary))
         package = _compile(program, Path(temporary), freeze)
@@ -192,8 +196,10 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
 def _shims() -> dict[Any, list[str]]:
     """The C interface of each operator that the kernels implement, from its schema."""
     from ..quantize import fused, int4, ops, static  # noqa: F401  register the operators
+    from . import attention  # noqa: F401
 
-    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t", "float": "double"}
+    types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*"}
+    types |= {"int": "int64_t", "bool": "int32_t", "float": "double"}
     shims = {}
     for name in _OPERATORS:
         operator = getattr(torch.ops.lightning_accel, name).default
