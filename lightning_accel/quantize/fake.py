@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import select
 from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
+from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
 from .ops import row_codes, row_scales
@@ -105,15 +107,31 @@ class UnfusedEncoder(nn.TransformerEncoder):
         return False
 
 
-_FAKE = {nn.Linear: FakeQuantizedLinear, nn.Embedding: FakeQuantizedEmbedding, Conv1D: FakeQuantizedConv1D}
+_FAKE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FakeQuantizedLinear,
+    nn.Embedding: FakeQuantizedEmbedding,
+    Conv1D: FakeQuantizedConv1D,
+    nn.MultiheadAttention: FakeQuantizedAttention,
+    NonDynamicallyQuantizableLinear: FakeQuantizedOutProjection,
+}
 _PLAIN = {fake: plain for plain, fake in _FAKE.items()}
-_UNFUSED = {nn.TransformerEncoderLayer: UnfusedEncoderLayer, nn.TransformerEncoder: UnfusedEncoder}
+_FAKE[UnfusedAttention] = FakeQuantizedAttention  # its out_proj was prepared alone, before
+_UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: UnfusedAttention,
+    nn.TransformerEncoderLayer: UnfusedEncoderLayer,
+    nn.TransformerEncoder: UnfusedEncoder,
+}
 _FUSED = {unfused: fused for fused, unfused in _UNFUSED.items()}
 FAKE_TYPES = tuple(_PLAIN)
-_QUANTIZERS = {
+_QUANTIZERS: dict[type[nn.Module], tuple[str, ...]] = {
     FakeQuantizedLinear: ("activation_fake_quantizer", "weight_fake_quantizer"),
     FakeQuantizedConv1D: ("activation_fake_quantizer", "weight_fake_quantizer"),
     FakeQuantizedEmbedding: ("weight_fake_quantizer",),
+    FakeQuantizedOutProjection: ("activation_fake_quantizer", "weight_fake_quantizer"),
+    FakeQuantizedAttention: (
+        *(f"{name}_activation_fake_quantizer" for name in ("query", "key", "value")),
+        "weight_fake_quantizer",
+    ),
 }
 
 
@@ -134,6 +152,10 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
         raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):  # what is said of it is said of its last layer too
+            last = f"{name}.out_proj".lstrip(".")
+            chosen[last] = select.first_match(last, config.overrides, chosen[name])
     fused = _in_fused_operators(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
@@ -178,6 +200,14 @@ def count_own(module: nn.Module) -> int:
     return select.count_parameters(module, recurse=False)
 
 
+def shapes_of(module: Any) -> list[tuple[int, int]]:
+    """Output channels and inputs of each weight of a module that can be quantized."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [(module.embed_dim, inputs) for inputs in (module.embed_dim, module.kdim, module.vdim)]
+    rows, inputs = module.weight.flatten(1).shape
+    return [(inputs, rows) if isinstance(module, Conv1D) else (rows, inputs)]
+
+
 def _kind(module: nn.Module) -> str:
     return _PLAIN.get(type(module), type(module)).__name__
 
@@ -186,8 +216,8 @@ def _in_fused_operators(model: nn.Module) -> dict[int, str]:
     """id of each module whose parent takes its weights without calling it -> the parent's kind."""
     found = {}
     for parent in model.modules():
-        layer = isinstance(parent, nn.TransformerEncoderLayer) and type(parent) not in (*_UNFUSED, *_FUSED)
-        if layer or isinstance(parent, nn.MultiheadAttention):
+        fused = isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+        if fused and type(parent) not in (*_UNFUSED, *_FUSED, *_PLAIN):
             found.update({id(child): type(parent).__name__ for child in parent.modules()})
     return found
 
@@ -209,8 +239,8 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
     """The scheme that the module gets, and why it is another than asked for."""
     if scheme is None or not scheme.startswith("int4"):
         return scheme, None
-    inputs = module.weight.shape[0 if isinstance(module, Conv1D) else -1]
-    if inputs % group == 0:
+    inputs = next((inputs for _, inputs in shapes_of(module) if inputs % group), None)
+    if inputs is None:
         return scheme, None
     divisors = [n for n in range(2, inputs + 1) if inputs % n == 0]
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
@@ -235,15 +265,17 @@ def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -
 
 def _swap_class(module: nn.Module, scheme: str, group: int) -> None:
     fake = _FAKE[type(module)]
-    weight = Int4GroupFakeQuantizer(group) if scheme.startswith("int4") else Int8RowFakeQuantizer()
-    made = {
-        "weight_fake_quantizer": weight,
-        "activation_fake_quantizer": None if scheme == "int4-weight" else Int8RowFakeQuantizer(),
-    }
     module.__class__ = fake
     for name in _QUANTIZERS[fake]:
-        quantizer = made[name]
+        quantizer = _quantizer(name, scheme, group)
         setattr(module, name, None if quantizer is None else quantizer.train(module.training))
+
+
+def _quantizer(name: str, scheme: str, group: int) -> FakeQuantizerBase | None:
+    """What stands under `name` in a module with `scheme`."""
+    if name == "weight_fake_quantizer" and scheme.startswith("int4"):
+        return Int4GroupFakeQuantizer(group)
+    return None if name != "weight_fake_quantizer" and scheme == "int4-weight" else Int8RowFakeQuantizer()
 
 
 def scheme_of(module: Any) -> str | None:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import select
-from .._quiet import Conv1D
 from ..distill import logits_of
 from .config import SCHEMES, QuantConfig
-from .fake import prepare_, unprepare_
+from .fake import prepare_, shapes_of, unprepare_
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
 FLOAT = "float"
@@ -119,16 +118,17 @@ def sensitivity(
     size: dict[str, dict[str, int]] = {}
     for unit in units:
         label = "+".join(unit)
-        rows, inputs = _shape(select.get_module(model, unit[0]))
-        fitting = [s for s in schemes if not (s.startswith("int4") and inputs % group_size)]
+        shapes = shapes_of(select.get_module(model, unit[0]))
+        odd = any(inputs % group_size for _, inputs in shapes)
+        fitting = [s for s in schemes if not (s.startswith("int4") and odd)]
         if not fitting:
             continue
-        increase[label], size[label] = {}, {FLOAT: 4 * rows * inputs}
+        increase[label], size[label] = {}, {FLOAT: sum(4 * rows * inputs for rows, inputs in shapes)}
         for scheme in fitting:
-            rest = {name: None for name in everything if name not in unit}
-            prepare_(model, QuantConfig(scheme, overrides=rest, group_size=group_size))
+            alone = {name: scheme if name in unit else None for name in everything}
+            prepare_(model, QuantConfig(scheme, overrides=alone, group_size=group_size))
             increase[label][scheme] = measured() - base
-            size[label][scheme] = _bytes(scheme, rows, inputs, group_size)
+            size[label][scheme] = sum(_bytes(scheme, *shape, group_size) for shape in shapes)
             unprepare_(model)
     if not increase:
         raise ValueError(f"no module fits {tuple(schemes)} with groups of {group_size}; add 'int8' to schemes")
@@ -214,15 +214,9 @@ def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
     """Names of modules to be quantized together: those that share a weight."""
     units: dict[int, list[str]] = {}
     for name in names:
-        weight: Any = select.get_module(model, name).weight
-        units.setdefault(id(weight), []).append(name)
+        module = select.get_module(model, name)
+        units.setdefault(id(getattr(module, "weight", module)), []).append(name)
     return list(units.values())
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """Rows (output channels) and inputs of a weight."""
-    rows, inputs = module.weight.shape
-    return (inputs, rows) if isinstance(module, Conv1D) else (rows, inputs)
 
 
 def _bytes(scheme: str, rows: int, inputs: int, group: int) -> int:
