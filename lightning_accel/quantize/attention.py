@@ -31,7 +31,7 @@ class UnfusedAttention(nn.MultiheadAttention):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """The inputs of the product, from those of the layer."""
-        weights = _weights(self).values()
+        weights = projections(self).values()
         return [F.linear(x, *w) for x, w in zip((query, key, value), weights, strict=True)]
 
     def forward(
@@ -106,10 +106,10 @@ class FakeQuantizedAttention(UnfusedAttention):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """As `UnfusedAttention.project`, of rounded inputs and weights."""
-        projections = zip((query, key, value), self.quantizers(), _weights(self).values(), strict=True)
+        inputs = zip((query, key, value), self.quantizers(), projections(self).values(), strict=True)
         return [
             F.linear(x if quantizer is None else quantizer(x), self.weight_fake_quantizer(weight), bias)
-            for x, quantizer, (weight, bias) in projections
+            for x, quantizer, (weight, bias) in inputs
         ]
 
     def quantizers(self) -> list[nn.Module | None]:
@@ -119,7 +119,7 @@ class FakeQuantizedAttention(UnfusedAttention):
     def linears(self) -> dict[str, FakeQuantizedLinear]:
         """The projections of the inputs as layers: copies of the weights, the same quantizers."""
         made = {}
-        for (name, (weight, bias)), quantizer in zip(_weights(self).items(), self.quantizers(), strict=True):
+        for (name, (weight, bias)), quantizer in zip(projections(self).items(), self.quantizers(), strict=True):
             linear: Any = FakeQuantizedLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
             linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
             linear.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -146,7 +146,7 @@ class ConvertedAttention(UnfusedAttention):
         kept = {k: v for k, v in vars(module).items() if not k.startswith("_") and not k.endswith("_fake_quantizer")}
         hooks = {k: v for k, v in vars(module).items() if k.startswith("_forward_")}
         self.__dict__.update(kept | hooks, _qkv_same_embed_dim=False)
-        for name in ("in_proj_weight", "in_proj_bias", *(f"{projection}_weight" for projection in _INPUTS)):
+        for name in ("in_proj_weight", "in_proj_bias", *(f"{part}_weight" for part in _INPUTS)):
             self.register_parameter(name, None)  # nn.TransformerEncoderLayer looks at them
         for name in ("bias_k", "bias_v"):
             if name in module._parameters:
@@ -161,7 +161,7 @@ class ConvertedAttention(UnfusedAttention):
         return [layer(x) for layer, x in zip(layers, (query, key, value), strict=True)]
 
 
-def _weights(attention: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:
+def projections(attention: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight [out, in] and bias of the projections of query, key and value."""
     weights: Any = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
     if attention._qkv_same_embed_dim:

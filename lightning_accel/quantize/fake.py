@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import select
 from .._quiet import Conv1D, FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
-from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention
+from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
 from .ops import row_codes, row_scales
@@ -203,7 +203,7 @@ def count_own(module: nn.Module) -> int:
 def shapes_of(module: Any) -> list[tuple[int, int]]:
     """Output channels and inputs of each weight of a module that can be quantized."""
     if isinstance(module, nn.MultiheadAttention):
-        return [(module.embed_dim, inputs) for inputs in (module.embed_dim, module.kdim, module.vdim)]
+        return [(len(weight), weight.shape[1]) for weight, _ in projections(module).values()]
     rows, inputs = module.weight.flatten(1).shape
     return [(inputs, rows) if isinstance(module, Conv1D) else (rows, inputs)]
 
