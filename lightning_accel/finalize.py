@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from . import select
-from ._quiet import Conv1D
 from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
 from .quantize.converted import check_not_converted
-from .quantize.fake import Int4GroupFakeQuantizer, count_own
+from .quantize.fake import Int4GroupFakeQuantizer, count_own, shapes_of
 from .quantize.ranges import load_static_state_
 
 
@@ -89,8 +88,7 @@ def _check_groups(trained: nn.Module, deployed: nn.Module) -> None:
     modules: dict[str, Any] = dict(select.named_modules(trained))
     for name, module in modules.items():
         if isinstance(getattr(module, "weight_fake_quantizer", None), Int4GroupFakeQuantizer):
-            dim = 0 if isinstance(module, Conv1D) else -1
-            before, after = module.weight.shape[dim], left[name].weight.shape[dim]
+            before, after = shapes_of(module)[0][1], shapes_of(left[name])[0][1]
             if before != after:
                 raise ValueError(
                     f"{name} was trained in int4 with {before} inputs, of which pruning leaves {after}: others would "

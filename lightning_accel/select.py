@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,12 +172,14 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
     """FLOPs of one forward by canonical module name, children included (`""` is the whole model).
 
     Matrix products, convolutions and attention are counted, by torch.utils.flop_counter; multiply and add are two.
+    The projections of an nn.MultiheadAttention, which are no modules, stand under their names in its converted form:
+    q_proj, k_proj, v_proj and out_proj.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), _unfused():
-        model(*args, **kwargs)
     counts: dict[str, int] = {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), _unfused(), _counted_projections(model, counts):
+        model(*args, **kwargs)
     prefix = type(model).__name__
     for name, by_operator in counter.get_flop_counts().items():
         if name == "Global":
@@ -200,3 +203,26 @@ def _unfused() -> Iterator[None]:
     finally:
         mha.set_fastpath_enabled(before[0])
         mkldnn.enabled = before[1]
+
+
+@contextmanager
+def _counted_projections(model: nn.Module, counts: dict[str, int]) -> Iterator[None]:
+    """Adds the FLOPs of the projections in each nn.MultiheadAttention to `counts`: they are computed without a call."""
+
+    def note(name: str, module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        for part, tensor in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "query"}.items():
+            if isinstance(inputs.get(tensor), torch.Tensor):
+                label = f"{name}.{part}".lstrip(".")
+                counts[label] = counts.get(label, 0) + 2 * inputs[tensor].numel() * module.embed_dim
+
+    hooks = [
+        module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        for name, module in named_modules(model)
+        if isinstance(module, nn.MultiheadAttention)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -385,6 +385,7 @@ NO_GROUPS: dict[str, Net] = {
     "a constant per neuron": Net(lambda m, x: m.c(m.a(x) + torch.arange(16.0))),
     "a weight read elsewhere": Net(lambda m, x: m.c(m.a(x).relu()) + m.c.weight.sum()),
     "a module used twice": Net(lambda m, x: m.c(m.b(m.b(m.a(x)).relu()).relu())),
+    "attention": Net(lambda m, x: m.t(h := m.a(x[:, None]).relu(), h, h)[0], t=nn.MultiheadAttention(16, 2)),
     "the input itself as width": Net(lambda m, x: m.e(x + m.d(x)), d=nn.Linear(8, 8), e=nn.Linear(8, 2)),
 }
 

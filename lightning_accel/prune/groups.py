@@ -116,11 +116,16 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
         ) from error
     names = program.graph_signature.inputs_to_parameters
     first = {id(parameter): name for name, parameter in select.named_parameters(model).items()}  # of tied ones
-    return program.graph, {
-        node: first[id(model.get_parameter(names[node.name]))]
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):  # it refuses inputs of another width than its own
+            for parameter in module.parameters(recurse=False):
+                first.pop(id(parameter), None)
+    found = {
+        node: first.get(id(model.get_parameter(names[node.name])))
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in names
     }
+    return program.graph, {node: name for node, name in found.items() if name is not None}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
 from .adapters import merge_adapters
+from .attention import ConvertedAttention, FakeQuantizedAttention
 from .config import QuantConfig
-from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of
+from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of, shapes_of
 from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack, unpack
 from .norms import folded_bias, folded_weight
 from .ops import int8_embedding, int8_linear, row_codes, row_scales, untile
@@ -255,10 +256,14 @@ def convert_(model: nn.Module) -> nn.Module:
     model = merge_adapters(model)
     _check_finite(model)
     codes: dict[tuple[Any, ...], _Codes] = {}
-    converted = {m: _convert(m, name, codes) for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
-    absorbed = [m.__dict__["norm"] for m in converted if m.__dict__.get("norm") is not None]
+    fake = {m: name for name, m in select.named_modules(model) if type(m) in FAKE_TYPES}
+    parts = {m: m.linears() for m in fake if isinstance(m, FakeQuantizedAttention)}  # alive as long as ids are keys
+    converted: dict[nn.Module, nn.Module] = {m: _convert(m, name, codes) for m, name in fake.items() if m not in parts}
+    for m, linears in parts.items():
+        converted[m] = ConvertedAttention(m, {part: _convert(x, fake[m], codes) for part, x in linears.items()})
+    absorbed = [m.__dict__["norm"] for m in fake if m.__dict__.get("norm") is not None]
     converted.update({norm: nn.Identity() for norm in absorbed})
-    for parent in list(model.modules()):
+    for parent in [*model.modules(), *(converted[m] for m in parts)]:
         for name, child in parent._modules.items():
             if child in converted:
                 parent._modules[name] = converted[child]
@@ -383,7 +388,7 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
         parameters += _size(module) if weight is not None and id(weight) not in seen else 0
         seen.update(id(t) for t in (*tensors, weight))
-        own = flops.get(name, 0) if flops is not None and not list(_children_with_weights(module)) else None
+        own = None if flops is None else _own_flops(name, module, flops)
         if (tensors or weight is not None) and (parameters or own):
             scheme = _scheme(module)
             coverage.entries.append(
@@ -422,7 +427,16 @@ def _size(module: Any) -> int:
         return module.out_features * module.in_features
     if isinstance(module, Int8Embedding | Int4Embedding):
         return module.num_embeddings * module.embedding_dim
-    return module.weight.numel()
+    return sum(rows * inputs for rows, inputs in shapes_of(module))
+
+
+def _own_flops(name: str, module: nn.Module, flops: dict[str, int]) -> int | None:
+    """FLOPs of the module's own weights, `None` where they are its children's."""
+    if isinstance(module, ConvertedAttention):
+        return None
+    if isinstance(module, nn.MultiheadAttention):  # as a whole it has those of attention and of out_proj too
+        return sum(flops.get(f"{name}.{part}".lstrip("."), 0) for part in ("q_proj", "k_proj", "v_proj"))
+    return None if list(_children_with_weights(module)) else flops.get(name, 0)
 
 
 def _children_with_weights(module: nn.Module) -> Iterable[nn.Module]:

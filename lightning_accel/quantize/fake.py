@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import select
 from .._quiet import Conv1D, FakeQuantizedLinear, FakeQuantizerBase
 from ..select import Coverage, Entry
 from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
+from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
 from .config import QuantConfig
 from .int4 import group_codes, group_scales
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
@@ -117,17 +119,28 @@ class UnfusedEncoder(nn.TransformerEncoder):
         return False
 
 
-_FAKE: dict[type, type] = {
+_FAKE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FakeQuantizedLinear,
     nn.Embedding: FakeQuantizedEmbedding,
     Conv1D: FakeQuantizedConv1D,
     nn.Conv1d: FakeQuantizedConv1d,
     nn.Conv2d: FakeQuantizedConv2d,
+    nn.MultiheadAttention: FakeQuantizedAttention,
+    NonDynamicallyQuantizableLinear: FakeQuantizedOutProjection,
 }
 _PLAIN = {fake: plain for plain, fake in _FAKE.items()}
-_UNFUSED = {nn.TransformerEncoderLayer: UnfusedEncoderLayer, nn.TransformerEncoder: UnfusedEncoder}
+_FAKE[UnfusedAttention] = FakeQuantizedAttention  # its out_proj was prepared alone, before
+_UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: UnfusedAttention,
+    nn.TransformerEncoderLayer: UnfusedEncoderLayer,
+    nn.TransformerEncoder: UnfusedEncoder,
+}
 _FUSED = {unfused: fused for fused, unfused in _UNFUSED.items()}
 FAKE_TYPES = tuple(_PLAIN)
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {  # names of the quantizers of inputs, where not the usual one
+    FakeQuantizedEmbedding: (),
+    FakeQuantizedAttention: tuple(f"{name}_activation_fake_quantizer" for name in ("query", "key", "value")),
+}
 
 
 def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
@@ -169,6 +182,10 @@ def plan(model: nn.Module, config: QuantConfig) -> Coverage:
     check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = select.assign(list(modules), config.overrides, config.scheme)
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):  # what is said of it is said of its last layer too
+            last = f"{name}.out_proj".lstrip(".")
+            chosen[last] = select.first_match(last, config.overrides, chosen[name])
     fused, parts = _in_fused_operators(model), parts_of_adapters(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
@@ -191,9 +208,8 @@ def unprepare_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__dict__.pop("fallback", None)
         if type(module) in _PLAIN:
-            for quantizer in ("activation_fake_quantizer", "weight_fake_quantizer"):
-                if hasattr(module, quantizer):
-                    delattr(module, quantizer)
+            for quantizer in (*_activations(module), "weight_fake_quantizer"):
+                delattr(module, quantizer)
             if (norm := module.__dict__.pop("norm", None)) is not None:
                 thaw_norm_(norm)
             module.__class__ = _PLAIN[type(module)]
@@ -212,6 +228,18 @@ def count_own(module: nn.Module) -> int:
     return select.count_parameters(module, recurse=False)
 
 
+def shapes_of(module: Any) -> list[tuple[int, int]]:
+    """Output channels and inputs of each weight of a module that can be quantized."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [(len(weight), weight.shape[1]) for weight, _ in projections(module).values()]
+    rows, inputs = module.weight.flatten(1).shape
+    return [(inputs, rows) if isinstance(module, Conv1D) else (rows, inputs)]
+
+
+def _most_inputs(module: nn.Module) -> int:
+    return max(inputs for _, inputs in shapes_of(module))
+
+
 def _kind(module: nn.Module) -> str:
     return _PLAIN.get(type(module), type(module)).__name__
 
@@ -220,8 +248,8 @@ def _in_fused_operators(model: nn.Module) -> dict[int, str]:
     """id of each module whose parent takes its weights without calling it -> the parent's kind."""
     found = {}
     for parent in model.modules():
-        layer = isinstance(parent, nn.TransformerEncoderLayer) and type(parent) not in (*_UNFUSED, *_FUSED)
-        if layer or isinstance(parent, nn.MultiheadAttention):
+        fused = isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+        if fused and type(parent) not in (*_UNFUSED, *_FUSED, *_PLAIN):
             found.update({id(child): type(parent).__name__ for child in parent.modules()})
     return found
 
@@ -240,7 +268,7 @@ def _why_not(module: nn.Module, scheme: str | None, fused: dict[int, str]) -> st
         return f"{scheme} has no form of convolutions; write overrides={{'pattern': 'int8-static'}} for it"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
         return "convolutions in groups have no integer kernel"
-    if scheme == "int8-static" and count_inputs(module) > MOST_INPUTS:
+    if scheme == "int8-static" and _most_inputs(module) > MOST_INPUTS:
         return f"sums over more than {MOST_INPUTS:,} inputs could overflow int32"
     return None
 
@@ -251,8 +279,8 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
         return "int8", None  # the same codes; an embedding has no activations
     if scheme is None or not scheme.startswith("int4"):
         return scheme, None
-    inputs = count_inputs(module)
-    if inputs % group == 0:
+    inputs = next((inputs for _, inputs in shapes_of(module) if inputs % group), None)
+    if inputs is None:
         return scheme, None
     divisors = [n for n in range(2, inputs + 1) if inputs % n == 0]
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
@@ -261,7 +289,7 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
 
 
 def _may_overflow(module: Any) -> bool:
-    return count_inputs(module) > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
+    return _most_inputs(module) > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
 
 
 def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -> None:
@@ -279,30 +307,32 @@ def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -
             )
 
 
-def count_inputs(module: Any) -> int:
-    """Products that each output of a layer sums up."""
-    return module.weight.shape[0] if isinstance(module, Conv1D) else module.weight[0].numel()
-
-
-def make_quantizers(scheme: str, config: QuantConfig) -> tuple[FakeQuantizerBase | None, FakeQuantizerBase]:
-    """Fake quantizers of a layer's activations and of its weight in rows."""
-    activations = {"int4-weight": None, "int8-static": AffineFakeQuantizer(config.observer)}
-    weight = Int4GroupFakeQuantizer(config.group_size) if scheme.startswith("int4") else Int8RowFakeQuantizer()
-    return activations.get(scheme, Int8RowFakeQuantizer()), weight
-
-
 def _swap_class(module: Any, scheme: str, config: QuantConfig) -> None:
-    activation, weight = make_quantizers(scheme, config)
-    module.weight_fake_quantizer = weight.train(module.training)
-    if not isinstance(module, nn.Embedding):
-        module.activation_fake_quantizer = activation
-    if isinstance(activation, AffineFakeQuantizer):
-        activation.to(module.weight.device)
-    if activation is not None:
-        activation.train(module.training)
+    module.__class__ = _FAKE[type(module)]
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         module.__dict__["norm"] = None
-    module.__class__ = _FAKE[type(module)]
+    for name in _activations(module):
+        setattr(module, name, _activation_quantizer(scheme, config))
+    module.weight_fake_quantizer = _weight_quantizer(scheme, config)
+    device = next(module.parameters()).device
+    for quantizer in module.children():
+        if isinstance(quantizer, FakeQuantizerBase):
+            quantizer.to(device).train(module.training)
+
+
+def _activations(module: nn.Module) -> tuple[str, ...]:
+    """Names under which a fake-quantized module has the quantizers of its inputs."""
+    return _ACTIVATIONS.get(type(module), ("activation_fake_quantizer",))
+
+
+def _activation_quantizer(scheme: str, config: QuantConfig) -> FakeQuantizerBase | None:
+    if scheme == "int4-weight":
+        return None
+    return AffineFakeQuantizer(config.observer) if scheme == "int8-static" else Int8RowFakeQuantizer()
+
+
+def _weight_quantizer(scheme: str, config: QuantConfig) -> FakeQuantizerBase:
+    return Int4GroupFakeQuantizer(config.group_size) if scheme.startswith("int4") else Int8RowFakeQuantizer()
 
 
 def scheme_of(module: Any) -> str | None:

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import select
-from .._quiet import Conv1D
 from ..distill import logits_of
 from .config import SCHEMES, QuantConfig
-from .fake import count_inputs, plan, prepare_, unprepare_
+from .fake import plan, prepare_, shapes_of, unprepare_
 from .ranges import calibrate_, load_static_state_, static_state
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
@@ -120,15 +119,15 @@ def sensitivity(
     increase: dict[str, dict[str, float]] = {}
     size: dict[str, dict[str, int]] = {}
     for unit in _units(model, [name for name in everything if any(name in names for names in reached.values())]):
-        rows, inputs = _shape(select.get_module(model, unit[0]))
+        shapes = shapes_of(select.get_module(model, unit[0]))
         label = "+".join(unit)
-        increase[label], size[label] = {}, {FLOAT: 4 * rows * inputs}
+        increase[label], size[label] = {}, {FLOAT: sum(4 * rows * inputs for rows, inputs in shapes)}
         for scheme in (s for s in schemes if reached[s].issuperset(unit)):
-            rest = {name: None for name in everything if name not in unit}
-            prepare_(model, replace(configs[scheme], overrides=rest))
+            alone = {name: scheme if name in unit else None for name in everything}
+            prepare_(model, replace(configs[scheme], overrides=alone))
             load_static_state_(model, ranges)
             increase[label][scheme] = measured() - base
-            size[label][scheme] = _bytes(scheme, rows, inputs, group_size)
+            size[label][scheme] = sum(_bytes(scheme, *shape, group_size) for shape in shapes)
             unprepare_(model)
     increase = {label: row for label, row in increase.items() if row}
     size = {label: size[label] for label in increase}
@@ -235,14 +234,9 @@ def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
     """Names of modules to be quantized together: those that share a weight."""
     units: dict[int, list[str]] = {}
     for name in names:
-        weight: Any = select.get_module(model, name).weight
-        units.setdefault(id(weight), []).append(name)
+        module = select.get_module(model, name)
+        units.setdefault(id(getattr(module, "weight", module)), []).append(name)
     return list(units.values())
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """Rows (output channels) and inputs of a weight."""
-    return module.weight.shape[1 if isinstance(module, Conv1D) else 0], count_inputs(module)
 
 
 def _bytes(scheme: str, rows: int, inputs: int, group: int) -> int:
