@@ -22,7 +22,7 @@ from ..select import Coverage, Entry
 from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
 from .config import QuantConfig
-from .int4 import group_codes, group_scales
+from .int4 import round_groups
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
 from .ops import MOST_INT8_INPUTS, round_rows
 from .ranges import AffineFakeQuantizer
@@ -60,8 +60,7 @@ class _RoundGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, group: int) -> Tensor:
-        scales = group_scales(weight, group)
-        return (group_codes(weight, scales) * scales).flatten(-2).to(weight.dtype)
+        return round_groups(weight, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

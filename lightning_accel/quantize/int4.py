@@ -1,7 +1,7 @@
 """The arithmetic of 4-bit weights: groups of inputs with a scale each, their packed form, the operators of a program.
 
-Of a group w of consecutive inputs of one output channel, m is the element of largest magnitude, its sign kept, as in
-llama.cpp's Q4_0:
+Of a group w of consecutive inputs of one output channel, m is the (first) element of largest magnitude, its sign
+kept, as in llama.cpp's Q4_0:
 
     scale = float16(-m / 8)        code = clamp(round_half_even(w / scale), -8, 7)        w ~ code * scale
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import row_codes, row_scales
+from .ops import blocks, row_codes, row_scales
 
 ROWS, INPUTS = 16, 8  # of a packed register
 
@@ -29,15 +29,35 @@ ROWS, INPUTS = 16, 8  # of a packed register
 def group_scales(weight: Tensor, group: int) -> Tensor:
     """Scale of each group of `weight` [rows, n] as float32 [rows, n / group, 1], rounded to float16."""
     groups = weight.detach().float().unflatten(-1, (-1, group))
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    if groups.device.type != "cpu" or torch.compiler.is_compiling():
+        largest = _first_largest(groups)
+    else:  # on a CPU argmax takes five times as long
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        largest, equal = torch.where(high > -low, high, low), (high == -low).squeeze(-1)
+        if equal.any():
+            largest[equal] = _first_largest(groups[equal])
     return (largest / -8.0).half().float()
 
 
-def group_codes(weight: Tensor, scales: Tensor) -> Tensor:
+def _first_largest(groups: Tensor) -> Tensor:
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+
+
+def group_codes(weight: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     """Codes of `weight` [rows, n] under `scales` [rows, groups, 1], as float32 [rows, groups, group] in [-8, 7]."""
     groups = weight.detach().float().unflatten(-1, (scales.shape[-2], -1))
     inverse = torch.where(scales == 0, 0.0, scales.reciprocal())
-    return torch.round(groups * inverse).clamp(-8, 7)
+    return torch.mul(groups, inverse, out=out).round_().clamp_(-8, 7)
+
+
+def round_groups(weight: Tensor, group: int) -> Tensor:
+    """codes * scale of `weight` [rows, n]: what fake quantization passes on, in the dtype of `weight`."""
+    rows = weight.detach().float().reshape(-1, weight.shape[-1])
+    rounded = torch.empty_like(rows)
+    for some, out in blocks(rows, rounded):
+        scales = group_scales(some, group)
+        group_codes(some, scales, out=out.unflatten(-1, (-1, group))).mul_(scales)
+    return rounded.view(weight.shape).to(weight.dtype)
 
 
 def pack(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
