@@ -1,4 +1,4 @@
-"""Encoders at MiniLM and BERT-base shapes, random weights: int8 against the float engine, eager and other engines.
+"""Encoders at MiniLM and BERT-base shapes, random weights: int8 and int8-static against float and other engines.
 
     lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
 """
@@ -22,6 +22,7 @@ SHAPES = {
     "bert-base": {},
 }
 ROWS = (("minilm", 1, 128), ("minilm", 8, 128), ("bert-base", 1, 128))  # shape, batch, length
+SCHEMES = ("int8", "int8-static")
 
 
 def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -38,10 +39,14 @@ def build(out: Path) -> None:
     """Writes the artifacts, unless they are there; the golden inputs are those that are timed."""
     for shape, batch, length in ROWS:
         model = float_model(shape)
-        for name, quantize in (("float", None), ("int8", QuantConfig("int8"))):
+        example = inputs(batch, length)
+        for name in ("float", *SCHEMES):
             folder = out / f"{shape}-{batch}x{length}-{name}"
+            quantize = None if name == "float" else QuantConfig(name)
             if not (folder / MANIFEST).exists():
-                export_model(model, folder, example_inputs=inputs(batch, length), quantize=quantize, measure=False)
+                export_model(
+                    model, folder, example_inputs=example, quantize=quantize, calibration=8 * [example], measure=False
+                )
 
 
 def main() -> None:
@@ -55,19 +60,21 @@ def main() -> None:
     others = peers.chosen(options.peers, "encoder")
     build(options.out)
     for shape, batch, length in ROWS:
-        float_, int8 = (options.out / f"{shape}-{batch}x{length}-{name}" for name in ("float", "int8"))
+        float_, *quantized = (options.out / f"{shape}-{batch}x{length}-{name}" for name in ("float", *SCHEMES))
         folder = options.out / "peers" / f"{shape}-{batch}x{length}"
         rows, agreements = peers.encoder_rows(others, float_model(shape), inputs(batch, length), folder)
         targets = {
             "eager_fp32": Target(str(float_), engine="portable"),
             "engine_fp32": Target(str(float_)),
-            "int8": Target(str(int8)),
+            **{scheme: Target(str(artifact)) for scheme, artifact in zip(SCHEMES, quantized, strict=True)},
             **{row.name: row.target for row in rows},
         }
         measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
-        sizes = {"eager_fp32": default_load(float_), "engine_fp32": default_load(float_), "int8": default_load(int8)}
+        sizes = {"eager_fp32": default_load(float_), "engine_fp32": default_load(float_)}
+        sizes |= {scheme: default_load(artifact) for scheme, artifact in zip(SCHEMES, quantized, strict=True)}
         sizes |= {row.name: row.bytes for row in rows}
-        print(table(f"{shape}, {batch} x {length}", measured, sizes) + f"\n\n{coverage(int8)}\n")
+        print(table(f"{shape}, {batch} x {length}", measured, sizes) + "\n")
+        print("; ".join(map(coverage, quantized)) + "\n")
         print(peers.notes(rows, agreements) + "\n")
     print("random weights: no quality is claimed\n" + provenance(options.threads, peers.packages(others)))
 

@@ -1,4 +1,4 @@
-"""What quantization-aware training costs: a training step with fake quantization, of each scheme, against the plain step.
+"""What quantization-aware training costs: a training step with the fake quantization of each scheme over the plain one.
 
     lightning-accel run benchmarks/qat_step.py --threads 2
 
