@@ -7,6 +7,9 @@ import io
 import json
 import os
 import pickle
+import platform
+import subprocess
+import sys
 import threading
 import warnings
 import zipfile
@@ -795,3 +798,29 @@ def test_the_portable_archive_is_compressed(decoder):
         graph = next(item for item in archive.infolist() if item.filename.endswith("models/model.json"))
     assert graph.compress_size < 0.1 * graph.file_size
     assert io.BytesIO((decoder / PROGRAM).read_bytes()).read(2) == b"PK"
+
+
+FAULTS = """
+import resource, sys, torch
+from lightning_accel import load
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [torch.ones(1 << 21) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+load(sys.argv[1])
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have their own rules")
+def test_memory_that_a_forward_frees_is_kept_for_the_next():
+    """30 buffers of 8 MB are 61,440 pages, or 15 of huge ones; kept, they are none."""
+    golden = Path(__file__).parent / "data" / "golden"
+    done = subprocess.run([sys.executable, "-c", FAULTS, golden], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
