@@ -24,7 +24,7 @@ from .quantize.ranges import load_static_state_
 
 @dataclass
 class Finalized:
-    """Copies of the model: as float and dense, as it was trained, and as it is deployed."""
+    """Copies of the model: as float and dense, as it was trained, and as it is deployed; they share what is equal."""
 
     plain: nn.Module
     trained: nn.Module
@@ -60,14 +60,14 @@ def finalize(
         before = dict(model.named_parameters())
         if any(not torch.equal(p, before[n].detach().cpu().float()) for n, p in trained.named_parameters()):
             given = unprepare_(_copy(model))
-    plain = unprepare_(_copy(trained))
-    deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _copy(trained)
+    plain = unprepare_(_share(trained))
+    deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _share(trained)
     _check_groups(trained, deployed)
     if quantize is not None and not is_prepared(trained):
         _check_shrunk(plain, deployed, example_inputs)  # what is quantized below is compared with itself only
         prepare_(deployed, quantize)
         calibrate_(deployed, calibration)
-        trained = _copy(deployed)  # groups of inputs are those that are left
+        trained = _share(deployed)  # groups of inputs are those that are left
     quantized = is_prepared(deployed)
     if quantized:
         deployed = convert_(deployed)
@@ -103,6 +103,11 @@ def _copy(model: nn.Module) -> nn.Module:
         if getattr(config, "use_cache", False):
             config.use_cache = False
     return model
+
+
+def _share(model: nn.Module) -> nn.Module:
+    """A copy of the modules over the same tensors, which nobody may change in place."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 @dataclass

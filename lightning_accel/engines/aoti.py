@@ -19,6 +19,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,13 +160,16 @@ def kernel_flags() -> list[str]:
 def _build_kernels(compiler: str, directory: Path) -> None:
     """Compiles the kernels for this machine into a static library in `directory`."""
     objects = {source: directory / f"{source.stem}.o" for source in sorted(_KERNELS.glob("*.cpp"))}
-    for command in (
-        *([compiler, *kernel_flags(), "-c", str(source), "-o", str(target)] for source, target in objects.items()),
-        ["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), *map(str, objects.values())],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{command[0]} could not compile the kernels:\n{done.stderr[-4000:]}")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        compile_ = [compiler, *kernel_flags(), "-c"]
+        list(pool.map(lambda item: _run([*compile_, str(item[0]), "-o", str(item[1])]), objects.items()))
+    _run(["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), *map(str, objects.values())])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} could not compile the kernels:\n{done.stderr[-4000:]}")
 
 
 def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: bool) -> Path:
