@@ -29,6 +29,7 @@ from lightning_accel.quantize.config import SCHEMES
 from lightning_accel.quantize.converted import quantize_rows
 from lightning_accel.quantize.fake import Int8RowFakeQuantizer
 from lightning_accel.quantize.ops import MOST_INT8_INPUTS, int8_linear_reference, row_codes, row_scales, tile, untile
+from lightning_accel.select import count_flops
 
 INT8 = QuantConfig("int8")
 
@@ -531,3 +532,27 @@ def test_the_weight_of_a_converted_layer_is_the_rounded_one_in_float(scheme: str
     for fake, integer, transposed in zip(model, converted, (False, False, True), strict=True):
         expected = fake.weight_fake_quantizer(fake.weight.t() if transposed else fake.weight)
         assert integer.weight.dtype == torch.float32 and torch.equal(integer.weight, expected)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer before a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_recurrent_layer_is_named_with_its_share_of_flops(scheme: str) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(2, 5, 8)
+    config = QuantConfig(scheme, overrides={"head": "int8"})
+    converted = quantize_model(model, config, calibration=8 * [x])
+    coverage = quantization_coverage(converted, count_flops(model, (x,), {}))
+    (lstm,) = (e for e in coverage.entries if e.name == "lstm")
+    assert lstm.done is None and lstm.reason and lstm.flops == 2 * 2 * 5 * (8 * 64 + 16 * 64)
+    assert coverage.share_of_flops == pytest.approx(16 * 4 / (8 * 64 + 16 * 64 + 16 * 4))
+    assert "lstm" in str(coverage)
