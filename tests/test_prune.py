@@ -44,8 +44,8 @@ def test_an_amount_outside_0_to_1_is_refused(amount: float) -> None:
 
 
 def test_unknown_structure_and_scope_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown structure 'channels'"):
-        PruneConfig("channels")
+    with pytest.raises(ValueError, match="unknown structure 'filters'"):
+        PruneConfig("filters")
     with pytest.raises(ValueError, match="write 'uniform' or 'global'"):
         PruneConfig(scope="layer")
 
@@ -372,10 +372,7 @@ class Net(nn.Module):
 
 
 NO_GROUPS: dict[str, Net] = {
-    "residual stream": Net(lambda m, x: m.c(m.a(x) + m.b(m.a(x)).relu())),
     "also an output": Net(lambda m, x: (m.c(h := m.a(x).relu()), h)),
-    "concatenation": Net(lambda m, x: m.d(torch.cat([m.a(x), m.a(x)], -1)), d=nn.Linear(32, 4)),
-    "split": Net(lambda m, x: m.d(m.a(x).chunk(2, -1)[0]), d=nn.Linear(8, 4)),
     "layer norm": Net(lambda m, x: m.c(m.n(m.a(x))), n=nn.LayerNorm(16)),
     "softmax": Net(lambda m, x: m.c(m.a(x).softmax(-1))),
     "mean over neurons": Net(lambda m, x: m.c(m.a(x) - m.a(x).mean(-1, keepdim=True))),
@@ -384,7 +381,6 @@ NO_GROUPS: dict[str, Net] = {
     "heads": Net(lambda m, x: m.c(m.a(x).view(-1, 4, 4).flip(1).reshape(-1, 16))),
     "a constant per neuron": Net(lambda m, x: m.c(m.a(x) + torch.arange(16.0))),
     "a weight read elsewhere": Net(lambda m, x: m.c(m.a(x).relu()) + m.c.weight.sum()),
-    "a module used twice": Net(lambda m, x: m.c(m.b(m.b(m.a(x)).relu()).relu())),
     "attention": Net(lambda m, x: m.t(h := m.a(x[:, None]).relu(), h, h)[0], t=nn.MultiheadAttention(16, 2)),
     "the input itself as width": Net(lambda m, x: m.e(x + m.d(x)), d=nn.Linear(8, 8), e=nn.Linear(8, 2)),
 }
@@ -408,11 +404,25 @@ def check_shrunk(model: nn.Module, inputs: Any, amount: float = 0.5) -> nn.Modul
     return shrunk
 
 
+WHOLE_UNITS: dict[str, Net] = {
+    "residual stream": Net(lambda m, x: m.c(m.a(x) + m.b(m.a(x)).relu())),
+    "concatenation": Net(lambda m, x: m.d(torch.cat([m.a(x), m.a(x)], -1)), d=nn.Linear(32, 4)),
+    "split": Net(lambda m, x: m.d(m.a(x).chunk(2, -1)[0]), d=nn.Linear(8, 4)),
+    "a module used twice": Net(lambda m, x: m.c(m.b(m.b(m.a(x)).relu()).relu())),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_UNITS)
+def test_a_width_that_is_added_split_or_put_together_is_cut_everywhere(case: str) -> None:
+    check_shrunk(WHOLE_UNITS[case], (X,))
+
+
 def test_weights_tied_between_two_blocks_are_cut_alike_and_stay_tied() -> None:
     model = blocks(3)
     model[2][0].weight = model[0][0].weight
     (group,) = [g for g in find_groups(model, (X,)) if g.name == "0.0"]
-    assert {name for name, _ in group.members} == {"0.0.weight", "0.0.bias", "2.0.bias", "0.2.weight", "2.2.weight"}
+    names = {"0.0.weight", "0.0.bias", "2.0.bias", "0.2.weight", "2.2.weight"}
+    assert {member.name for member in group.members} == names
     shrunk = check_shrunk(model, (X,))
     assert shrunk[2][0].weight is shrunk[0][0].weight and shrunk[2][0].weight.shape == (8, 8)
     assert (shrunk[2][0].in_features, shrunk[2][0].out_features) == (8, 8), "its input is the model's"
@@ -470,7 +480,8 @@ def test_bare_parameters_are_cut_too() -> None:
 def test_two_producers_that_are_added_are_cut_together() -> None:
     model = Net(lambda m, x: m.c(F.relu(m.a(x)) + m.d(x)), d=nn.Linear(8, 16, bias=False))
     (group,) = find_groups(model, (X,))
-    assert set(group.members) == {("a.weight", 0), ("a.bias", 0), ("d.weight", 0), ("c.weight", 1)}
+    places = {(member.name, member.dim) for member in group.members}
+    assert places == {("a.weight", 0), ("a.bias", 0), ("d.weight", 0), ("c.weight", 1)}
     masks = prune_model_(model, PruneConfig("neurons", 0.5), example_inputs=(X,))
     shrunk = shrink_model(model, masks, example_inputs=(X,))
     assert torch.allclose(run(shrunk, (X,)), run(model, (X,)), atol=1e-5)

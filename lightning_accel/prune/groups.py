@@ -1,79 +1,83 @@
-"""Which weights belong together: a neuron is a row here, a column there, and a bias.
+"""Which weights belong together: a neuron is a row here, a column there, and a bias; a head, many rows of four layers.
 
-The model is exported once to a graph of aten operators, and each width is followed through it. A *neurons* group is
-one whose width meets nothing but element-wise operations between the linear layers that produce it and those that
-consume it: the inner width of a feed-forward block, gated or not. Widths that meet a split (attention heads), a
-normalization or the residual stream are something else.
+The model is exported once to a graph of aten operators, and each width is followed through it (`trace`). Units of the
+same parameters are a group. Its kind says what it is:
+
+    neurons    the width between linear layers
+    channels   the width between convolutions
+    heads      what attention computes side by side: queries, keys and values of a head, or of a whole group of heads
+    hidden     a width that a normalization runs over: the residual stream of transformers
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from .. import select
 from ..inputs import ExampleInputs, explain_export, split_inputs
+from .trace import Trace, trace
 
-aten = torch.ops.aten
-_SAME_SHAPE = {
-    aten.dropout.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.feature_dropout.default,
-    aten.hardswish.default,
-    aten.hardswish_.default,
-}
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+KINDS = ("neurons", "heads", "channels", "hidden")
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part of a parameter or buffer that belongs to a group.
+
+    Args:
+        name: of the parameter or buffer.
+        dim: along which it is cut.
+        index: positions [width, n] of each unit.
+    """
+
+    name: str
+    dim: int
+    index: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Dimensions that are cut together.
+    """Units that are cut one by one, each as a whole.
 
     Args:
-        name: the first layer that produces the width.
-        width: number of neurons.
-        members: (parameter name, dimension) of every tensor that has this width.
+        name: the first layer that has the width.
+        width: number of units.
+        members: every tensor that has them.
+        kind: one of `KINDS`, or `"weights"` for the single weights of a tensor.
     """
 
     name: str
     width: int
-    members: tuple[tuple[str, int], ...] = field(repr=False)
+    members: tuple[Member, ...] = field(repr=False)
+    kind: str = "neurons"
 
 
-def find_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
-    """The feed-forward widths of `model`, in the order in which they are computed.
+def find_groups(model: nn.Module, example_inputs: ExampleInputs, kind: str = "neurons") -> list[Group]:
+    """The groups of a kind in `model`, in the order of their parameters.
 
     The model is exported from a copy, in eval mode.
 
     Raises:
         ValueError: the model rejects the example inputs, or cannot be exported.
     """
-    graph, parameters = _graph(model, example_inputs)
-    groups: list[Group] = []
-    seen: set[tuple[str, int]] = set()
-    for node in graph.nodes:
-        layer = _linear(node, parameters)
-        if layer is not None and layer.member(True, parameters)[0] not in seen:
-            group = _neurons(node, layer.width, parameters)
-            if group is not None:
-                seen.update(group.members)
-                groups.append(group)
-    return groups
+    return [group for group in all_groups(model, example_inputs) if group.kind == kind]
 
 
-def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs]) -> list[Group]:
-    """The feed-forward widths inside the submodules that `calls` names, for a model never called as a whole.
+def all_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
+    """The groups of all kinds."""
+    graph, names = _graph(model, example_inputs)
+    return _groups(trace(graph, names), names)
+
+
+def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs], kind: str = "neurons") -> list[Group]:
+    """The groups inside the submodules that `calls` names, for a model never called as a whole.
 
     Submodules that cannot be exported are left out where another can.
 
@@ -84,25 +88,59 @@ def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs]) -> l
     errors: list[ValueError] = []
     for name, inputs in calls.items():
         try:
-            found = find_groups(select.get_module(model, name), inputs)
+            found = find_groups(select.get_module(model, name), inputs, kind)
         except ValueError as error:
             errors.append(error)
             continue
         at = f"{name}." if name else ""
-        groups += [Group(at + g.name, g.width, tuple((at + p, dim) for p, dim in g.members)) for g in found]
+        for group in found:
+            members = tuple(Member(at + m.name, m.dim, m.index) for m in group.members)
+            groups.append(Group(at + group.name, group.width, members, group.kind))
     if errors and not groups:
         raise errors[0]
     return groups
 
 
+def _groups(found: Trace, names: Mapping[Node, str]) -> list[Group]:
+    roots = found.roots()
+    fixed = torch.zeros(found.count, dtype=torch.bool)
+    for ids, _ in found.fixed:
+        fixed[roots[ids]] = True
+    marks = {what: torch.zeros_like(fixed) for what in ("normalized", "heads")}
+    for ids, what in found.marked:
+        marks[what][roots[ids]] = True
+    convolutions = {name for node, name in names.items() if node.meta["val"].dim() > 2}
+    units: dict[int, dict[tuple[str, int], list[int]]] = {}  # root -> member -> positions
+    for name, dim, ids in found.owned:
+        for position, root in enumerate(roots[ids].tolist()):
+            if not fixed[root]:
+                units.setdefault(root, {}).setdefault((name, dim), []).append(position)
+    alike: dict[tuple, list[int]] = {}
+    for root, members in units.items():
+        signature = tuple((member, len(positions)) for member, positions in members.items())
+        alike.setdefault((bool(marks["heads"][root]), bool(marks["normalized"][root]), signature), []).append(root)
+    groups = []
+    for (heads, normalized, signature), same in alike.items():
+        places = [place for place, _ in signature]
+        if len(places) < 2:
+            continue  # nothing reads it
+        positions = (torch.tensor([units[root][place] for root in same]) for place in places)
+        parts = tuple(Member(name, dim, index) for (name, dim), index in zip(places, positions, strict=True))
+        channels = any(name in convolutions for name, _ in places)
+        kind = "heads" if heads else "hidden" if normalized else "channels" if channels else "neurons"
+        groups.append(Group(places[0][0].rpartition(".")[0], len(same), parts, kind))
+    return groups
+
+
 def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Graph, dict[Node, str]]:
-    """The exported graph, and the canonical name of the parameter behind each placeholder."""
+    """The exported graph, and the canonical name of the parameter or buffer behind each placeholder."""
     from ..quantize import unprepare_
 
     model = unprepare_(copy.deepcopy(select.unwrap(model))).cpu().float().eval()
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
     args, kwargs = split_inputs(example_inputs)
     args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))
     try:
@@ -114,107 +152,21 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
             "Check example_inputs=, rewrite the line with tensor operations such as torch.where, or use "
             "PruneConfig(structure='unstructured')"
         ) from error
-    names = program.graph_signature.inputs_to_parameters
+    signature = program.graph_signature
     first = {id(parameter): name for name, parameter in select.named_parameters(model).items()}  # of tied ones
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):  # it refuses inputs of another width than its own
             for parameter in module.parameters(recurse=False):
                 first.pop(id(parameter), None)
-    found = {
-        node: first.get(id(model.get_parameter(names[node.name])))
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names
-    }
+    buffers = {id(buffer): select.canonical_name(name) for name, buffer in model.named_buffers()}
+    found: dict[Node, str | None] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.inputs_to_parameters:
+            found[node] = first.get(id(model.get_parameter(signature.inputs_to_parameters[node.name])))
+        elif node.op == "placeholder" and node.name in signature.inputs_to_buffers:
+            try:
+                buffer = model.get_buffer(signature.inputs_to_buffers[node.name])
+            except AttributeError:  # lifted by the export
+                continue
+            found[node] = buffers.get(id(buffer))
     return program.graph, {node: name for node, name in found.items() if name is not None}
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A product with a parameter: `x @ weight.T + bias` (aten.linear) or `x @ weight + bias` (addmm)."""
-
-    input: Node
-    weight: Node
-    bias: Node | None
-    transposed: bool  # weight is [in, out]
-    width: int  # of the output
-
-    def member(self, produces: bool, parameters: Mapping[Node, str]) -> list[tuple[str, int]]:
-        members = [(parameters[self.weight], int(produces == self.transposed))]
-        return members + ([(parameters[self.bias], 0)] if produces and self.bias is not None else [])
-
-
-def _linear(node: Node, parameters: Mapping[Node, str]) -> _Linear | None:
-    if node.op != "call_function":
-        return None
-    args: Any = node.args
-    if node.target is aten.linear.default:
-        x, weight, bias, transposed = args[0], args[1], (*args, None)[2], False
-    elif node.target is aten.addmm.default:
-        (bias, x, weight), transposed = args[:3], True
-    elif node.target in (aten.mm.default, aten.matmul.default):
-        (x, weight), bias, transposed = args[:2], None, True
-    else:
-        return None
-    if weight not in parameters or weight.meta["val"].dim() != 2:
-        return None
-    if bias is not None and (bias not in parameters or bias.meta["val"].shape != node.meta["val"].shape[-1:]):
-        return None
-    return _Linear(x, weight, bias, transposed, node.meta["val"].shape[-1])
-
-
-def _neurons(start: Node, width: int, parameters: Mapping[Node, str]) -> Group | None:
-    """The group of the width that `start` puts out, if all that it meets is element-wise or linear."""
-    members: list[tuple[str, int]] = []
-    users: dict[Node, int] = {}  # uses of each parameter inside the group
-    consumers = 0
-    queue, seen = [start], {start}
-
-    def visit(nodes: Iterable[Node]) -> None:
-        for other in nodes:
-            if other not in seen:
-                seen.add(other)
-                queue.append(other)
-
-    while queue:
-        node = queue.pop()
-        layer = _linear(node, parameters)
-        if layer is not None:
-            members += layer.member(True, parameters)
-            users.update({p: users.get(p, 0) + 1 for p in (layer.weight, layer.bias) if p is not None})
-            visit(other for other, _ in _sites(layer.weight, parameters))
-        elif _keeps_last_dim(node, width):
-            visit(a for a in node.all_input_nodes if _has_width(a, width))
-        else:
-            return None
-        for user in node.users:
-            consumer = _linear(user, parameters)
-            if consumer is not None and consumer.input is node:
-                consumers += 1
-                members += consumer.member(False, parameters)
-                users[consumer.weight] = users.get(consumer.weight, 0) + 1
-                visit(other.input for _, other in _sites(consumer.weight, parameters))
-            else:
-                visit([user])
-    if not consumers or any(len(parameter.users) != count for parameter, count in users.items()):
-        return None
-    return Group(members[0][0].rpartition(".")[0], width, tuple(dict.fromkeys(members)))
-
-
-def _sites(weight: Node, parameters: Mapping[Node, str]) -> list[tuple[Node, _Linear]]:
-    """Where the layers of a weight are called: a shared module has several places, all cut alike."""
-    calls = ((node, _linear(node, parameters)) for node in weight.users)
-    return [(node, layer) for node, layer in calls if layer is not None and layer.weight is weight]
-
-
-def _has_width(node: Any, width: int) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == width and width > 1
-
-
-def _keeps_last_dim(node: Node, width: int) -> bool:
-    """Whether position i of the last dimension of the output depends on position i of the inputs alone."""
-    if node.op != "call_function" or not _has_width(node, width):
-        return False
-    if node.target in _RESHAPES:
-        return _has_width(node.args[0], width)
-    return node.target in _SAME_SHAPE or torch.Tag.pointwise in getattr(node.target, "tags", ())

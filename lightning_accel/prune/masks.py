@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .. import select
 from .._quiet import Conv1D
 from ..select import Coverage, Entry
-from .groups import Group, find_groups, find_groups_below
+from .groups import KINDS, Group, Member, find_groups, find_groups_below
 
 if TYPE_CHECKING:
     from ..inputs import ExampleInputs
 
 Masks = dict[str, Tensor]  # parameter name -> bool, broadcastable to the parameter; True keeps
 
-STRUCTURES = ("unstructured", "neurons")
+STRUCTURES = ("unstructured", *KINDS)
 _PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 
 
@@ -32,8 +32,9 @@ class PruneConfig:
     """What is pruned and how much; the same object goes to the functions and to the callback.
 
     Args:
-        structure: `"unstructured"` (single weights, by |w|: zeros, no speed on a CPU) or `"neurons"` (the inner
-            width of feed-forward blocks, by the L2 norm of all that belongs to a neuron: physically smaller).
+        structure: `"unstructured"` (single weights, by |w|: zeros, no speed on a CPU), or what becomes physically
+            smaller: `"neurons"` (the inner width of feed-forward blocks), `"heads"` (whole groups of them where
+            keys are shared), `"channels"` of convolutions, `"hidden"` (the width of the residual stream).
         amount: share in [0, 1) of the selected weights or neurons that is gone at the end, never a share of what
             is left.
         scope: `"uniform"` takes `amount` from each layer, `"global"` from all together.
@@ -115,13 +116,17 @@ def find_targets(
             for name, module in select.named_modules(model)
             if isinstance(module, _PRUNABLE)
         }
-        found = [Group(n, parameters[w].numel(), ((w, -1),)) for n, w in weights.items() if w in parameters]
+        found = [
+            Group(n, parameters[w].numel(), (Member(w, -1, torch.arange(0)),), "weights")
+            for n, w in weights.items()
+            if w in parameters
+        ]
     elif calls is not None:
-        found = find_groups_below(model, calls)
+        found = find_groups_below(model, calls, config.structure)
     elif example_inputs is None:
-        raise ValueError("structure='neurons' needs example_inputs=(x,) (or a dict of keyword inputs)")
+        raise ValueError(f"structure={config.structure!r} needs example_inputs=(x,) (or a dict of keyword inputs)")
     else:
-        found = find_groups(model, example_inputs)
+        found = find_groups(model, example_inputs, config.structure)
     if not found:
         raise ValueError(
             f"{config.structure} pruning found nothing to prune in {type(model).__name__}; "
@@ -146,14 +151,18 @@ def compute_masks(model: nn.Module, targets: list[Group], config: PruneConfig, s
     kept = _keep(saliencies, amounts, config.scope == "global")
     masks: Masks = {}
     for target, keep in zip(targets, kept, strict=True):
-        for name, dim in target.members:
-            shape = [1] * parameters[name].dim()
-            if dim < 0:
-                mask = keep.view(parameters[name].shape)
+        for member in target.members:
+            if (parameter := parameters.get(member.name)) is None:
+                continue  # a buffer
+            if member.dim < 0:
+                mask = keep.view(parameter.shape)
             else:
-                shape[dim] = target.width
-                mask = keep.view(shape)
-            masks[name] = masks[name] & mask if name in masks else mask
+                shape = [1] * parameter.dim()
+                shape[member.dim] = parameter.shape[member.dim]
+                mask = torch.ones(shape[member.dim], dtype=torch.bool, device=keep.device)
+                mask[member.index.to(keep.device)[~keep]] = False
+                mask = mask.view(shape)
+            masks[member.name] = masks[member.name] & mask if member.name in masks else mask
     return masks
 
 
@@ -162,12 +171,15 @@ def saliency(target: Group, parameters: Mapping[str, Tensor]) -> Tensor:
 
     Weights: |w|. Neurons: sqrt(sum of w^2 over all of the neuron's weights and biases).
     """
-    if target.members[0][1] < 0:
-        return parameters[target.members[0][0]].detach().float().abs().flatten()
-    squares = torch.zeros(target.width, device=parameters[target.members[0][0]].device)
-    for name, dim in target.members:
-        parameter = parameters[name].detach().float()
-        squares += parameter.square().movedim(dim, 0).flatten(1).sum(1) if parameter.dim() > 1 else parameter.square()
+    first = target.members[0]
+    if first.dim < 0:
+        return parameters[first.name].detach().float().abs().flatten()
+    squares = torch.zeros(target.width, device=parameters[first.name].device)
+    for member in target.members:
+        if member.name in parameters:
+            values = parameters[member.name].detach().float().square().movedim(member.dim, 0)
+            sums = values.flatten(1).sum(1) if values.dim() > 1 else values
+            squares += sums[member.index.to(sums.device)].sum(1)
     return squares.sqrt()
 
 

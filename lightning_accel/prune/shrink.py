@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import select
-from .._quiet import Conv1D
+from ..capture import call_example, flatten_output
 from ..inputs import ExampleInputs
-from .groups import Group, find_groups
+from .groups import Group, all_groups
 from .masks import Masks, apply_masks_
+from .widths import record_shape, record_widths
 
 
 def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInputs) -> nn.Module:
@@ -36,15 +37,42 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
     apply_masks_(model, masks)
     if not any(_dropped(mask, dim).any() for mask in masks.values() for dim in range(mask.dim())):
         return model
-    groups = find_groups(model, example_inputs)
-    kept = [_kept(group, masks) for group in groups]
-    _check_all_cut(model, masks, {m: k for g, k in zip(groups, kept, strict=True) for m in g.members})
+    masked = copy.deepcopy(model)
+    groups = all_groups(model, example_inputs)
+    kept = [_kept(group, masks, dict(model.named_parameters())) for group in groups]
+    sizes = {select.canonical_name(n): t.shape for n, t in (*model.named_parameters(), *model.named_buffers())}
+    left: dict[tuple[str, int], Tensor] = {}
     for group, keep in zip(groups, kept, strict=True):
-        if not keep.all():
-            for name, dim in group.members:
-                _cut(model, name, dim, keep)
-    _record_widths(model, groups, kept)
+        for member in group.members if not keep.all() else ():
+            place = member.name, member.dim
+            stays = left.setdefault(place, torch.ones(sizes[member.name][member.dim], dtype=torch.bool))
+            stays[member.index[~keep]] = False
+    _check_all_cut(model, masks, left)
+    for (name, dim), stays in left.items():
+        _cut(model, name, dim, stays)
+    record_widths(model, groups, kept)
+    _check_outputs(masked, model, example_inputs, [g for g, keep in zip(groups, kept, strict=True) if not keep.all()])
     return model
+
+
+@torch.no_grad()
+def _check_outputs(masked: nn.Module, shrunk: nn.Module, example_inputs: ExampleInputs, cut: list[Group]) -> None:
+    """Raises ValueError where the shrunk model does not run, or computes something else than the masked one."""
+    names = sorted({group.name for group in cut})
+    said = f"cutting {cut[0].kind} out of {names[0]!r}" + (f" and {len(names) - 1} others" if len(names) > 1 else "")
+    help_ = f"exclude it: overrides={{{names[0]!r}: None}}"
+    train = shrunk.training
+    try:
+        outputs = [flatten_output(call_example(m.eval(), example_inputs))[0] for m in (masked, shrunk)]
+    except Exception as error:
+        raise ValueError(f"{said} leaves a model that does not run ({error}); {help_}") from error
+    finally:
+        shrunk.train(train)
+    if any(group.kind == "hidden" for group in cut):
+        return  # a normalization over fewer values is another one
+    for ours, theirs in zip(*outputs, strict=True):
+        if ours.shape != theirs.shape or (ours - theirs).norm() > 1e-3 * ours.norm() + 1e-6:
+            raise ValueError(f"{said} changes what the model computes; {help_}")
 
 
 def _dropped(mask: Tensor, dim: int) -> Tensor:
@@ -52,23 +80,25 @@ def _dropped(mask: Tensor, dim: int) -> Tensor:
     return ~mask.cpu().movedim(dim, 0).flatten(1).any(1) if mask.dim() > 1 else ~mask.cpu()
 
 
-def _kept(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
-    """Boolean [width] of the neurons that stay: those of which a mask keeps any weight."""
+def _kept(group: Group, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """Boolean [width] of the units that stay: those of which a mask keeps any weight."""
     keep = torch.zeros(group.width, dtype=torch.bool)
-    for name, dim in group.members:
-        if name not in masks or masks[name].shape[dim] != group.width:
+    for member in group.members:
+        if member.name not in parameters:
+            continue  # a buffer
+        if member.name not in masks or masks[member.name].shape[member.dim] <= int(member.index.max()):
             return torch.ones_like(keep)
-        keep |= ~_dropped(masks[name], dim)
+        keep |= ~_dropped(masks[member.name], member.dim)[member.index].all(1)
     return keep
 
 
-def _check_all_cut(model: nn.Module, masks: Masks, kept: Mapping[tuple[str, int], Tensor]) -> None:
+def _check_all_cut(model: nn.Module, masks: Masks, left: Mapping[tuple[str, int], Tensor]) -> None:
     """Raises ValueError where a mask over one dimension drops a neuron that stays."""
     parameters = select.named_parameters(model)
     for name, mask in masks.items():
         for dim, size in enumerate(mask.shape):
             structured = name in parameters and size == mask.numel() < parameters[name].numel()
-            if structured and (_dropped(mask, dim) & kept.get((name, dim), torch.ones(size, dtype=torch.bool))).any():
+            if structured and (_dropped(mask, dim) & left.get((name, dim), torch.ones(size, dtype=torch.bool))).any():
                 raise ValueError(
                     f"the masks drop neurons of {name!r} that cannot be cut out: masks of the same neurons are missing "
                     "or disagree, or were made with other example inputs; use the masks that prune_model_ returned"
@@ -77,30 +107,12 @@ def _check_all_cut(model: nn.Module, masks: Masks, kept: Mapping[tuple[str, int]
 
 def _cut(model: nn.Module, name: str, dim: int, keep: Tensor) -> None:
     layer, _, leaf = name.rpartition(".")
-    old = getattr(select.get_module(model, layer), leaf)
+    old: Tensor = getattr(select.get_module(model, layer), leaf)
     cut = old.detach().index_select(dim, keep.nonzero().squeeze(1).to(old.device)).contiguous()
-    new = nn.Parameter(cut, old.requires_grad)
+    new = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
     modules: Iterable[Any] = model.modules()
     for module in modules:
-        for tied in [key for key, parameter in module._parameters.items() if parameter is old]:
-            setattr(module, tied, new)
-            if isinstance(module, Conv1D):
-                module.nx, module.nf = module.weight.shape
-            elif isinstance(module, nn.Linear):
-                module.out_features, module.in_features = module.weight.shape
-
-
-def _record_widths(model: nn.Module, groups: list[Group], kept: list[Tensor]) -> None:
-    """Writes the new widths where transformers keeps them: in the block, and in the configuration if all agree."""
-    widths: dict[int, set[int]] = {}
-    for group, keep in zip(groups, kept, strict=True):
-        widths.setdefault(group.width, set()).add(int(keep.sum()))
-        block: Any = select.get_module(model, group.name.rpartition(".")[0])
-        if getattr(block, "intermediate_size", None) == group.width:
-            block.intermediate_size = int(keep.sum())
-    config: Any = getattr(model, "config", None)
-    for field in ("intermediate_size", "n_inner", "ffn_dim"):
-        if hasattr(config, field):
-            old = getattr(config, field) or 4 * getattr(config, "n_embd", 0)  # GPT-2 leaves n_inner open
-            if len(widths.get(old, ())) == 1:
-                setattr(config, field, widths[old].pop())
+        for tensors in (module._parameters, module._buffers):
+            for tied in [key for key, tensor in tensors.items() if tensor is old]:
+                tensors[tied] = new
+                record_shape(module)
