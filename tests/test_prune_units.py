@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import transformers as tf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_accel import PruneConfig, prune_model_, shrink_model
+from lightning_accel import PruneConfig, Pruning, QuantConfig, export_model, load, prune_model_, shrink_model
 from lightning_accel.prune.groups import all_groups
 from lightning_accel.select import count_parameters
 
@@ -189,3 +190,36 @@ def test_heads_that_share_keys_go_together() -> None:
     masks = prune_model_(model, PruneConfig("heads", 0.5), example_inputs=TOKENS)
     attention = shrink_model(model, masks, example_inputs=TOKENS).model.layers[0].self_attn
     assert (attention.q_proj.out_features, attention.k_proj.out_features, attention.o_proj.in_features) == (16, 8, 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_decoding_with_a_cache_follows_the_heads_that_are_left(case: str, tmp_path: Path) -> None:
+    model, inputs, _ = built(case)
+    masks = prune_model_(model, PruneConfig("heads", 0.5), example_inputs=inputs)
+    shrunk, ids = shrink_model(model, masks, example_inputs=inputs), inputs["input_ids"]
+    expected = ids
+    for _ in range(12):
+        expected = torch.cat([expected, shrunk(input_ids=expected).logits[:, -1:].argmax(-1)], 1)
+    options: Any = {"masks": masks, "engines": ("portable",), "measure": False, "data": [inputs]}
+    export_model(model, tmp_path / "float", **options)
+    assert torch.equal(load(tmp_path / "float").generate(ids, max_new_tokens=12), expected[:, ids.shape[1] :])
+    export_model(model, tmp_path / "int8", quantize=QuantConfig("int8"), **options)  # verified
+
+
+def test_a_width_that_is_written_into_the_code_is_refused_by_name() -> None:
+    class Rigid(Fused):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+            return self.head(x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    model, inputs = Rigid().eval(), (numbers(2, 5, 8),)
+    masks = prune_model_(model, PruneConfig("heads", 0.5), example_inputs=inputs)
+    with pytest.raises(ValueError, match=r"cutting heads out of 'qkv' leaves a model that does not run .*'qkv': None"):
+        shrink_model(model, masks, example_inputs=inputs)
+
+
+def test_hidden_widths_are_not_masked_in_training() -> None:
+    with pytest.raises(ValueError, match="Cut first, then train"):
+        Pruning(PruneConfig("hidden"))

@@ -29,7 +29,8 @@ class Pruning(AccelCallback):
         config: what and how much.
         schedule: when; `Constant(begin)`, `Linear` or `Cubic`.
         module: submodule to prune, default the whole LightningModule.
-        example_inputs: of that module, for `structure="neurons"`; by default those of the first training batch.
+        example_inputs: of that module, for all structures but `"unstructured"`; by default those of the first training
+            batch.
         every: masks are computed anew every so many optimizer steps while the schedule rises, and at its end.
 
     Example:
@@ -50,6 +51,12 @@ class Pruning(AccelCallback):
         super().__init__(config, module)
         if not isinstance(config, PruneConfig):
             raise ValueError(f"{config!r} is no PruneConfig; write Pruning(PruneConfig('neurons', amount=0.5))")
+        if config.structure == "hidden":
+            raise ValueError(
+                "structure='hidden' cannot be masked in training: a normalization over fewer values differs. Cut "
+                "first, then train: small = shrink_model(model, prune_model_(model, config, example_inputs=x), "
+                "example_inputs=x)"
+            )
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(f"schedule={schedule!r} is no Schedule; write schedule=Cubic(begin=0.1, end=0.6)")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -77,7 +84,7 @@ class Pruning(AccelCallback):
         return self.share >= 1.0
 
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds what unstructured masks reach; neurons need the inputs of a batch first."""
+        """Finds what unstructured masks reach; the other structures need the inputs of a batch first."""
         module = self.target(pl_module)
         if any(c is not self and c.module == self.module and c.config == self.config for c in _prunings(trainer)):
             raise ValueError(f"two equal Pruning callbacks on module={self.module!r}; remove one")
@@ -141,7 +148,7 @@ class Pruning(AccelCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Finds the neurons from the first batch's inputs: what does not fit raises before the first step."""
+        """Finds the units from the first batch's inputs: what does not fit raises before the first step."""
         if pl_module.automatic_optimization:
             self._find_targets(pl_module)
 
