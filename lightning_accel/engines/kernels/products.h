@@ -17,14 +17,19 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
 #define VNNI 1
+#elif defined(__AVX2__)
+#define AVX2 1
+#endif
+#if defined(VNNI) || defined(AVX2)
+#include <immintrin.h>
 #endif
 #if defined(VNNI) && defined(__AMX_INT8__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -251,7 +256,145 @@ void panel_amx(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t t
 }
 #endif
 
-#ifndef VNNI  // any other CPU: the same numbers, as fast as the compiler makes it
+#ifdef AVX2
+
+constexpr int64_t kChunk = 24;  // rows that meet the weights while they are in the cache
+
+template <class Code>
+struct Chunk {  // of rows of codes
+  const Code* data;
+  int64_t stride;
+};
+
+// What a register of weights, codes and sums is: weights_at, codes_at, dot, and `store` of the sums of eight channels. The
+// functions `dot` are in assembly because GCC 12 moves intrinsics so far apart that it keeps sums of `block` in memory.
+#ifdef __AVXVNNI__
+
+using Code = int8_t;
+constexpr int64_t kWide = 8;     // channels in a register
+constexpr bool kFlipped = true;  // sign bits of weights, for signed codes, as above
+
+template <bool kUnsigned>
+inline __m256i weights_at(const int8_t* w) {
+  const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  return kUnsigned ? weights : _mm256_xor_si256(weights, _mm256_set1_epi8(static_cast<char>(0x80)));
+}
+
+inline __m256i codes_at(const int8_t* codes) {
+  int32_t four;
+  std::memcpy(&four, codes, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+template <bool kUnsigned>
+inline __m256i dot(__m256i sums, __m256i codes, __m256i weights) {
+  const __m256i u = kUnsigned ? codes : weights, s = kUnsigned ? weights : codes;
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(u), "x"(s));
+  return sums;
+}
+
+inline void store(const __m256i* sums, int32_t* out) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), *sums); }
+
+template <bool kUnsigned>
+inline Chunk<int8_t> chunk_of(const Codes& x, int64_t m, int64_t, int64_t) {
+  return {x.data + m * x.stride, x.stride};
+}
+
+#else  // 16 bits hold codes of either sign, and _mm256_madd_epi16 adds their products in pairs: a channel has two sums
+
+using Code = int16_t;
+constexpr int64_t kWide = 4;
+constexpr bool kFlipped = false;
+
+template <bool kUnsigned>
+inline __m256i weights_at(const int8_t* w) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+
+inline __m256i codes_at(const int16_t* codes) {
+  int64_t four;
+  std::memcpy(&four, codes, sizeof four);
+  return _mm256_set1_epi64x(four);
+}
+
+template <bool kUnsigned>
+inline __m256i dot(__m256i sums, __m256i codes, __m256i weights) {
+  __m256i pairs;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(pairs) : "x"(codes), "x"(weights));
+  return sums;
+}
+
+inline void store(const __m256i* sums, int32_t* out) {
+  const __m256i eight = _mm256_hadd_epi32(sums[0], sums[1]);  // channels 0 1 4 5 2 3 6 7
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(eight, 0xd8));
+}
+
+template <bool kUnsigned>
+inline Chunk<int16_t> chunk_of(const Codes& x, int64_t m, int64_t count, int64_t K) {
+  static thread_local Buffer<int16_t> buffer;
+  const int64_t stride = x.stride + 32;  // an odd number of cache lines
+  buffer.grow(kChunk * stride);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t k = 0; k < K; k += 16) {
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x.data + (m + i) * x.stride + k));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer.data() + i * stride + k),
+                          kUnsigned ? _mm256_cvtepu8_epi16(codes) : _mm256_cvtepi8_epi16(codes));
+    }
+  return {buffer.data(), stride};
+}
+#endif
+
+template <bool kUnsigned, int M, int N>  // M rows by N registers of channels, sums in registers over all of K
+inline void block(const Code* x, int64_t stride, const int8_t* w, int64_t K4, int32_t* out) {
+  __m256i sums[M][N];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) sums[i][j] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < K4; k++) {
+    __m256i weights[N];
+    for (int j = 0; j < N; j++) weights[j] = weights_at<kUnsigned>(w + k * kTile + j * kWide * kCols);
+    for (int i = 0; i < M; i++) {
+      const __m256i codes = codes_at(x + i * stride + k * kCols);
+      for (int j = 0; j < N; j++) sums[i][j] = dot<kUnsigned>(sums[i][j], codes, weights[j]);
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int64_t j = 0; j < N; j += 8 / kWide) store(&sums[i][j], out + i * kRows + j * kWide);
+}
+
+template <bool kUnsigned, int M, class Out>  // M rows by a tile of channels
+inline void rows_avx2(const Code* x, int64_t stride, int64_t m, const int8_t* w, int64_t K4, int64_t n,
+                      int64_t channels, const Out& out) {
+  int32_t sums[M][kRows];
+  constexpr int64_t N = M > 2 ? 2 : kRows / kWide;  // there are 16 registers
+  for (int64_t r = 0; r < kRows; r += N * kWide) block<kUnsigned, M, N>(x, stride, w + r * kCols, K4, sums[0] + r);
+  for (int i = 0; i < M; i++) {
+    if constexpr (kFlipped && !kUnsigned)
+      for (int32_t& sum : sums[i]) sum += out.start(m + i);
+    out.store(m + i, n, channels, sums[i]);
+  }
+}
+
+template <bool kUnsigned, class Out>
+void panel_avx2(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
+                const Out& out) {
+  for (int64_t begin = 0; begin < M; begin += kChunk) {
+    const int64_t count = std::min(kChunk, M - begin);
+    const Chunk<Code> chunk = chunk_of<kUnsigned>(x, begin, count, K4 * kCols);
+    for (int64_t t = 0; t < tiles; t++) {
+      const auto multiply = [&](int64_t m, auto rows) {
+        rows_avx2<kUnsigned, rows>(chunk.data + m * chunk.stride, chunk.stride, begin + m, w + t * K4 * kTile, K4,
+                                   n + t * kRows, channels - t * kRows, out);
+      };
+      int64_t m = 0;
+      for (; m + 6 <= count; m += 6) multiply(m, std::integral_constant<int, 6>());
+      for (; m + 2 <= count; m += 2) multiply(m, std::integral_constant<int, 2>());
+      for (; m < count; m++) multiply(m, std::integral_constant<int, 1>());
+    }
+  }
+}
+#endif
+
+#if !defined(VNNI) && !defined(AVX2)  // any other CPU: the same numbers, as fast as the compiler makes it
 
 template <bool kUnsigned, class Out>
 void panel_plain(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
@@ -287,6 +430,8 @@ void product(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t til
       default: panel_vnni<kUnsigned, 4>(x, M, w, K4, n, channels, out);
     }
   }
+#elif defined(AVX2)
+  panel_avx2<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
 #else
   panel_plain<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
 #endif

@@ -92,7 +92,12 @@ inline void convert_row(const float* x, int64_t K, int64_t stride, float top, in
   }
   *scale = std::max(top, kTiny) / 127.0f;
   const float inverse = 1.0f / *scale;
-  for (int64_t k = 0; k < K; k++) codes[k] = static_cast<int8_t>(std::nearbyint(x[k] * inverse));
+  int32_t sum = 0;
+  for (int64_t k = 0; k < K; k++) {
+    codes[k] = static_cast<int8_t>(std::nearbyint(x[k] * inverse));
+    sum += codes[k];
+  }
+  *start = static_cast<int32_t>(-128u * static_cast<uint32_t>(sum));  // modulo 2^32, as the sums
 }
 
 #endif
