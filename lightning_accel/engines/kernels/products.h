@@ -25,7 +25,7 @@
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define VNNI 1
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define AVX2 1
 #endif
 #if defined(VNNI) || defined(AVX2)
@@ -266,8 +266,8 @@ struct Chunk {  // of rows of codes
   int64_t stride;
 };
 
-// What a register of weights, codes and sums is: weights_at, codes_at, dot, and `store` of the sums of eight channels. The
-// functions `dot` are in assembly because GCC 12 moves intrinsics so far apart that it keeps sums of `block` in memory.
+// What a register of weights, codes and sums is: weights_at, codes_at, add, and `store` of the sums of eight channels. The
+// sums are in assembly for the reason that `dot` above is.
 #ifdef __AVXVNNI__
 
 using Code = int8_t;
@@ -286,11 +286,14 @@ inline __m256i codes_at(const int8_t* codes) {
   return _mm256_set1_epi32(four);
 }
 
-template <bool kUnsigned>
-inline __m256i dot(__m256i sums, __m256i codes, __m256i weights) {
-  const __m256i u = kUnsigned ? codes : weights, s = kUnsigned ? weights : codes;
+inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(u), "x"(s));
   return sums;
+}
+
+template <bool kUnsigned>
+inline __m256i add(__m256i sums, __m256i codes, __m256i weights) {
+  return kUnsigned ? dot(sums, codes, weights) : dot(sums, weights, codes);
 }
 
 inline void store(const __m256i* sums, int32_t* out) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), *sums); }
@@ -318,7 +321,7 @@ inline __m256i codes_at(const int16_t* codes) {
 }
 
 template <bool kUnsigned>
-inline __m256i dot(__m256i sums, __m256i codes, __m256i weights) {
+inline __m256i add(__m256i sums, __m256i codes, __m256i weights) {
   __m256i pairs;
   __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(pairs) : "x"(codes), "x"(weights));
   return sums;
@@ -354,7 +357,7 @@ inline void block(const Code* x, int64_t stride, const int8_t* w, int64_t K4, in
     for (int j = 0; j < N; j++) weights[j] = weights_at<kUnsigned>(w + k * kTile + j * kWide * kCols);
     for (int i = 0; i < M; i++) {
       const __m256i codes = codes_at(x + i * stride + k * kCols);
-      for (int j = 0; j < N; j++) sums[i][j] = dot<kUnsigned>(sums[i][j], codes, weights[j]);
+      for (int j = 0; j < N; j++) sums[i][j] = add<kUnsigned>(sums[i][j], codes, weights[j]);
     }
   }
   for (int i = 0; i < M; i++)
