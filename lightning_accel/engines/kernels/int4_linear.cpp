@@ -21,52 +21,15 @@ struct Weights {
 };
 
 #ifdef VNNI
-
-using Ints = __m512i;
-using Floats = __m512;
-constexpr int64_t kWidth = 16;  // channels in a register
-
-inline Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Ints all(int32_t x) { return _mm512_set1_epi32(x); }
-inline Floats all(float x) { return _mm512_set1_ps(x); }
-inline Floats floats(Ints x) { return _mm512_cvtepi32_ps(x); }
-inline Ints shifted(Ints x) { return _mm512_srli_epi16(x, 4); }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Floats halves(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline Floats load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
-inline void store(float* p, int64_t count, Floats x) { _mm512_mask_storeu_ps(p, first(count), x); }
-
 // Weights of the q-th halves of a byte in each lane; a lookup reads the lowest four bits.
 inline Floats weights_of(Ints codes, int q) {
   const Floats values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * q), values);
 }
-
 #elif defined(AVX2)
-
-using Ints = __m256i;
-using Floats = __m256;
-constexpr int64_t kWidth = 8;
-
-inline __m256i first(int64_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-inline Ints load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Ints all(int32_t x) { return _mm256_set1_epi32(x); }
-inline Floats all(float x) { return _mm256_set1_ps(x); }
-inline Floats floats(Ints x) { return _mm256_cvtepi32_ps(x); }
-inline Ints shifted(Ints x) { return _mm256_srli_epi16(x, 4); }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline Floats load(const float* p, int64_t count) { return _mm256_maskload_ps(p, first(count)); }
-inline void store(float* p, int64_t count, Floats x) { _mm256_maskstore_ps(p, first(count), x); }
-
 inline Floats weights_of(Ints codes, int q) {  // without the 8 that codes have added they are two's complement
   const Ints top = _mm256_slli_epi32(_mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x88))), 28 - 4 * q);
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28));
+  return floats(_mm256_srai_epi32(top, 28));
 }
 
 #ifndef __AVXVNNI__
@@ -79,7 +42,7 @@ inline Ints dot(Ints sums, Ints u, Ints s) {  // u is below 16: no sum of two pr
 #endif
 #endif
 
-#if defined(VNNI) || defined(AVX2)
+#ifdef LANES
 
 inline Ints four(const int8_t* codes) {
   int32_t bits;
@@ -101,9 +64,9 @@ void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t
     for (int64_t k = g * steps; k < (g + 1) * steps; k++) {
       Ints lo[N], hi[N];
       for (int j = 0; j < N; j++) {
-        const Ints both = load(w.codes(n + j * kWidth) + k * kTile);
+        const Ints both = load(w.codes(n + j * kLanes) + k * kTile);
         lo[j] = both & low;
-        hi[j] = shifted(both) & low;
+        hi[j] = halves_of_bytes(both) & low;
       }
       for (int i = 0; i < M; i++) {
         const int8_t* codes = rows.codes.data() + (m + i) * rows.stride + k * 8;
@@ -112,14 +75,15 @@ void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t
       }
     }
     for (int j = 0; j < N; j++) {
-      const Floats scale = halves(w.scale(n + j * kWidth, g));
+      const Floats scale = load_halves(w.scale(n + j * kLanes, g));
       for (int i = 0; i < M; i++) out[i][j] = fma(floats(acc[i][j]), scale, out[i][j]);
     }
   }
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) {
-      const int64_t at = n + j * kWidth, count = w.N - at;
-      store(y + (m + i) * w.N + at, count, out[i][j] * all(rows.scale[m + i]) + load(w.bias + at, count));
+      const int64_t at = n + j * kLanes;
+      const Lanes in = first(w.N - at);
+      store(in, y + (m + i) * w.N + at, out[i][j] * all(rows.scale[m + i]) + load(in, w.bias + at));
     }
 }
 
@@ -135,7 +99,7 @@ void float_block(const Weights& w, const float* x, int64_t m, int64_t n, float* 
       for (int j = 0; j < N; j++) acc[i][j] = all(0.0f);
     for (int64_t k = g * steps; k < (g + 1) * steps; k++) {
       Ints codes[N];
-      for (int j = 0; j < N; j++) codes[j] = load(w.codes(n + j * kWidth) + k * kTile);
+      for (int j = 0; j < N; j++) codes[j] = load(w.codes(n + j * kLanes) + k * kTile);
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
         const int64_t input = k * 8 + q % 2 * 4 + q / 2;
@@ -146,14 +110,15 @@ void float_block(const Weights& w, const float* x, int64_t m, int64_t n, float* 
       }
     }
     for (int j = 0; j < N; j++) {
-      const Floats scale = halves(w.scale(n + j * kWidth, g));
+      const Floats scale = load_halves(w.scale(n + j * kLanes, g));
       for (int i = 0; i < M; i++) out[i][j] = fma(acc[i][j], scale, out[i][j]);
     }
   }
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) {
-      const int64_t at = n + j * kWidth, count = w.N - at;
-      store(y + (m + i) * w.N + at, count, out[i][j] + load(w.bias + at, count));
+      const int64_t at = n + j * kLanes;
+      const Lanes in = first(w.N - at);
+      store(in, y + (m + i) * w.N + at, out[i][j] + load(in, w.bias + at));
     }
 }
 
@@ -163,10 +128,10 @@ template <class Block>
 void cover(int64_t M, int64_t n, int64_t end, const Block& block) {
   int64_t m = 0;
   for (; m + 4 <= M; m += 4)
-    for (int64_t at = n; at < end; at += 2 * kWidth)
-      at + kWidth < end ? block.template operator()<4, 2>(m, at) : block.template operator()<4, 1>(m, at);
+    for (int64_t at = n; at < end; at += 2 * kLanes)
+      at + kLanes < end ? block.template operator()<4, 2>(m, at) : block.template operator()<4, 1>(m, at);
   for (; m < M; m++)
-    for (int64_t at = n; at < end; at += 4 * kWidth) switch ((end - at + kWidth - 1) / kWidth) {
+    for (int64_t at = n; at < end; at += 4 * kLanes) switch ((end - at + kLanes - 1) / kLanes) {
         case 1: block.template operator()<1, 1>(m, at); break;
         case 2: block.template operator()<1, 2>(m, at); break;
         case 3: block.template operator()<1, 3>(m, at); break;
@@ -229,7 +194,7 @@ void int4_linear(const float* x, const Weights& w, float* y, int64_t M) {
   const int64_t tiles = (w.N + kRows - 1) / kRows;
   const auto multiply = [&](int64_t p) {
     const int64_t from = p * kPanel * kRows, to = std::min(w.N, from + kPanel * kRows);
-#if defined(VNNI) || defined(AVX2)
+#ifdef LANES
     cover(M, from, to, FloatBlock{w, x, y});
 #else
     for (int64_t m = 0; m < M; m++)
@@ -259,7 +224,7 @@ void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
   };
   const auto multiply = [&](int64_t p) {
     const int64_t from = p * kPanel * kRows, to = std::min(w.N, from + kPanel * kRows);
-#if defined(VNNI) || defined(AVX2)
+#ifdef LANES
     cover(M, from, to, Int8Block{w, rows, sums.data(), y});
 #else
     for (int64_t m = 0; m < M; m++)

@@ -5,9 +5,9 @@
 // bytes, padded with zeros, signed (symmetric quantization) or unsigned (with a zero point).
 //
 // An epilogue is an object with
-//     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most 16, with
-//         void store(int64_t m, __m512i sums)          // their sums in row m
-// on CPUs with AVX512, so that what depends on the channels stays in registers from row to row, and elsewhere with
+//     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most a register, with
+//         void store(int64_t m, Ints sums)             // their sums in row m
+// where there are LANES, so that what depends on the channels stays in registers from row to row, and elsewhere with
 //     void store(int64_t m, int64_t n, int64_t count, const int32_t* sums)
 // For signed codes it has besides
 //     int32_t start(int64_t m)                         // -128 * sum of the codes of row m
@@ -20,16 +20,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "lanes.h"
+
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define VNNI 1
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define AVX2 1
-#endif
-#if defined(VNNI) || defined(AVX2)
-#include <immintrin.h>
 #endif
 #if defined(VNNI) && defined(__AMX_INT8__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -68,8 +62,6 @@ struct Codes {
 };
 
 #ifdef VNNI
-
-inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 // sums + u * s, of unsigned by signed bytes. Of the intrinsic in its place GCC 12 keeps the sums of `block` in memory, and
 // it takes 2.4 times as long.
@@ -266,8 +258,8 @@ struct Chunk {  // of rows of codes
   int64_t stride;
 };
 
-// What a register of weights, codes and sums is: weights_at, codes_at, add, and `store` of the sums of eight channels. The
-// sums are in assembly for the reason that `dot` above is.
+// What a register of weights, codes and sums is: weights_at, codes_at, add_products, and the sums of eight channels. They
+// are in assembly for the reason that `dot` above is.
 #ifdef __AVXVNNI__
 
 using Code = int8_t;
@@ -292,11 +284,11 @@ inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
 }
 
 template <bool kUnsigned>
-inline __m256i add(__m256i sums, __m256i codes, __m256i weights) {
+inline __m256i add_products(__m256i sums, __m256i codes, __m256i weights) {
   return kUnsigned ? dot(sums, codes, weights) : dot(sums, weights, codes);
 }
 
-inline void store(const __m256i* sums, int32_t* out) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), *sums); }
+inline Ints eight(const __m256i* sums) { return *sums; }
 
 template <bool kUnsigned>
 inline Chunk<int8_t> chunk_of(const Codes& x, int64_t m, int64_t, int64_t) {
@@ -321,15 +313,14 @@ inline __m256i codes_at(const int16_t* codes) {
 }
 
 template <bool kUnsigned>
-inline __m256i add(__m256i sums, __m256i codes, __m256i weights) {
+inline __m256i add_products(__m256i sums, __m256i codes, __m256i weights) {
   __m256i pairs;
   __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(pairs) : "x"(codes), "x"(weights));
   return sums;
 }
 
-inline void store(const __m256i* sums, int32_t* out) {
-  const __m256i eight = _mm256_hadd_epi32(sums[0], sums[1]);  // channels 0 1 4 5 2 3 6 7
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(eight, 0xd8));
+inline Ints eight(const __m256i* sums) {
+  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[0], sums[1]), 0xd8);  // from the order 0 1 4 5 2 3 6 7
 }
 
 template <bool kUnsigned>
@@ -347,33 +338,27 @@ inline Chunk<int16_t> chunk_of(const Codes& x, int64_t m, int64_t count, int64_t
 }
 #endif
 
-template <bool kUnsigned, int M, int N>  // M rows by N registers of channels, sums in registers over all of K
-inline void block(const Code* x, int64_t stride, const int8_t* w, int64_t K4, int32_t* out) {
+template <bool kUnsigned, int M, int N, class Out>  // M rows by N registers of channels, sums in registers over all of K
+inline void block(const Chunk<Code>& x, int64_t i0, int64_t m, const int8_t* w, int64_t K4, int64_t n, int64_t channels,
+                  const Out& out) {
   __m256i sums[M][N];
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) sums[i][j] = _mm256_setzero_si256();
+    for (int j = 0; j < N; j++) {
+      if constexpr (kFlipped && !kUnsigned) sums[i][j] = all(out.start(m + i));
+      else sums[i][j] = _mm256_setzero_si256();
+    }
+  const Code* rows = x.data + i0 * x.stride;
   for (int64_t k = 0; k < K4; k++) {
     __m256i weights[N];
     for (int j = 0; j < N; j++) weights[j] = weights_at<kUnsigned>(w + k * kTile + j * kWide * kCols);
     for (int i = 0; i < M; i++) {
-      const __m256i codes = codes_at(x + i * stride + k * kCols);
-      for (int j = 0; j < N; j++) sums[i][j] = add<kUnsigned>(sums[i][j], codes, weights[j]);
+      const __m256i codes = codes_at(rows + i * x.stride + k * kCols);
+      for (int j = 0; j < N; j++) sums[i][j] = add_products<kUnsigned>(sums[i][j], codes, weights[j]);
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int64_t j = 0; j < N; j += 8 / kWide) store(&sums[i][j], out + i * kRows + j * kWide);
-}
-
-template <bool kUnsigned, int M, class Out>  // M rows by a tile of channels
-inline void rows_avx2(const Code* x, int64_t stride, int64_t m, const int8_t* w, int64_t K4, int64_t n,
-                      int64_t channels, const Out& out) {
-  int32_t sums[M][kRows];
-  constexpr int64_t N = M > 2 ? 2 : kRows / kWide;  // there are 16 registers
-  for (int64_t r = 0; r < kRows; r += N * kWide) block<kUnsigned, M, N>(x, stride, w + r * kCols, K4, sums[0] + r);
-  for (int i = 0; i < M; i++) {
-    if constexpr (kFlipped && !kUnsigned)
-      for (int32_t& sum : sums[i]) sum += out.start(m + i);
-    out.store(m + i, n, channels, sums[i]);
+  for (int64_t j = 0; j < N; j += kLanes / kWide) {
+    const auto column = out.at(n + j * kWide, channels - j * kWide);
+    for (int i = 0; i < M; i++) column.store(m + i, eight(&sums[i][j]));
   }
 }
 
@@ -385,8 +370,10 @@ void panel_avx2(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t 
     const Chunk<Code> chunk = chunk_of<kUnsigned>(x, begin, count, K4 * kCols);
     for (int64_t t = 0; t < tiles; t++) {
       const auto multiply = [&](int64_t m, auto rows) {
-        rows_avx2<kUnsigned, rows>(chunk.data + m * chunk.stride, chunk.stride, begin + m, w + t * K4 * kTile, K4,
-                                   n + t * kRows, channels - t * kRows, out);
+        constexpr int64_t N = rows > 2 ? 2 : kRows / kWide;  // there are 16 registers
+        for (int64_t r = t * kRows; r < (t + 1) * kRows; r += N * kWide)
+          block<kUnsigned, rows, N>(chunk, m, begin + m, w + t * K4 * kTile + r % kRows * kCols, K4, n + r, channels - r,
+                                    out);
       };
       int64_t m = 0;
       for (; m + 6 <= count; m += 6) multiply(m, std::integral_constant<int, 6>());
