@@ -44,12 +44,6 @@ inline Ints dot(Ints sums, Ints u, Ints s) {  // u is below 16: no sum of two pr
 
 #ifdef LANES
 
-inline Ints four(const int8_t* codes) {
-  int32_t bits;
-  std::memcpy(&bits, codes, sizeof bits);
-  return all(bits);
-}
-
 template <int M, int N>  // M rows by N registers of channels
 void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t m, int64_t n, float* y) {
   const Ints low = all(0x0f0f0f0f);

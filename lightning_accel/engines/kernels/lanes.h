@@ -1,9 +1,11 @@
-// A register of channels, 16 with AVX512 and 8 with AVX2: what epilogues and the int4 kernels are written in. LANES is
-// defined where there is one. Floats have the operators of the compiler's vectors; those of integers are of 64-bit lanes.
+// A register of channels, 16 with AVX512 and 8 with AVX2: what epilogues and the int4 kernels are written in.
+// LANES is defined where there is one. Floats have the operators of the compiler's vectors; those of integers are of
+// 64-bit lanes.
 
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define VNNI 1
@@ -102,6 +104,14 @@ inline Floats number_or(Floats x, Floats other) {
   return _mm256_blendv_ps(other, x, _mm256_cmp_ps(x, x, _CMP_ORD_Q));
 }
 inline Floats or_sign(Floats x, Floats of) { return _mm256_or_ps(x, _mm256_and_ps(of, all(-0.0f))); }
+#endif
+
+#ifdef LANES
+inline Ints four(const int8_t* codes) {  // in each lane
+  int32_t as_one;
+  std::memcpy(&as_one, codes, sizeof as_one);
+  return all(as_one);
+}
 #endif
 
 }  // namespace

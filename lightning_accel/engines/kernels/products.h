@@ -258,7 +258,7 @@ struct Chunk {  // of rows of codes
   int64_t stride;
 };
 
-// What a register of weights, codes and sums is: weights_at, codes_at, add_products, and the sums of eight channels. They
+// What registers of weights, codes and sums are: weights_at, codes_at, add_products, `eight` channels' sums. Products
 // are in assembly for the reason that `dot` above is.
 #ifdef __AVXVNNI__
 
@@ -272,11 +272,7 @@ inline __m256i weights_at(const int8_t* w) {
   return kUnsigned ? weights : _mm256_xor_si256(weights, _mm256_set1_epi8(static_cast<char>(0x80)));
 }
 
-inline __m256i codes_at(const int8_t* codes) {
-  int32_t four;
-  std::memcpy(&four, codes, sizeof four);
-  return _mm256_set1_epi32(four);
-}
+inline __m256i codes_at(const int8_t* codes) { return four(codes); }
 
 inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(u), "x"(s));
@@ -338,8 +334,8 @@ inline Chunk<int16_t> chunk_of(const Codes& x, int64_t m, int64_t count, int64_t
 }
 #endif
 
-template <bool kUnsigned, int M, int N, class Out>  // M rows by N registers of channels, sums in registers over all of K
-inline void block(const Chunk<Code>& x, int64_t i0, int64_t m, const int8_t* w, int64_t K4, int64_t n, int64_t channels,
+template <bool kUnsigned, int M, int N, class Out>  // M rows by N registers of channels
+inline void block(const Chunk<Code>& x, int64_t m, const int8_t* w, int64_t K4, int64_t n, int64_t channels,
                   const Out& out) {
   __m256i sums[M][N];
   for (int i = 0; i < M; i++)
@@ -347,12 +343,11 @@ inline void block(const Chunk<Code>& x, int64_t i0, int64_t m, const int8_t* w, 
       if constexpr (kFlipped && !kUnsigned) sums[i][j] = all(out.start(m + i));
       else sums[i][j] = _mm256_setzero_si256();
     }
-  const Code* rows = x.data + i0 * x.stride;
   for (int64_t k = 0; k < K4; k++) {
     __m256i weights[N];
     for (int j = 0; j < N; j++) weights[j] = weights_at<kUnsigned>(w + k * kTile + j * kWide * kCols);
     for (int i = 0; i < M; i++) {
-      const __m256i codes = codes_at(rows + i * x.stride + k * kCols);
+      const __m256i codes = codes_at(x.data + i * x.stride + k * kCols);
       for (int j = 0; j < N; j++) sums[i][j] = add_products<kUnsigned>(sums[i][j], codes, weights[j]);
     }
   }
@@ -372,8 +367,8 @@ void panel_avx2(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t 
       const auto multiply = [&](int64_t m, auto rows) {
         constexpr int64_t N = rows > 2 ? 2 : kRows / kWide;  // there are 16 registers
         for (int64_t r = t * kRows; r < (t + 1) * kRows; r += N * kWide)
-          block<kUnsigned, rows, N>(chunk, m, begin + m, w + t * K4 * kTile + r % kRows * kCols, K4, n + r, channels - r,
-                                    out);
+          block<kUnsigned, rows, N>({chunk.data + m * chunk.stride, chunk.stride}, begin + m,
+                                    w + t * K4 * kTile + r % kRows * kCols, K4, n + r, channels - r, out);
       };
       int64_t m = 0;
       for (; m + 6 <= count; m += 6) multiply(m, std::integral_constant<int, 6>());
@@ -384,7 +379,7 @@ void panel_avx2(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t 
 }
 #endif
 
-#if !defined(VNNI) && !defined(AVX2)  // any other CPU: the same numbers, as fast as the compiler makes it
+#ifndef LANES  // any other CPU: the same numbers, as fast as the compiler makes it
 
 template <bool kUnsigned, class Out>
 void panel_plain(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
