@@ -57,10 +57,10 @@ class ExportReport:
 
 
 def _slow_kernels(manifest: Mapping[str, Any]) -> list[str]:
-    """One line where quantized layers run without the instructions that make them fast."""
+    """One line where quantized layers run without the instructions that make them fastest."""
     quantized = any("quantization" in coverage["technique"] for coverage in manifest["coverage"])
     slow = [aoti.slow_kernels(entry) for entry in manifest["programs"] if entry["engine"] == "aoti" and quantized]
-    return [f"SLOW: {reason}" for reason in slow if reason]
+    return [reason for reason in slow if reason]
 
 
 def _coverage_line(coverage: Mapping[str, Any]) -> str:

@@ -41,9 +41,9 @@ EXPORT bool run(const float* x, const int8_t* w, const float* scale, const float
 EXPORT bool activations(const float* x, float* y, int64_t n, int64_t kind) {
   return with_activation(kind, [&](auto k) {
     const Activate<decltype(k)::value> activate;
-#ifdef VNNI
-    for (int64_t i = 0; i < n; i += 16)
-      _mm512_mask_storeu_ps(y + i, first(n - i), activate(_mm512_maskz_loadu_ps(first(n - i), x + i)));
+#ifdef LANES
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(first(n - i), y + i, activate(load(first(n - i), x + i)));
 #else
     for (int64_t i = 0; i < n; i++) y[i] = activate(x[i]);
 #endif

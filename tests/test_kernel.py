@@ -1,4 +1,4 @@
-"""The compiled int8 kernel, bit by bit against its meaning in aten operators, on its tile, vector and plain paths."""
+"""The compiled int8 kernel, bit by bit against its meaning in aten operators, on each of its paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 X86 = platform.machine() in ("x86_64", "AMD64")
 PATHS = {"this machine": []}
 if X86:
-    PATHS |= {"no AMX": ["-mno-amx-int8"], "plain": ["-march=x86-64-v3"], "oldest": ["-march=x86-64"]}
+    PATHS |= {"no AMX": ["-mno-amx-int8"], "AVX2": ["-march=x86-64-v3"], "plain": ["-march=x86-64"]}
+if X86 and torch.cpu.get_capabilities()["avx_vnni"]:
+    PATHS["AVX-VNNI"] = ["-march=x86-64-v3", "-mavxvnni"]
 
 ENTRY = """
 #include "{source}"

@@ -69,6 +69,7 @@ _ISA = (
 
 
 _FAST = ("avx512_vnni", "avx512_bw", "avx512_dq", "avx512_vl")  # what kernels/products.h asks for
+_AVX2 = ("avx2", "fma3", "f16c")  # and what it takes in their place
 
 
 class CompilerMissing(RuntimeError):
@@ -257,11 +258,15 @@ def isa() -> list[str]:
 
 
 def slow_kernels(entry: Mapping[str, Any]) -> str | None:
-    """Why the kernels of quantized layers are not fast in a program, or None where they are."""
+    """Why the kernels of quantized layers are not at their fastest in a program, or None where they are."""
     missing = [name for name in _FAST if name not in entry["isa"]]
     if not missing:
         return None
-    return f"quantized layers run in plain loops, as the CPU that compiled them has no {', '.join(missing)}"
+    why = f"as the CPU that compiled them has no {', '.join(missing)}"
+    if any(name not in entry["isa"] for name in _AVX2):
+        return f"SLOW: quantized layers run in plain loops, {why}"
+    path = "AVX-VNNI" if "avx_vnni" in entry["isa"] else "AVX2"
+    return f"quantized layers run with {path}, slower than with AVX512-VNNI, {why}"
 
 
 def unusable(entry: dict[str, Any]) -> str | None:

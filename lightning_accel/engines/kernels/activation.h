@@ -52,7 +52,7 @@ inline const Share& share_of() {
   return kind == kGelu ? kNormal : kind == kGeluTanh ? kTanh : kLogistic;
 }
 
-#ifdef VNNI
+#ifdef LANES
 
 template <int64_t kind>
 class Activate {
@@ -60,30 +60,42 @@ class Activate {
   Activate() {
     if (kind == kRelu) return;
     const Share& share = share_of<kind>();
+#ifdef VNNI
     for (int k = 0; k <= kDegree; k++)
       for (int half = 0; half < 2; half++) table_[k][half] = _mm512_load_ps(share.coefficients[k] + 16 * half);
-    limit_ = _mm512_set1_ps(share.limit), per_width_ = _mm512_set1_ps(share.per_width);
+#endif
+    limit_ = all(share.limit), per_width_ = all(share.per_width);
   }
-  __m512 operator()(__m512 x) const {
-    if (kind == kRelu) return _mm512_max_ps(_mm512_setzero_ps(), x);  // of a NaN, the second
-    const __m512 round = _mm512_set1_ps(12582912.0f);                 // 1.5 * 2^23
-    const __m512 size = _mm512_min_ps(_mm512_abs_ps(x), limit_);
-    const __m512 rounded = _mm512_fmadd_ps(size, per_width_, round);  // the piece, in the lowest bits
-    const __m512 d = _mm512_fmsub_ps(size, per_width_, _mm512_sub_ps(rounded, round));
-    const __m512i piece = _mm512_castps_si512(rounded);
-    __m512 h = pick(kDegree, piece);
-    for (int k = kDegree - 1; k >= 0; k--) h = _mm512_fmadd_ps(h, d, pick(k, piece));
-    // h is never negative: the sign of x can be put in with one instruction
-    const __m512 sign = _mm512_set1_ps(-0.0f);
-    const __m512i signed_h = _mm512_ternarylogic_epi32(_mm512_castps_si512(h), _mm512_castps_si512(x),
-                                                       _mm512_castps_si512(sign), 0xf8);  // h | (x & sign)
-    return _mm512_mul_ps(x, _mm512_add_ps(_mm512_set1_ps(0.5f), _mm512_castsi512_ps(signed_h)));
+  Floats operator()(Floats x) const {
+    if (kind == kRelu) return max(all(0.0f), x);  // of a NaN, the second
+    const Floats round = all(12582912.0f);        // 1.5 * 2^23
+    const Floats size = min(abs(x), limit_);
+    const Floats rounded = fma(size, per_width_, round);  // the piece, in the lowest bits
+    const Floats d = fma(size, per_width_, round - rounded);
+    const Ints piece = bits(rounded);
+    Floats h = pick(kDegree, piece);
+    for (int k = kDegree - 1; k >= 0; k--) h = fma(h, d, pick(k, piece));
+    return x * (all(0.5f) + or_sign(h, x));  // h is never negative
   }
 
  private:
-  __m512 pick(int k, __m512i piece) const { return _mm512_permutex2var_ps(table_[k][0], piece, table_[k][1]); }
+#ifdef VNNI
+  Floats pick(int k, Ints piece) const { return _mm512_permutex2var_ps(table_[k][0], piece, table_[k][1]); }
 
-  __m512 table_[kDegree + 1][2], limit_, per_width_;
+  Floats table_[kDegree + 1][2];
+#else
+  Floats pick(int k, Ints piece) const {  // a lookup reads three bits, and the sign chooses between two
+    const Floats bit_3 = _mm256_castsi256_ps(_mm256_slli_epi32(piece, 28));
+    const Floats bit_4 = _mm256_castsi256_ps(_mm256_slli_epi32(piece, 27));
+    const float* of = share_of<kind>().coefficients[k];
+    Floats eighth[4];
+    for (int i = 0; i < 4; i++) eighth[i] = _mm256_permutevar8x32_ps(_mm256_load_ps(of + 8 * i), piece);
+    return _mm256_blendv_ps(_mm256_blendv_ps(eighth[0], eighth[1], bit_3),
+                            _mm256_blendv_ps(eighth[2], eighth[3], bit_3), bit_4);
+  }
+
+#endif
+  Floats limit_, per_width_;
 };
 
 #else

@@ -16,107 +16,121 @@ struct Weights {
   const float* bias;
   int64_t N, K, groups;
 
-  const uint8_t* tile(int64_t t) const { return packed + t * K / 8 * kTile; }
-  const uint16_t* scale(int64_t t, int64_t g) const { return scales + (t * groups + g) * kRows; }
+  const uint8_t* codes(int64_t n) const { return packed + n / kRows * (K / 8) * kTile + n % kRows * kCols; }
+  const uint16_t* scale(int64_t n, int64_t g) const { return scales + (n / kRows * groups + g) * kRows + n % kRows; }
 };
 
 #ifdef VNNI
-
-inline __m512 scales_of(const Weights& w, int64_t t, int64_t g) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.scale(t, g))));
+// Weights of the q-th halves of a byte in each lane; a lookup reads the lowest four bits.
+inline Floats weights_of(Ints codes, int q) {
+  const Floats values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * q), values);
+}
+#elif defined(AVX2)
+inline Floats weights_of(Ints codes, int q) {  // without the 8 that codes have added they are two's complement
+  const Ints top = _mm256_slli_epi32(_mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x88))), 28 - 4 * q);
+  return floats(_mm256_srai_epi32(top, 28));
 }
 
-template <int M, int T>  // M rows by T tiles of channels
-void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t m, int64_t t, float* y) {
-  const __m512i low = _mm512_set1_epi8(0x0f);
+#ifndef __AVXVNNI__
+inline Ints dot(Ints sums, Ints u, Ints s) {  // u is below 16: no sum of two products saturates
+  Ints pairs;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(sums), "=&x"(pairs) : "x"(u), "x"(s), "x"(_mm256_set1_epi16(1)));
+  return sums;
+}
+#endif
+#endif
+
+#ifdef LANES
+
+template <int M, int N>  // M rows by N registers of channels
+void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t m, int64_t n, float* y) {
+  const Ints low = all(0x0f0f0f0f);
   const int64_t steps = w.K / w.groups / 8;
-  __m512 out[M][T];
+  Floats out[M][N];
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < T; j++) out[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < N; j++) out[i][j] = all(0.0f);
   for (int64_t g = 0; g < w.groups; g++) {
-    __m512i acc[M][T];
+    Ints acc[M][N];
     for (int i = 0; i < M; i++)
-      for (int j = 0; j < T; j++) acc[i][j] = _mm512_set1_epi32(sums[(m + i) * w.groups + g]);
+      for (int j = 0; j < N; j++) acc[i][j] = all(sums[(m + i) * w.groups + g]);
     for (int64_t k = g * steps; k < (g + 1) * steps; k++) {
-      __m512i lo[T], hi[T];
-      for (int j = 0; j < T; j++) {
-        const __m512i both = _mm512_loadu_si512(w.tile(t + j) + k * kTile);
-        lo[j] = _mm512_and_si512(both, low);
-        hi[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      Ints lo[N], hi[N];
+      for (int j = 0; j < N; j++) {
+        const Ints both = load(w.codes(n + j * kLanes) + k * kTile);
+        lo[j] = both & low;
+        hi[j] = halves_of_bytes(both) & low;
       }
       for (int i = 0; i < M; i++) {
-        int32_t four[2];
-        std::memcpy(four, rows.codes.data() + (m + i) * rows.stride + k * 8, 8);
-        for (int j = 0; j < T; j++) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], lo[j], _mm512_set1_epi32(four[0]));
-        for (int j = 0; j < T; j++) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], hi[j], _mm512_set1_epi32(four[1]));
+        const int8_t* codes = rows.codes.data() + (m + i) * rows.stride + k * 8;
+        for (int j = 0; j < N; j++) acc[i][j] = dot(acc[i][j], lo[j], four(codes));
+        for (int j = 0; j < N; j++) acc[i][j] = dot(acc[i][j], hi[j], four(codes + 4));
       }
     }
-    for (int j = 0; j < T; j++) {
-      const __m512 scale = scales_of(w, t + j, g);
-      for (int i = 0; i < M; i++) out[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][j]), scale, out[i][j]);
+    for (int j = 0; j < N; j++) {
+      const Floats scale = load_halves(w.scale(n + j * kLanes, g));
+      for (int i = 0; i < M; i++) out[i][j] = fma(floats(acc[i][j]), scale, out[i][j]);
     }
   }
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < T; j++) {
-      const int64_t n = (t + j) * kRows;
-      const __mmask16 in = first(w.N - n);
-      const __m512 scaled = _mm512_mul_ps(out[i][j], _mm512_set1_ps(rows.scale[m + i]));
-      _mm512_mask_storeu_ps(y + (m + i) * w.N + n, in, _mm512_add_ps(scaled, _mm512_maskz_loadu_ps(in, w.bias + n)));
+    for (int j = 0; j < N; j++) {
+      const int64_t at = n + j * kLanes;
+      const Lanes in = first(w.N - at);
+      store(in, y + (m + i) * w.N + at, out[i][j] * all(rows.scale[m + i]) + load(in, w.bias + at));
     }
 }
 
-template <int M, int T>
-void float_block(const Weights& w, const float* x, int64_t m, int64_t t, float* y) {
-  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+template <int M, int N>
+void float_block(const Weights& w, const float* x, int64_t m, int64_t n, float* y) {
   const int64_t steps = w.K / w.groups / 8;
-  __m512 out[M][T];
+  Floats out[M][N];
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < T; j++) out[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < N; j++) out[i][j] = all(0.0f);
   for (int64_t g = 0; g < w.groups; g++) {
-    __m512 acc[M][T];
+    Floats acc[M][N];
     for (int i = 0; i < M; i++)
-      for (int j = 0; j < T; j++) acc[i][j] = _mm512_setzero_ps();
+      for (int j = 0; j < N; j++) acc[i][j] = all(0.0f);
     for (int64_t k = g * steps; k < (g + 1) * steps; k++) {
-      __m512i codes[T];
-      for (int j = 0; j < T; j++) codes[j] = _mm512_loadu_si512(w.tile(t + j) + k * kTile);
+      Ints codes[N];
+      for (int j = 0; j < N; j++) codes[j] = load(w.codes(n + j * kLanes) + k * kTile);
 #pragma GCC unroll 8
-      for (int q = 0; q < 8; q++) {  // halves of the bytes of a lane; a lookup reads the lowest four bits of each lane
+      for (int q = 0; q < 8; q++) {
         const int64_t input = k * 8 + q % 2 * 4 + q / 2;
-        __m512 weights[T];
-        for (int j = 0; j < T; j++)
-          weights[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes[j], 4 * q), values);
+        Floats weights[N];
+        for (int j = 0; j < N; j++) weights[j] = weights_of(codes[j], q);
         for (int i = 0; i < M; i++)
-          for (int j = 0; j < T; j++)
-            acc[i][j] = _mm512_fmadd_ps(weights[j], _mm512_set1_ps(x[(m + i) * w.K + input]), acc[i][j]);
+          for (int j = 0; j < N; j++) acc[i][j] = fma(weights[j], all(x[(m + i) * w.K + input]), acc[i][j]);
       }
     }
-    for (int j = 0; j < T; j++) {
-      const __m512 scale = scales_of(w, t + j, g);
-      for (int i = 0; i < M; i++) out[i][j] = _mm512_fmadd_ps(acc[i][j], scale, out[i][j]);
+    for (int j = 0; j < N; j++) {
+      const Floats scale = load_halves(w.scale(n + j * kLanes, g));
+      for (int i = 0; i < M; i++) out[i][j] = fma(acc[i][j], scale, out[i][j]);
     }
   }
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < T; j++) {
-      const int64_t n = (t + j) * kRows;
-      const __mmask16 in = first(w.N - n);
-      _mm512_mask_storeu_ps(y + (m + i) * w.N + n, in, _mm512_add_ps(out[i][j], _mm512_maskz_loadu_ps(in, w.bias + n)));
+    for (int j = 0; j < N; j++) {
+      const int64_t at = n + j * kLanes;
+      const Lanes in = first(w.N - at);
+      store(in, y + (m + i) * w.N + at, out[i][j] + load(in, w.bias + at));
     }
 }
 
-// Calls block(rows, tiles) so that all rows and the tiles t .. t + count are covered: one row by up to four tiles at a
-// time, or four rows by two.
+// Calls block(row, channel) so that all rows and the channels from n to before `end` are covered: one row by up to four
+// registers of channels at a time, or four rows by two.
 template <class Block>
-void cover(int64_t M, int64_t t, int64_t count, const Block& block) {
+void cover(int64_t M, int64_t n, int64_t end, const Block& block) {
   int64_t m = 0;
   for (; m + 4 <= M; m += 4)
-    for (int64_t j = 0; j < count; j += 2)
-      j + 2 <= count ? block.template operator()<4, 2>(m, t + j) : block.template operator()<4, 1>(m, t + j);
-  for (; m < M; m++) switch (count) {
-      case 4: block.template operator()<1, 4>(m, t); break;
-      case 3: block.template operator()<1, 3>(m, t); break;
-      case 2: block.template operator()<1, 2>(m, t); break;
-      default: block.template operator()<1, 1>(m, t);
-    }
+    for (int64_t at = n; at < end; at += 2 * kLanes)
+      at + kLanes < end ? block.template operator()<4, 2>(m, at) : block.template operator()<4, 1>(m, at);
+  for (; m < M; m++)
+    for (int64_t at = n; at < end; at += 4 * kLanes) switch ((end - at + kLanes - 1) / kLanes) {
+        case 1: block.template operator()<1, 1>(m, at); break;
+        case 2: block.template operator()<1, 2>(m, at); break;
+        case 3: block.template operator()<1, 3>(m, at); break;
+        default: block.template operator()<1, 4>(m, at);
+      }
 }
 
 struct Int8Block {
@@ -124,9 +138,9 @@ struct Int8Block {
   const Rows& rows;
   const int32_t* sums;
   float* y;
-  template <int M, int T>
-  void operator()(int64_t m, int64_t t) const {
-    int8_block<M, T>(w, rows, sums, m, t, y);
+  template <int M, int N>
+  void operator()(int64_t m, int64_t n) const {
+    int8_block<M, N>(w, rows, sums, m, n, y);
   }
 };
 
@@ -134,9 +148,9 @@ struct FloatBlock {
   const Weights& w;
   const float* x;
   float* y;
-  template <int M, int T>
-  void operator()(int64_t m, int64_t t) const {
-    float_block<M, T>(w, x, m, t, y);
+  template <int M, int N>
+  void operator()(int64_t m, int64_t n) const {
+    float_block<M, N>(w, x, m, n, y);
   }
 };
 
@@ -151,19 +165,19 @@ inline float half_to_float(uint16_t half) {
   return value;
 }
 
-inline int code(const Weights& w, int64_t t, int64_t r, int64_t k) {
-  const uint8_t byte = w.tile(t)[k / 8 * kTile + r * kCols + k % 4];
+inline int code(const Weights& w, int64_t n, int64_t k) {
+  const uint8_t byte = w.codes(n)[k / 8 * kTile + k % 4];
   return (k % 8 < 4 ? byte & 15 : byte >> 4) - 8;
 }
 
 template <class T, class Sum>  // sums of the groups of one channel and row, times their scales
 float channel(const Weights& w, const T* x, int64_t n) {
-  const int64_t t = n / kRows, r = n % kRows, size = w.K / w.groups;
+  const int64_t size = w.K / w.groups;
   float out = 0.0f;
   for (int64_t g = 0; g < w.groups; g++) {
     Sum sum = 0;
-    for (int64_t k = g * size; k < (g + 1) * size; k++) sum += static_cast<Sum>(code(w, t, r, k)) * x[k];
-    out += static_cast<float>(sum) * half_to_float(w.scale(t, g)[r]);
+    for (int64_t k = g * size; k < (g + 1) * size; k++) sum += static_cast<Sum>(code(w, n, k)) * x[k];
+    out += static_cast<float>(sum) * half_to_float(*w.scale(n, g));
   }
   return out;
 }
@@ -173,12 +187,12 @@ float channel(const Weights& w, const T* x, int64_t n) {
 void int4_linear(const float* x, const Weights& w, float* y, int64_t M) {
   const int64_t tiles = (w.N + kRows - 1) / kRows;
   const auto multiply = [&](int64_t p) {
-    const int64_t t = p * kPanel, count = std::min(kPanel, tiles - t);
-#ifdef VNNI
-    cover(M, t, count, FloatBlock{w, x, y});
+    const int64_t from = p * kPanel * kRows, to = std::min(w.N, from + kPanel * kRows);
+#ifdef LANES
+    cover(M, from, to, FloatBlock{w, x, y});
 #else
     for (int64_t m = 0; m < M; m++)
-      for (int64_t n = t * kRows; n < std::min(w.N, (t + count) * kRows); n++)
+      for (int64_t n = from; n < to; n++)
         y[m * w.N + n] = channel<float, float>(w, x + m * w.K, n) + w.bias[n];
 #endif
   };
@@ -203,12 +217,12 @@ void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
     }
   };
   const auto multiply = [&](int64_t p) {
-    const int64_t t = p * kPanel, count = std::min(kPanel, tiles - t);
-#ifdef VNNI
-    cover(M, t, count, Int8Block{w, rows, sums.data(), y});
+    const int64_t from = p * kPanel * kRows, to = std::min(w.N, from + kPanel * kRows);
+#ifdef LANES
+    cover(M, from, to, Int8Block{w, rows, sums.data(), y});
 #else
     for (int64_t m = 0; m < M; m++)
-      for (int64_t n = t * kRows; n < std::min(w.N, (t + count) * kRows); n++)
+      for (int64_t n = from; n < to; n++)
         y[m * w.N + n] =
             channel<int8_t, int32_t>(w, rows.codes.data() + m * rows.stride, n) * rows.scale[m] + w.bias[n];
 #endif

@@ -25,7 +25,7 @@ struct Activated {  // the epilogue of the first product; the largest magnitudes
 
   int32_t start(int64_t m) const { return value.starts[m]; }
 
-#ifdef VNNI
+#ifdef LANES
   struct Column {
     Dequantize::Column value;
     float* hidden;
@@ -33,10 +33,10 @@ struct Activated {  // the epilogue of the first product; the largest magnitudes
     int32_t* most;
     Activate<kind> activate;
 
-    void store(int64_t m, __m512i sums) const {  // past the last channel sums, scale and bias are 0, and so is the output
-      const __m512 out = activate(value(m, sums));
-      _mm512_storeu_ps(hidden + m * ld, out);
-      _mm512_store_si512(most + m * 16, larger(_mm512_load_si512(most + m * 16), out));
+    void store(int64_t m, Ints sums) const {  // past the last channel sums, scale and bias are 0, and so is the output
+      const Floats out = activate(value(m, sums));
+      ::store(hidden + m * ld, out);
+      ::store(most + m * 16, larger(load(most + m * 16), out));
     }
   };
   Column at(int64_t n, int64_t count) const { return {value.at(n, first(count)), hidden + n, ld, most, {}}; }

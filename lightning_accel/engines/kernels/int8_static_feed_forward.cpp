@@ -15,26 +15,22 @@ struct Coded {  // the epilogue of the first product: clamp(round(activation * f
   uint8_t* codes;
   int64_t stride;
 
-#ifdef VNNI
+#ifdef LANES
   struct Column {
     Scale::Column value;
     Activate<kind> activate;
-    __m512 factor, zero_point;
+    Floats factor, zero_point;
     uint8_t* codes;
     int64_t stride;
 
-    void store(int64_t m, __m512i sums) const {  // 16 codes are in the row's memory, past the last channel too
-      const __m512 scaled = _mm512_mul_ps(activate(value(sums)), factor);
-      const __m512 rounded = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      const __m512 moved = _mm512_add_ps(rounded, zero_point);
-      const __mmask16 number = _mm512_cmp_ps_mask(moved, moved, _CMP_ORD_Q);
-      const __m512 code = _mm512_mask_mov_ps(zero_point, number, moved);
-      const __m512 in = _mm512_min_ps(_mm512_max_ps(code, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + m * stride), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(in)));
+    void store(int64_t m, Ints sums) const {  // a register's codes are in the row's memory, past the last channel too
+      const Floats moved = round(activate(value(sums)) * factor) + zero_point;
+      const Floats code = min(max(number_or(moved, zero_point), all(0.0f)), all(255.0f));
+      store_bytes(codes + m * stride, ints(code));
     }
   };
   Column at(int64_t n, int64_t count) const {
-    return {value.at(n, first(count)), {}, _mm512_set1_ps(factor), _mm512_set1_ps(zero_point), codes + n, stride};
+    return {value.at(n, first(count)), {}, all(factor), all(zero_point), codes + n, stride};
   }
 #else
   void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {

@@ -5,9 +5,9 @@
 // bytes, padded with zeros, signed (symmetric quantization) or unsigned (with a zero point).
 //
 // An epilogue is an object with
-//     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most 16, with
-//         void store(int64_t m, __m512i sums)          // their sums in row m
-// on CPUs with AVX512, so that what depends on the channels stays in registers from row to row, and elsewhere with
+//     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most a register, with
+//         void store(int64_t m, Ints sums)             // their sums in row m
+// where there are LANES, so that what depends on the channels stays in registers from row to row, and elsewhere with
 //     void store(int64_t m, int64_t n, int64_t count, const int32_t* sums)
 // For signed codes it has besides
 //     int32_t start(int64_t m)                         // -128 * sum of the codes of row m
@@ -17,14 +17,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+#include "lanes.h"
 
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-#define VNNI 1
 #endif
 #if defined(VNNI) && defined(__AMX_INT8__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -63,8 +62,6 @@ struct Codes {
 };
 
 #ifdef VNNI
-
-inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 // sums + u * s, of unsigned by signed bytes. Of the intrinsic in its place GCC 12 keeps the sums of `block` in memory, and
 // it takes 2.4 times as long.
@@ -251,7 +248,138 @@ void panel_amx(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t t
 }
 #endif
 
-#ifndef VNNI  // any other CPU: the same numbers, as fast as the compiler makes it
+#ifdef AVX2
+
+constexpr int64_t kChunk = 24;  // rows that meet the weights while they are in the cache
+
+template <class Code>
+struct Chunk {  // of rows of codes
+  const Code* data;
+  int64_t stride;
+};
+
+// What registers of weights, codes and sums are: weights_at, codes_at, add_products, `eight` channels' sums. Products
+// are in assembly for the reason that `dot` above is.
+#ifdef __AVXVNNI__
+
+using Code = int8_t;
+constexpr int64_t kWide = 8;     // channels in a register
+constexpr bool kFlipped = true;  // sign bits of weights, for signed codes, as above
+
+template <bool kUnsigned>
+inline __m256i weights_at(const int8_t* w) {
+  const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  return kUnsigned ? weights : _mm256_xor_si256(weights, _mm256_set1_epi8(static_cast<char>(0x80)));
+}
+
+inline __m256i codes_at(const int8_t* codes) { return four(codes); }
+
+inline __m256i dot(__m256i sums, __m256i u, __m256i s) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(u), "x"(s));
+  return sums;
+}
+
+template <bool kUnsigned>
+inline __m256i add_products(__m256i sums, __m256i codes, __m256i weights) {
+  return kUnsigned ? dot(sums, codes, weights) : dot(sums, weights, codes);
+}
+
+inline Ints eight(const __m256i* sums) { return *sums; }
+
+template <bool kUnsigned>
+inline Chunk<int8_t> chunk_of(const Codes& x, int64_t m, int64_t, int64_t) {
+  return {x.data + m * x.stride, x.stride};
+}
+
+#else  // 16 bits hold codes of either sign, and _mm256_madd_epi16 adds their products in pairs: a channel has two sums
+
+using Code = int16_t;
+constexpr int64_t kWide = 4;
+constexpr bool kFlipped = false;
+
+template <bool kUnsigned>
+inline __m256i weights_at(const int8_t* w) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+
+inline __m256i codes_at(const int16_t* codes) {
+  int64_t four;
+  std::memcpy(&four, codes, sizeof four);
+  return _mm256_set1_epi64x(four);
+}
+
+template <bool kUnsigned>
+inline __m256i add_products(__m256i sums, __m256i codes, __m256i weights) {
+  __m256i pairs;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(pairs) : "x"(codes), "x"(weights));
+  return sums;
+}
+
+inline Ints eight(const __m256i* sums) {
+  return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[0], sums[1]), 0xd8);  // from the order 0 1 4 5 2 3 6 7
+}
+
+template <bool kUnsigned>
+inline Chunk<int16_t> chunk_of(const Codes& x, int64_t m, int64_t count, int64_t K) {
+  static thread_local Buffer<int16_t> buffer;
+  const int64_t stride = x.stride + 32;  // an odd number of cache lines
+  buffer.grow(kChunk * stride);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t k = 0; k < K; k += 16) {
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x.data + (m + i) * x.stride + k));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer.data() + i * stride + k),
+                          kUnsigned ? _mm256_cvtepu8_epi16(codes) : _mm256_cvtepi8_epi16(codes));
+    }
+  return {buffer.data(), stride};
+}
+#endif
+
+template <bool kUnsigned, int M, int N, class Out>  // M rows by N registers of channels
+inline void block(const Chunk<Code>& x, int64_t m, const int8_t* w, int64_t K4, int64_t n, int64_t channels,
+                  const Out& out) {
+  __m256i sums[M][N];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) {
+      if constexpr (kFlipped && !kUnsigned) sums[i][j] = all(out.start(m + i));
+      else sums[i][j] = _mm256_setzero_si256();
+    }
+  for (int64_t k = 0; k < K4; k++) {
+    __m256i weights[N];
+    for (int j = 0; j < N; j++) weights[j] = weights_at<kUnsigned>(w + k * kTile + j * kWide * kCols);
+    for (int i = 0; i < M; i++) {
+      const __m256i codes = codes_at(x.data + i * x.stride + k * kCols);
+      for (int j = 0; j < N; j++) sums[i][j] = add_products<kUnsigned>(sums[i][j], codes, weights[j]);
+    }
+  }
+  for (int64_t j = 0; j < N; j += kLanes / kWide) {
+    const auto column = out.at(n + j * kWide, channels - j * kWide);
+    for (int i = 0; i < M; i++) column.store(m + i, eight(&sums[i][j]));
+  }
+}
+
+template <bool kUnsigned, class Out>
+void panel_avx2(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
+                const Out& out) {
+  for (int64_t begin = 0; begin < M; begin += kChunk) {
+    const int64_t count = std::min(kChunk, M - begin);
+    const Chunk<Code> chunk = chunk_of<kUnsigned>(x, begin, count, K4 * kCols);
+    for (int64_t t = 0; t < tiles; t++) {
+      const auto multiply = [&](int64_t m, auto rows) {
+        constexpr int64_t N = rows > 2 ? 2 : kRows / kWide;  // there are 16 registers
+        for (int64_t r = t * kRows; r < (t + 1) * kRows; r += N * kWide)
+          block<kUnsigned, rows, N>({chunk.data + m * chunk.stride, chunk.stride}, begin + m,
+                                    w + t * K4 * kTile + r % kRows * kCols, K4, n + r, channels - r, out);
+      };
+      int64_t m = 0;
+      for (; m + 6 <= count; m += 6) multiply(m, std::integral_constant<int, 6>());
+      for (; m + 2 <= count; m += 2) multiply(m, std::integral_constant<int, 2>());
+      for (; m < count; m++) multiply(m, std::integral_constant<int, 1>());
+    }
+  }
+}
+#endif
+
+#ifndef LANES  // any other CPU: the same numbers, as fast as the compiler makes it
 
 template <bool kUnsigned, class Out>
 void panel_plain(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t tiles, int64_t n, int64_t channels,
@@ -287,6 +415,8 @@ void product(const Codes& x, int64_t M, const int8_t* w, int64_t K4, int64_t til
       default: panel_vnni<kUnsigned, 4>(x, M, w, K4, n, channels, out);
     }
   }
+#elif defined(AVX2)
+  panel_avx2<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
 #else
   panel_plain<kUnsigned>(x, M, w, K4, tiles, n, channels, out);
 #endif

@@ -18,12 +18,12 @@ inline float as_float(int32_t bits) {
   return value;
 }
 
-#ifdef VNNI
-
+#ifdef LANES
 // The larger magnitudes by integer comparison, as bits: an infinity or a NaN is larger than any number.
-inline __m512i larger(__m512i most, __m512 x) {
-  return _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
-}
+inline Ints larger(Ints most, Floats x) { return max(most, bits(abs(x))); }
+#endif
+
+#ifdef VNNI
 
 inline float largest(const float* x, int64_t K) {
   __m512i most[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -92,7 +92,12 @@ inline void convert_row(const float* x, int64_t K, int64_t stride, float top, in
   }
   *scale = std::max(top, kTiny) / 127.0f;
   const float inverse = 1.0f / *scale;
-  for (int64_t k = 0; k < K; k++) codes[k] = static_cast<int8_t>(std::nearbyint(x[k] * inverse));
+  int32_t sum = 0;
+  for (int64_t k = 0; k < K; k++) {
+    codes[k] = static_cast<int8_t>(std::nearbyint(x[k] * inverse));
+    sum += codes[k];
+  }
+  *start = static_cast<int32_t>(-128u * static_cast<uint32_t>(sum));  // modulo 2^32, as the sums
 }
 
 #endif
@@ -123,20 +128,19 @@ struct Dequantize {
   const int32_t* starts;  // [M], what the sums of a row start from where VNNI adds 128 to each weight
   const float *row_scales, *scales, *bias;
 
-#ifdef VNNI
+#ifdef LANES
   struct Column {
     const float* row_scales;
     bool biased;
-    __m512 scale, bias;
+    Floats scale, bias;
 
-    __m512 operator()(int64_t m, __m512i sums) const {
-      const __m512 out = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(row_scales[m]));
-      return biased ? _mm512_add_ps(_mm512_mul_ps(out, scale), bias) : _mm512_mul_ps(out, scale);
+    Floats operator()(int64_t m, Ints sums) const {
+      const Floats out = floats(sums) * all(row_scales[m]);
+      return biased ? out * scale + bias : out * scale;
     }
   };
-  Column at(int64_t n, __mmask16 in) const {
-    return {row_scales, bias != nullptr, _mm512_maskz_loadu_ps(in, scales + n),
-            bias ? _mm512_maskz_loadu_ps(in, bias + n) : _mm512_setzero_ps()};
+  Column at(int64_t n, Lanes in) const {
+    return {row_scales, bias != nullptr, load(in, scales + n), bias ? load(in, bias + n) : all(0.0f)};
   }
 #else
   float operator()(int64_t m, int64_t n, int32_t sum) const {
@@ -154,17 +158,17 @@ struct Dequantized {  // an epilogue: dequantized sums are the output
 
   int32_t start(int64_t m) const { return value.starts[m]; }
 
-#ifdef VNNI
+#ifdef LANES
   struct Column {
     Dequantize::Column value;
     float* y;
     int64_t ldy;
-    __mmask16 in;
+    Lanes in;
 
-    void store(int64_t m, __m512i sums) const { _mm512_mask_storeu_ps(y + m * ldy, in, value(m, sums)); }
+    void store(int64_t m, Ints sums) const { ::store(in, y + m * ldy, value(m, sums)); }
   };
   Column at(int64_t n, int64_t count) const {
-    const __mmask16 in = first(count);
+    const Lanes in = first(count);
     return {value.at(n, in), y + n, ldy, in};
   }
 #else

@@ -19,18 +19,15 @@ struct Weights {
 struct Scale {
   const Weights& w;
 
-#ifdef VNNI
+#ifdef LANES
   struct Column {
-    __m512i start;
-    __m512 scale, bias;
+    Ints start;
+    Floats scale, bias;
 
-    __m512 operator()(__m512i sums) const {
-      return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, start)), scale), bias);
-    }
+    Floats operator()(Ints sums) const { return floats(add(sums, start)) * scale + bias; }
   };
-  Column at(int64_t n, __mmask16 in) const {
-    return {_mm512_maskz_loadu_epi32(in, w.start + n), _mm512_maskz_loadu_ps(in, w.scale + n),
-            _mm512_maskz_loadu_ps(in, w.bias + n)};
+  Column at(int64_t n, Lanes in) const {
+    return {load(in, w.start + n), load(in, w.scale + n), load(in, w.bias + n)};
   }
 #else
   float operator()(int64_t n, int32_t sum) const {
@@ -43,17 +40,17 @@ struct Scaled {  // an epilogue: scaled sums are the output
   Scale value;
   float* y;
 
-#ifdef VNNI
+#ifdef LANES
   struct Column {
     Scale::Column value;
     float* y;
     int64_t ldy;
-    __mmask16 in;
+    Lanes in;
 
-    void store(int64_t m, __m512i sums) const { _mm512_mask_storeu_ps(y + m * ldy, in, value(sums)); }
+    void store(int64_t m, Ints sums) const { ::store(in, y + m * ldy, value(sums)); }
   };
   Column at(int64_t n, int64_t count) const {
-    const __mmask16 in = first(count);
+    const Lanes in = first(count);
     return {value.at(n, in), y + n, value.w.N, in};
   }
 #else
