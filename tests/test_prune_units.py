@@ -207,6 +207,12 @@ def test_decoding_with_a_cache_follows_the_heads_that_are_left(case: str, tmp_pa
     export_model(model, tmp_path / "int8", quantize=QuantConfig("int8"), **options)  # verified
 
 
+def test_the_width_of_a_single_shared_head_stays() -> None:
+    model = tiny.llama(num_key_value_heads=1)
+    found = {(group.kind, group.name.rpartition(".")[2]) for group in all_groups(model, TOKENS)}
+    assert found == {("neurons", "gate_proj"), ("hidden", "embed_tokens")}
+
+
 def test_a_width_that_is_written_into_the_code_is_refused_by_name() -> None:
     class Rigid(Fused):
         def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ its own like an artifact. A peer that is not installed is named, with the comman
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ def encoder_rows(
 def causal_rows(peers: Sequence[Peer], model: nn.Module, prompt: int, folder: Path) -> tuple[list[Row], list[str]]:
     """As `encoder_rows`, of a causal language model."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for peer in peers for row in _module(peer).causal_rows(model, folder)]
+    rows = [row for peer in peers for row in _module(peer).causal_rows(copy.deepcopy(model), folder)]
 
     def compare(row: Row) -> dict[str, float]:
         tokens, logits = row.run(prompt, CHECKED_TOKENS)

@@ -58,16 +58,18 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
 @torch.no_grad()
 def _check_outputs(masked: nn.Module, shrunk: nn.Module, example_inputs: ExampleInputs, cut: list[Group]) -> None:
     """Raises ValueError where the shrunk model does not run, or computes something else than the masked one."""
+    from ..quantize import unprepare_
+
+    if not cut:
+        return
     names = sorted({group.name for group in cut})
     said = f"cutting {cut[0].kind} out of {names[0]!r}" + (f" and {len(names) - 1} others" if len(names) > 1 else "")
     help_ = f"exclude it: overrides={{{names[0]!r}: None}}"
-    train = shrunk.training
     try:
-        outputs = [flatten_output(call_example(m.eval(), example_inputs))[0] for m in (masked, shrunk)]
+        models = (unprepare_(masked), unprepare_(copy.deepcopy(shrunk)))
+        outputs = [flatten_output(call_example(model.eval(), example_inputs))[0] for model in models]
     except Exception as error:
         raise ValueError(f"{said} leaves a model that does not run ({error}); {help_}") from error
-    finally:
-        shrunk.train(train)
     if any(group.kind == "hidden" for group in cut):
         return  # a normalization over fewer values is another one
     for ours, theirs in zip(*outputs, strict=True):

@@ -227,10 +227,10 @@ def _attention(t: Trace, node: Node) -> None:
             spread.append(t.dims(mask)[-3])
         spread[0] = t.join(*spread, why="attention whose other inputs have no heads")
         t.mark(spread[0], "heads")
-    for ids in (q[-1], k[-1]):
-        t.fix(ids, "a sum of products of activations")
+    for ids in (q[-1], k[-1], v[-1]):  # models divide by it
+        t.fix(ids, "the width of a head")
     batch = [*q[:-3], spread[0]] if len(q) > 2 else []
-    t.values[node] = [*batch, None, v[-1]]
+    t.values[node] = [*batch, None, None]
 
 
 @_rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv1d.padding)
