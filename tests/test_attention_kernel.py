@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tiny
@@ -14,7 +12,7 @@ import torch
 from compiled import Built
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernel import PATHS
+from kernels import PATHS, compiled, source_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,13 +48,7 @@ extern "C" __attribute__((visibility("default"))) int exponentials_of(float* x, 
 
 @pytest.fixture(scope="module", params=[name for name in PATHS if name not in ("AVX-VNNI", "plain")])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    directory = tmp_path_factory.mktemp("attention")
-    source, library = directory / "entry.cpp", directory / "attention.so"
-    source.write_text(ENTRY.format(source=aoti._KERNELS / "attention.cpp"))
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu"]
-    flags = [*aoti.kernel_flags(), *PATHS[request.param]]
-    subprocess.run([aoti._compiler(), *flags, str(source), *link, "-o", str(library)], check=True)
+    library = compiled(ENTRY.format(source=source_of("attention")), request.param, tmp_path_factory.mktemp("attention"))
     return ctypes.CDLL(str(library))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernel import PATHS, bits, layer
+from kernels import PATHS, compiled, source_of
+from test_kernel import bits, layer
 from test_quantize import KINDS, kinds_of_rows
 from torch import Tensor, nn
 
@@ -64,17 +64,6 @@ EXPORT bool run(const uint8_t* x, const int8_t* w, const int32_t* start, const f
 Layer = tuple[Tensor, Tensor, Tensor | None]
 
 
-def compiled(directory: Path, kernel: str, entry: str, flags: list[str]) -> ctypes.CDLL:
-    """A kernel's inner functions as a small shared library."""
-    source, library = directory / f"{kernel}.cpp", directory / f"{kernel}.so"
-    source.write_text(EXPORT.format(source=aoti._KERNELS / f"{kernel}.cpp") + entry)
-    libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"]
-    command = [aoti._compiler(), *aoti.kernel_flags(), *flags, str(source), *link, "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
-
-
 def call(function: Any, *arguments: Any) -> bool:
     """Calls a C function on tensors (or None) and integers."""
     values: list[Any] = []
@@ -88,9 +77,11 @@ def call(function: Any, *arguments: Any) -> bool:
 class Kernel:
     """The kernels' inner functions, called on tensors."""
 
-    def __init__(self, directory: Path, flags: list[str]) -> None:
-        self.dynamic = compiled(directory, "int8_feed_forward", DYNAMIC, flags)
-        self.static = compiled(directory, "int8_static_feed_forward", STATIC, flags)
+    def __init__(self, directory: Path, path: str) -> None:
+        self.dynamic, self.static = (
+            ctypes.CDLL(str(compiled(EXPORT.format(source=source_of(name)) + entry, path, directory, name)))
+            for name, entry in (("int8_feed_forward", DYNAMIC), ("int8_static_feed_forward", STATIC))
+        )
 
     def __call__(self, x: Tensor, first: Layer, second: Layer, activation: str) -> Tensor:
         y = torch.full((len(x), len(second[1])), float("nan"))
@@ -106,7 +97,7 @@ class Kernel:
 
 @pytest.fixture(scope="module", params=PATHS)
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
-    return Kernel(tmp_path_factory.mktemp("kernel"), PATHS[request.param])
+    return Kernel(tmp_path_factory.mktemp("kernel"), request.param)
 
 
 def layers(n: int, hidden: int, out: int, seed: int = 0, bias: bool = True, bias_2: bool = True) -> tuple[Layer, Layer]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernel import PATHS
+from kernels import PATHS, compiled, source_of
 from test_quantize import kinds_of_rows
 from torch import Tensor, nn
 
 from lightning_accel import QuantConfig, export_model, load, prepare_, quantize_model
 from lightning_accel._quiet import Conv1D
-from lightning_accel.engines import aoti
 from lightning_accel.quantize import convert_, int4, quantization_coverage
 from lightning_accel.quantize.converted import Int4Embedding, Int4Linear, Int8Linear, quantize_groups
 from lightning_accel.quantize.fake import Int4GroupFakeQuantizer
@@ -44,13 +42,7 @@ RUN(int4_int8_linear)
 @pytest.fixture(scope="module", params=PATHS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The kernels' inner functions in a small shared library, called on tensors."""
-    directory = tmp_path_factory.mktemp("kernel")
-    source, library = directory / "entry.cpp", directory / "kernel.so"
-    source.write_text(ENTRY.format(source=aoti._KERNELS / "int4_linear.cpp"))
-    libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"]
-    flags = [*aoti.kernel_flags(), *PATHS[request.param]]
-    subprocess.run([aoti._compiler(), *flags, str(source), *link, "-o", str(library)], check=True)
+    library = compiled(ENTRY.format(source=source_of("int4_linear")), request.param, tmp_path_factory.mktemp("kernel"))
     opened = ctypes.CDLL(str(library))
 
     def bound(name: str) -> Callable[..., Tensor]:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import platform
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from compiled import Built
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import PATHS, compiled, source_of
 from test_quantize import KINDS, kinds_of_rows
 from torch import Tensor
 
-from lightning_accel.engines import aoti
 from lightning_accel.quantize.converted import quantize_rows
 from lightning_accel.quantize.ops import MOST_INT8_INPUTS, int8_embedding_reference, int8_linear_reference, tile
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-X86 = platform.machine() in ("x86_64", "AMD64")
-PATHS = {"this machine": []}
-if X86:
-    PATHS |= {"no AMX": ["-mno-amx-int8"], "AVX2": ["-march=x86-64-v3"], "plain": ["-march=x86-64"]}
-if X86 and torch.cpu.get_capabilities()["avx_vnni"]:
-    PATHS["AVX-VNNI"] = ["-march=x86-64-v3", "-mavxvnni"]
-
 ENTRY = """
 #include "{source}"
 extern "C" __attribute__((visibility("default"))) void run(const float* x, const int8_t* w, const float* scale,
@@ -38,13 +28,7 @@ extern "C" __attribute__((visibility("default"))) void run(const float* x, const
 @pytest.fixture(scope="module", params=PATHS)
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     """The kernel's inner function as a small shared library, called on tensors."""
-    directory = tmp_path_factory.mktemp("kernel")
-    source, library = directory / "entry.cpp", directory / "kernel.so"
-    source.write_text(ENTRY.format(source=aoti._KERNELS / "int8_linear.cpp"))
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu"]
-    flags = [*aoti.kernel_flags(), *PATHS[request.param]]
-    subprocess.run([aoti._compiler(), *flags, str(source), *link, "-o", str(library)], check=True)
+    library = compiled(ENTRY.format(source=source_of("int8_linear")), request.param, tmp_path_factory.mktemp("kernel"))
     function = ctypes.CDLL(str(library)).run
 
     def run(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

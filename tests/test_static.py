@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernel import PATHS
+from kernels import PATHS, compiled, source_of
 from torch import Tensor
 
-from lightning_accel.engines import aoti
 from lightning_accel.quantize import static
 from lightning_accel.quantize.ops import tile
 
@@ -96,13 +94,7 @@ class Kernels:
 
 @pytest.fixture(scope="module", params=PATHS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    directory = tmp_path_factory.mktemp("kernel")
-    source, library = directory / "entry.cpp", directory / "kernel.so"
-    source.write_text(ENTRY.format(source=aoti._KERNELS / "int8_static.cpp"))
-    libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu"]
-    flags = [*aoti.kernel_flags(), *PATHS[request.param]]
-    subprocess.run([aoti._compiler(), *flags, str(source), *link, "-o", str(library)], check=True)
+    library = compiled(ENTRY.format(source=source_of("int8_static")), request.param, tmp_path_factory.mktemp("kernel"))
     return Kernels(library)
 
 
