@@ -207,8 +207,18 @@ def test_decoding_with_a_cache_follows_the_heads_that_are_left(case: str, tmp_pa
     export_model(model, tmp_path / "int8", quantize=QuantConfig("int8"), **options)  # verified
 
 
-def test_the_width_of_a_single_shared_head_stays() -> None:
-    model = tiny.llama(num_key_value_heads=1)
+def test_parts_that_are_compiled_are_cut_under_their_own_names() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), numbers(5, 8)
+    model[0] = torch.compile(model[0], backend="eager")
+    masks = prune_model_(model, PruneConfig("neurons", 0.5), example_inputs=(x,))
+    shrunk = shrink_model(model, masks, example_inputs=(x,))
+    assert shrunk[2].in_features == 8
+    torch.testing.assert_close(shrunk(x), model(x))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_width_of_a_single_shared_head_stays(attention: str) -> None:
+    model = tiny.llama(num_key_value_heads=1, attn_implementation=attention)
     found = {(group.kind, group.name.rpartition(".")[2]) for group in all_groups(model, TOKENS)}
     assert found == {("neurons", "gate_proj"), ("hidden", "embed_tokens")}
 

@@ -1,4 +1,4 @@
-"""Physical shrinking: what the masks zeroed is cut out, and the model computes the same with smaller layers."""
+"""Physical shrinking: units that the masks zeroed are cut out, and the model computes the same with smaller layers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from .widths import record_shape, record_widths
 
 
 def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInputs) -> nn.Module:
-    """A copy of `model` without the neurons that `masks` drop; it computes what the masked model computes.
+    """A copy of `model` without the units that `masks` drop; it computes what the masked model computes.
 
-    A neuron is cut out where the masks drop all of its weights. Masks of single weights have no physical form and are
-    left as zeros.
+    A unit (neuron, head, channel) is cut out where the masks drop all of its weights. Masks of single weights have no
+    physical form and are left as zeros. Where a normalization runs over the width (`"hidden"`), the cut model computes
+    something else and is only seen to run.
 
     Raises:
-        ValueError: the masks belong to another model, or drop neurons that cannot be cut out.
+        ValueError: the masks belong to another model, drop units that cannot be cut out, or the cut model does not run
+            or computes something else.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> from lightning_accel import PruneConfig, prune_model_
@@ -39,7 +41,8 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
         return model
     masked = copy.deepcopy(model)
     groups = all_groups(model, example_inputs)
-    kept = [_kept(group, masks, dict(model.named_parameters())) for group in groups]
+    parameters = select.named_parameters(model)
+    kept = [_kept(group, masks, parameters) for group in groups]
     sizes = {select.canonical_name(n): t.shape for n, t in (*model.named_parameters(), *model.named_buffers())}
     left: dict[tuple[str, int], Tensor] = {}
     for group, keep in zip(groups, kept, strict=True):
@@ -85,9 +88,7 @@ def _dropped(mask: Tensor, dim: int) -> Tensor:
 def _kept(group: Group, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
     """Boolean [width] of the units that stay: those of which a mask keeps any weight."""
     keep = torch.zeros(group.width, dtype=torch.bool)
-    for member in group.members:
-        if member.name not in parameters:
-            continue  # a buffer
+    for member in (m for m in group.members if m.name in parameters):  # masks say nothing of buffers
         if member.name not in masks or masks[member.name].shape[member.dim] <= int(member.index.max()):
             return torch.ones_like(keep)
         keep |= ~_dropped(masks[member.name], member.dim)[member.index].all(1)
