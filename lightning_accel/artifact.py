@@ -317,7 +317,7 @@ def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> L
 def _keep_freed_memory() -> None:
     """Has glibc keep what a forward frees for the next one, as it does by itself once a block so large was freed.
 
-    Else each forward takes its buffers anew from the system, page by page (docs/log.md). See mallopt(3), M_MMAP_THRESHOLD;
-    the block is never touched, and other allocators take no notice.
+    Else each forward takes its buffers anew from the system, page by page (docs/log.md). See mallopt(3),
+    M_MMAP_THRESHOLD; the block is never touched, and other allocators take no notice.
     """
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
