@@ -53,7 +53,7 @@ def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, 
         return _timed(lambda: cache.step(ids, valid, last))
 
     def decode() -> float:
-        tokens = model.generate(ids, new + 1, stream=True)
+        tokens = model.generate(ids, new + 1, stop=(), stream=True)
         next(tokens)
         return _timed(lambda: list(tokens)) / new
 

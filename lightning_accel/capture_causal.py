@@ -148,8 +148,16 @@ def capture_causal_lm(model: Any) -> Capture:
         "max_length": limit,
         "max_batch": MAX_BATCH,
         "vocabulary": vocabulary,
+        "stop": _end_of_text(model),
     }
     return Capture(_CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
+
+
+def _end_of_text(model: Any) -> list[int]:
+    """Token ids that end a text, as transformers' `generate` takes them from the model's configurations."""
+    configs = (getattr(model, "generation_config", None), model.config)
+    found = next((e for config in configs if (e := getattr(config, "eos_token_id", None)) is not None), [])
+    return list(found) if isinstance(found, list | tuple) else [found]
 
 
 def _cache_shapes(model: Any) -> list[tuple[int, int]]:

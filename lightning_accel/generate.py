@@ -27,11 +27,16 @@ class Cache:
     Args:
         model: a loaded causal language model.
         batch: number of rows.
-        capacity: slots a row, at most the model's positions.
+        capacity: slots a row, at most the model's positions; attention reads the filled ones only.
     """
 
     def __init__(self, model: LoadedModel, batch: int, capacity: int) -> None:
         spec = model.entry["cache"]
+        for name, value in (("batch", batch), ("capacity", capacity)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an int of at least 1")
+        if batch > spec["max_batch"]:
+            raise ValueError(f"a batch of {batch} is over the limit of {spec['max_batch']}; split it")
         if capacity > spec["max_length"]:
             raise ValueError(
                 f"{capacity} tokens are asked for, the model has {spec['max_length']} positions; "
@@ -41,21 +46,29 @@ class Cache:
         self.tensors = [
             torch.zeros(batch, capacity, *shape, dtype=getattr(torch, spec["dtype"])) for shape in spec["shapes"]
         ]
-        self.mask_BS = torch.zeros(batch, 0, dtype=torch.bool)
+        self.ids_BS, self.mask_BS = torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.bool)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64)
+        self.unread_BT = torch.zeros(batch, 0, dtype=torch.int64)  # chosen by `generate` last, fed with what comes next
 
     def step(self, ids_BT: Tensor, valid_BT: Tensor, wanted_BK: Tensor) -> Tensor:
         """Feeds tokens and returns logits [B, K, V] at the wanted indices in [0, T)."""
         new = ids_BT.shape[1]
-        if self.filled + new > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens and has {self.filled}; {new} more do not fit")
+        self.check_room(new)
         positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)
-        self.mask_BS = torch.cat([self.mask_BS, valid_BT], 1)
+        self.ids_BS, self.mask_BS = torch.cat([self.ids_BS, ids_BT], 1), torch.cat([self.mask_BS, valid_BT], 1)
         inputs = [ids_BT.contiguous(), positions_BT, self.mask_BS, wanted_BK.contiguous(), *self.tensors]
         logits_BKV = self.model._run_checked(inputs)[0]
         self.filled += new
         self.lengths_B = self.lengths_B + valid_BT.sum(1)
         return logits_BKV
+
+    def check_room(self, new: int) -> None:
+        """Raises ValueError unless `new` more tokens a row fit."""
+        if self.filled + new > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.capacity} tokens and has {self.filled}; {new} more do not fit, "
+                "so begin with a larger one: model.new_cache(capacity=...)"
+            )
 
 
 def forward(model: LoadedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -68,10 +81,16 @@ def forward(model: LoadedModel, input_ids: Tensor, attention_mask: Tensor | None
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedy at temperature 0, else sampled from softmax(logits / temperature)."""
+    """How the next token is chosen: greedy at temperature 0, else sampled from softmax(logits / temperature).
+
+    In the order of transformers: repetition penalty, temperature, the `top_k` likeliest tokens, then the fewest of
+    those left that together have the probability `top_p` (nucleus sampling, arXiv:1904.09751).
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +98,10 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be a number of at least 0, which means greedy")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k={self.top_k} must be an int of at least 1; None considers every token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be a probability in (0, 1]; None considers every token")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 penalizes nothing")
 
 
 def generate(
@@ -89,10 +112,13 @@ def generate(
     attention_mask: Tensor | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[int] = (),
+    stop: Sequence[int] | None = None,
     pad: int = 0,
     stream: bool = False,
+    cache: Cache | None = None,
 ) -> Tensor | Iterator[Tensor]:
     """Continues prompts of token ids; greedy by default.
 
@@ -102,23 +128,38 @@ def generate(
         attention_mask: [batch, length] bool or int, false where `input_ids` is padding.
         temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
         top_k: only the k likeliest tokens can be drawn.
+        top_p: only the likeliest tokens that together have this probability can be drawn.
+        repetition_penalty: above 1 makes tokens that were there before less likely (arXiv:1909.05858).
         seed: makes sampling repeatable, whatever the global random state.
-        stop: token ids that end a row; the row is filled with `pad` from then on.
+        stop: token ids that end a row; the row is filled with `pad` from then on. `None` takes those of the model's
+            configuration (end of text), `()` none.
         stream: return an iterator over [batch] token ids instead, as they come.
+        cache: of `model.new_cache`, to go on with a conversation: `input_ids` are then only what is new, after the
+            prompts and the tokens of the calls before, which are not computed again.
 
     Returns:
         [batch, new] the new token ids; shorter than `max_new_tokens` where every row stopped.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
+        ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the model has positions or the
+            cache has room for.
     """
     ids_BT, valid_BT = _prompt(model, input_ids, attention_mask)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be an int of at least 1")
     if isinstance(stop, int):
         raise ValueError(f"stop={stop} is one id; write stop=({stop},)")
-    sampling = Sampling(temperature, top_k, seed)
-    cache = Cache(model, len(ids_BT), ids_BT.shape[1] + max_new_tokens - 1)
+    stop = model.entry["cache"].get("stop", ()) if stop is None else stop
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    length = ids_BT.shape[1] + max_new_tokens - 1  # the last token is not read
+    if cache is None:
+        cache = Cache(model, len(ids_BT), length)
+    elif cache.model is not model or len(cache.mask_BS) != len(ids_BT):
+        raise ValueError(
+            f"the cache is of {len(cache.mask_BS)} rows of {cache.model!r}, the prompts are {len(ids_BT)} for "
+            f"{model!r}; write cache = model.new_cache(capacity=..., batch={len(ids_BT)})"
+        )
+    cache.check_room(cache.unread_BT.shape[1] + length)
     steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, tuple(stop), pad)
     return steps if stream else torch.stack(list(steps), 1)
 
@@ -130,21 +171,32 @@ def _decode(
     if sampling.temperature > 0:
         generator = torch.Generator()
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
+    ids_BT = torch.cat([cache.unread_BT, ids_BT], 1)
+    valid_BT = torch.cat([torch.ones_like(cache.unread_BT, dtype=torch.bool), valid_BT], 1)
     batch, length = ids_BT.shape
     last_B1 = length - 1 - valid_BT.flip(1).to(torch.int8).argmax(1, keepdim=True)  # last real token of each row
     running_B = torch.ones(batch, dtype=torch.bool)
     logits_BV = cache.step(ids_BT, valid_BT, last_B1)[:, 0]
+    cache.unread_BT = torch.zeros(batch, 1, dtype=torch.int64)
     stops = torch.tensor(stop, dtype=torch.int64)
     for index in range(count):
-        token_B = torch.where(running_B, _choose(logits_BV, sampling, generator), pad)
-        yield token_B
+        if sampling.repetition_penalty != 1.0:
+            logits_BV = _penalize(logits_BV, cache.ids_BS, cache.mask_BS, sampling.repetition_penalty)
+        chosen_B = _choose(logits_BV, sampling, generator)
+        cache.unread_BT = torch.where(running_B[:, None], chosen_B[:, None], cache.unread_BT)
+        yield torch.where(running_B, chosen_B, pad)
         if len(stop):
-            running_B = running_B & ~torch.isin(token_B, stops)
+            running_B = running_B & ~torch.isin(chosen_B, stops)
         if index + 1 == count or not running_B.any():
             return
-        fed_B = torch.where(running_B, token_B, 0)  # what a stopped row reads does not matter, and pad may be no token
-        one_B1 = torch.ones(batch, 1, dtype=torch.bool)
-        logits_BV = cache.step(fed_B[:, None], one_B1, torch.zeros(batch, 1, dtype=torch.int64))[:, 0]
+        first_B1 = torch.zeros(batch, 1, dtype=torch.int64)
+        logits_BV = cache.step(cache.unread_BT, running_B[:, None], first_B1)[:, 0]  # a stopped row reads padding
+
+
+def _penalize(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, penalty: float) -> Tensor:
+    """Logits of the tokens in `ids_BS` divided by `penalty` where positive, multiplied where negative."""
+    seen_BV = torch.zeros_like(logits_BV).scatter_add_(1, ids_BS, mask_BS.to(logits_BV.dtype)) > 0
+    return torch.where(seen_BV, torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
@@ -152,11 +204,16 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | 
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.float()
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature  # finite however small that is
-    if sampling.top_k is None or sampling.top_k >= logits_BV.shape[-1]:
-        return torch.multinomial(torch.softmax(logits_BV, -1), 1, generator=generator)[:, 0]
-    likeliest = logits_BV.topk(sampling.top_k, -1)
-    drawn_B1 = torch.multinomial(torch.softmax(likeliest.values, -1), 1, generator=generator)
-    return likeliest.indices.gather(1, drawn_B1)[:, 0]
+    likeliest = None
+    if sampling.top_p is not None or (sampling.top_k or logits_BV.shape[-1]) < logits_BV.shape[-1]:
+        likeliest = logits_BV.topk(min(sampling.top_k or logits_BV.shape[-1], logits_BV.shape[-1]), -1)
+        logits_BV = likeliest.values
+    probabilities_BK = torch.softmax(logits_BV, -1)
+    if sampling.top_p is not None:  # the likeliest first: those before which less than top_p is gathered stay
+        before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
+        probabilities_BK = probabilities_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
+    drawn_B1 = torch.multinomial(probabilities_BK, 1, generator=generator)
+    return (drawn_B1 if likeliest is None else likeliest.indices.gather(1, drawn_B1))[:, 0]
 
 
 def _prompt(model: LoadedModel, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:

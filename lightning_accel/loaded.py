@@ -77,6 +77,19 @@ class LoadedModel:
 
         return generate.generate(self, input_ids, max_new_tokens, **options)
 
+    def new_cache(self, capacity: int, batch: int = 1) -> Any:
+        """An empty KV cache for a conversation: `model.generate(ids, cache=cache)` goes on where the last call ended.
+
+        Args:
+            capacity: tokens a row, prompts and answers together.
+            batch: rows.
+        """
+        if self.entry["cache"] is None:
+            raise ValueError("this model has no KV cache; call it instead: model(input)")
+        from .generate import Cache
+
+        return Cache(self, batch, capacity)
+
     def _run_checked(self, inputs: list[Tensor]) -> list[Tensor]:
         """Runs the program on flat inputs that were checked; the lock is held meanwhile.
 

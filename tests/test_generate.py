@@ -12,9 +12,10 @@ import tiny
 import torch
 from compiled import Built
 from torch import Tensor
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from lightning_accel import export_model, load
-from lightning_accel.generate import Cache, Sampling, _choose
+from lightning_accel.generate import Cache, Sampling, _choose, _penalize
 from lightning_accel.loaded import LoadedModel
 
 NEW = 30
@@ -37,10 +38,10 @@ def loaded(decoder: Path) -> LoadedModel:
 
 
 @torch.no_grad()
-def theirs(model: Any, ids: Tensor, mask: Tensor | None = None, new: int = NEW) -> Tensor:
+def theirs(model: Any, ids: Tensor, mask: Tensor | None = None, new: int = NEW, **more: Any) -> Tensor:
     """transformers' greedy continuation [batch, new]."""
     mask = torch.ones_like(ids) if mask is None else mask
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, **more}
     model.generation_config.eos_token_id = None
     return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 
@@ -249,7 +250,113 @@ def test_only_the_k_likeliest_are_drawn_in_proportion_and_ties_add_none() -> Non
     assert flat.tolist() == pytest.approx([1 / 6] * 6, abs=0.02)
 
 
+def test_the_nucleus_is_that_of_transformers_and_is_drawn_in_proportion() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(4, 50, generator=generator)
+    for top_k, top_p in ((None, 0.3), (None, 0.9), (5, 0.7), (5, 1.0), (None, 1e-9)):
+        expected = logits / 0.7
+        if top_k is not None:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        expected = torch.softmax(TopPLogitsWarper(top_p)(None, expected), -1)
+        for row, wanted in zip(logits, expected, strict=True):
+            drawn = _choose(row.expand(20_000, -1), Sampling(0.7, top_k, top_p), generator)
+            share = torch.bincount(drawn, minlength=50) / 20_000
+            assert not (share > 0)[wanted == 0].any() and (share - wanted).abs().max() < 0.02
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    ids, logits = tiny.ids(3, 7), torch.randn(3, tiny.VOCABULARY)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
+    assert torch.equal(_penalize(logits, ids, torch.ones_like(ids, dtype=torch.bool), 1.3), expected)
+    mask = torch.tensor([True] * 4 + [False] * 3).expand(3, -1)  # padding is no repetition
+    assert torch.equal(_penalize(logits, ids, mask, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids[:, :4], logits))
+
+
+def test_greedy_tokens_with_a_repetition_penalty_are_those_of_transformers(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    for prompt in PROMPTS:
+        tokens = ours.generate(prompt[None], NEW, repetition_penalty=1.4)
+        assert torch.equal(tokens, theirs(model, prompt[None], repetition_penalty=1.4))
+        assert not torch.equal(tokens, ours.generate(prompt[None], NEW))
+
+
+# --- where a text ends ------------------------------------------------------------------------------------------------
+
+
+def test_the_models_end_of_text_stops_a_row_unless_told_otherwise(tmp_path: Path) -> None:
+    free = MAKE["llama"]()
+    end = int(theirs(free, PROMPTS[1][None])[0, 4])
+    model = tiny.llama(eos_token_id=end)
+    export_model(model, tmp_path / "m", engines=("portable",), measure=False)
+    ours = load(tmp_path / "m")
+    options = {"attention_mask": torch.ones_like(PROMPTS[1][None]), "max_new_tokens": NEW, "pad_token_id": 0}
+    expected = model.generate(PROMPTS[1][None], do_sample=False, **options)
+    tokens = ours.generate(PROMPTS[1][None], NEW)
+    assert torch.equal(tokens, expected[:, len(PROMPTS[1]) :]) and tokens[0, -1] == end and tokens.shape[1] <= 5
+    assert ours.generate(PROMPTS[1][None], NEW, stop=()).shape == (1, NEW)
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_without_reading_its_past_again(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    cache, past = ours.new_cache(capacity=tiny.POSITIONS, batch=2), torch.zeros(2, 0, dtype=torch.int64)
+    for turn, length in enumerate((5, 3, 1)):
+        said = tiny.ids(2, length, seed=turn)
+        past = torch.cat([past, said], 1)
+        answer = ours.generate(said, 8, cache=cache)
+        assert torch.equal(answer, theirs(model, past, new=8))
+        past = torch.cat([past, answer], 1)
+        assert cache.filled == past.shape[1] - 1  # what was chosen last is read with what comes next
+
+
+def test_rows_of_a_conversation_that_stopped_go_on_after_their_stop(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    prompts = torch.stack([tiny.ids(1, 6, seed=0)[0], tiny.ids(1, 6, seed=1)[0]])
+    free = theirs(model, prompts, new=8)
+    stop = int(free[0, 2])
+    cache = ours.new_cache(capacity=40, batch=2)
+    answer = ours.generate(prompts, 8, stop=(stop,), pad=-1, cache=cache)
+    more = ours.generate(tiny.ids(2, 3, seed=2), 6, stop=(), cache=cache)
+    for row in range(2):
+        past = torch.cat([prompts[row], answer[row][answer[row] >= 0], tiny.ids(2, 3, seed=2)[row]])
+        assert torch.equal(more[row], theirs(model, past[None], new=6)[0])
+    assert (answer[0] >= 0).sum() < 8
+
+
+def test_a_stream_that_is_left_leaves_the_conversation_where_it_was_heard(pair: tuple[Any, LoadedModel]) -> None:
+    model, ours = pair
+    cache, prompt = ours.new_cache(capacity=40), tiny.ids(1, 6)
+    stream = ours.generate(prompt, 20, stream=True, cache=cache)
+    heard = torch.stack([next(stream) for _ in range(4)], 1)
+    stream.close()
+    past = torch.cat([prompt, heard, tiny.ids(1, 2, seed=1)], 1)
+    assert torch.equal(ours.generate(tiny.ids(1, 2, seed=1), 6, cache=cache), theirs(model, past, new=6))
+
+
+def test_a_conversation_that_would_not_fit_is_refused_and_stays_as_it_is(loaded: LoadedModel) -> None:
+    cache = loaded.new_cache(capacity=12)
+    expected = loaded.generate(torch.cat([tiny.ids(1, 4), loaded.generate(tiny.ids(1, 4), 4), tiny.ids(1, 1)], 1), 3)
+    loaded.generate(tiny.ids(1, 4), 4, cache=cache)
+    with pytest.raises(ValueError, match=r"holds 12 tokens and has 7; 6 more do not fit.*new_cache\(capacity="):
+        loaded.generate(tiny.ids(1, 1), 5, cache=cache)
+    assert torch.equal(loaded.generate(tiny.ids(1, 1), 3, cache=cache), expected)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_other_rows_or_models_is_refused(pair: tuple[Any, LoadedModel], loaded: LoadedModel) -> None:
+    with pytest.raises(ValueError, match=r"the cache is of 1 rows .*the prompts are 2 .*batch=2"):
+        loaded.generate(tiny.ids(2, 4), cache=loaded.new_cache(capacity=40))
+    with pytest.raises(ValueError, match="the cache is of 1 rows"):
+        loaded.generate(tiny.ids(1, 4), 4, cache=pair[1].new_cache(capacity=40))
+    for wrong in ({"capacity": 0}, {"capacity": 2.5}, {"capacity": 10, "batch": 0}):
+        with pytest.raises(ValueError, match="must be an int of at least 1"):
+            loaded.new_cache(**wrong)
+    with pytest.raises(ValueError, match="65 tokens are asked for, the model has 64 positions"):
+        loaded.new_cache(capacity=65)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +388,10 @@ def test_a_bad_prompt_is_refused(loaded: LoadedModel, arguments: tuple, message:
         ({"attention_mask": torch.ones(2, 2, dtype=torch.int64)}, r"shape \[2, 2\], input_ids \[2, 3\]"),
         ({"temperature": -1.0}, "temperature=-1.0 must be a number of at least 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be an int of at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 must be a probability in \(0, 1\]"),
+        ({"temperature": 1.0, "top_p": 50}, "top_p=50 must be a probability"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty=nan must be positive"),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_runs(loaded: LoadedModel, options: dict, message: str) -> None:

@@ -37,7 +37,7 @@ def llama(seed: int = 0, **changes: Any) -> Any:
         "max_position_embeddings": POSITIONS,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": None,  # any token may come, and none ends a text
     }
     return _sharpen(seed, lambda: LlamaForCausalLM(LlamaConfig(**(config | changes))))
 
@@ -51,7 +51,7 @@ def gpt2(seed: int = 0, **changes: Any) -> Any:
         "n_head": HEADS,
         "n_positions": POSITIONS,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": None,  # any token may come, and none ends a text
     }
     return _sharpen(seed, lambda: GPT2LMHeadModel(GPT2Config(**(config | changes))))
 
