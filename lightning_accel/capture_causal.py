@@ -156,8 +156,8 @@ def capture_causal_lm(model: Any) -> Capture:
 def _end_of_text(model: Any) -> list[int]:
     """Token ids that end a text, as transformers' `generate` takes them from the model's configurations."""
     configs = (getattr(model, "generation_config", None), model.config)
-    found = next((e for config in configs if (e := getattr(config, "eos_token_id", None)) is not None), [])
-    return list(found) if isinstance(found, list | tuple) else [found]
+    ids: Any = next((e for config in configs if (e := getattr(config, "eos_token_id", None)) is not None), [])
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def _cache_shapes(model: Any) -> list[tuple[int, int]]:
