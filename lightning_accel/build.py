@@ -67,6 +67,8 @@ def write(
     if stored:
         artifact.save_weights(stored, path / artifact.WEIGHTS)
         manifest["weights"] = _file(path / artifact.WEIGHTS)
+    if labels := _labels(final.deployed):
+        manifest["labels"] = labels
     manifest["golden"] = _golden(path, final, inputs, entries[0])
     manifest["assets"] = [
         {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
@@ -83,6 +85,46 @@ def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor
         else:
             stored.setdefault(weight, weights[weight])
     return layouts
+
+
+_PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json")  # what `text` and `vision` read
+
+
+def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
+    """The files of a tokenizer, image processor or feature extractor of transformers that loading needs, by name.
+
+    Args:
+        processor: an object with `save_pretrained`, or a folder that it was saved to.
+        folder: empty; where an object is saved to.
+
+    Raises:
+        ValueError: none of the files is there.
+    """
+    if hasattr(processor, "save_pretrained"):
+        processor.save_pretrained(folder)
+    elif isinstance(processor, str | Path):
+        folder = Path(processor)
+    else:
+        raise ValueError(
+            f"processor={processor!r} is neither a tokenizer or processor of transformers nor the folder of one; write "
+            "processor=AutoTokenizer.from_pretrained(path), or assets={'tokenizer.json': path}"
+        )
+    found = {name: folder / name for name in _PROCESSOR_FILES if (folder / name).is_file()}
+    if not found:
+        raise ValueError(
+            f"{processor!r} has none of {', '.join(_PROCESSOR_FILES)}; a slow tokenizer has no tokenizer.json, so take "
+            "a fast one"
+        )
+    return found
+
+
+def _labels(model: Any) -> dict[str, Any] | None:
+    """Names of the classes in a transformers classifier's configuration, and whether several may hold at once."""
+    if not type(model).__name__.endswith("Classification"):
+        return None
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    several = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+    return {"names": [str(names[i]) for i in sorted(names)], "several": several}
 
 
 def _copied(source: str | Path, target: Path) -> Path:

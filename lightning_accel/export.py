@@ -52,6 +52,7 @@ def export_model(
     measure: bool = True,
     min_speedup: float | None = None,
     assets: Mapping[str, str | Path] | None = None,
+    processor: Any = None,
     configs: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -77,6 +78,8 @@ def export_model(
         measure: time the artifact against the float model through the same engine, and against eager.
         min_speedup: raises unless each workload is this much faster than the float model.
         assets: files that travel with the model, by name (`{"tokenizer.json": path}`).
+        processor: transformers' tokenizer or image processor, or the folder of one: it travels with the model, for
+            `generate_text` and `classify`.
         configs: written to the manifest.
         progress: called with what is being done, in words.
 
@@ -106,8 +109,9 @@ def export_model(
     say("finalizing")
     final = finalize(model, inputs, masks, quantize, calibration)
     held_out = [_as_float(_inputs_of_batch(final.trained, batch)) for batch in batches] or [inputs]
-    with artifact.staging(directory) as path:
-        manifest = build.write(path, final, inputs, dynamic_shapes, engines, assets or {}, say)
+    with artifact.staging(directory) as path, tempfile.TemporaryDirectory() as folder:
+        files = build.processor_files(processor, Path(folder)) if processor is not None else {}
+        manifest = build.write(path, final, inputs, dynamic_shapes, engines, {**files, **(assets or {})}, say)
         manifest["coverage"] = build.coverage(final, inputs, masks)
         manifest["configs"] = dict(configs or {})
         say("verifying against the trained model")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,54 @@ class LoadedModel:
         from . import generate
 
         return generate.generate(self, input_ids, max_new_tokens, **options)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` that travels with the model."""
+        from .text import open_tokenizer
+
+        return open_tokenizer(self)
+
+    def generate_text(self, prompt: Any, max_new_tokens: int = 64, **options: Any) -> Any:
+        """Continues texts; see `lightning_accel.text.generate_text`."""
+        from . import text
+
+        return text.generate_text(self, prompt, max_new_tokens, **options)
+
+    def classify(self, inputs: Any, top_k: int = 1) -> Any:
+        """The likeliest classes of texts or images, by the tokenizer or image processor that travels with the model.
+
+        Args:
+            inputs: a text, a pair of texts (a tuple), or an image (a uint8 tensor [C, H, W], an image of Pillow, the
+                path of a file as a `pathlib.Path`); or a list of them.
+            top_k: so many classes of each.
+
+        Returns:
+            `[{"label": name, "score": probability}]`, the likeliest first; a list of them where a list was given.
+
+        Raises:
+            ValueError: the artifact has neither tokenizer nor image processor, or the model gives no logits [N, C].
+        """
+        from . import text, vision
+
+        items = list(inputs) if isinstance(inputs, list) else [inputs]
+        if not items or isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"{len(items)} inputs and top_k={top_k}: give at least one of each")
+        if all(isinstance(item, str | tuple) for item in items):
+            output = text.classify_text(self, items)
+        else:
+            output = self(vision.pixel_values(self, items))
+        logits = output["logits"] if isinstance(output, dict) else output
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(items):
+            raise ValueError("this model does not give a row of logits for each input; call it instead: model(inputs)")
+        several = self.manifest.get("labels", {}).get("several", False)
+        best = (logits.sigmoid() if several else logits.softmax(-1)).topk(min(top_k, logits.shape[-1]))
+        names = self.manifest.get("labels", {}).get("names") or [str(i) for i in range(logits.shape[-1])]
+        found = [
+            [{"label": names[i], "score": score} for i, score in zip(rows, scores, strict=True)]
+            for rows, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        return found if isinstance(inputs, list) else found[0]
 
     def new_cache(self, capacity: int, batch: int = 1) -> Any:
         """An empty KV cache for a conversation: `model.generate(ids, cache=cache)` goes on where the last call ended.

@@ -6,8 +6,6 @@
 import argparse
 import sys
 
-from tokenizers import Tokenizer
-
 from lightning_accel import load
 
 
@@ -21,11 +19,11 @@ def main() -> None:
     options = parser.parse_args()
 
     model = load(options.artifact)
-    tokenizer = Tokenizer.from_file(str(model.asset("tokenizer.json")))
-    ids = tokenizer.encode(options.prompt).ids
-    tokens = [int(token) for token in model.generate(ids, options.tokens, temperature=options.temperature, top_k=40,
-                                                     seed=options.seed, stream=True)]
-    print(options.prompt + tokenizer.decode(tokens))
+    print(options.prompt, end="")
+    for piece in model.generate_text(options.prompt, options.tokens, temperature=options.temperature, top_k=40,
+                                     seed=options.seed, stream=True):
+        print(piece, end="", flush=True)
+    print()
     loaded = [name for name in ("transformers", "lightning", "torchao") if name in sys.modules]
     assert not loaded, loaded
 

@@ -44,7 +44,8 @@ class Export(AccelCallback):
         metric: (model, batches) -> float, lower is better unless it has `higher_is_better = True`; default the loss
             that `training_step` returns.
         weights: `"last"`, or `"best"` of the checkpoints written after every schedule had ended.
-        engines, example_inputs, dynamic_shapes, reference, measure, min_speedup, assets: as in `export_model`.
+        engines, example_inputs, dynamic_shapes, reference, measure, min_speedup, assets, processor: as in
+            `export_model`.
         allow_incomplete: export even if the fit ended before a schedule did.
 
     Example:
@@ -69,6 +70,7 @@ class Export(AccelCallback):
         measure: bool = True,
         min_speedup: float | None = None,
         assets: Mapping[str, str | Path] | None = None,
+        processor: Any = None,
         allow_incomplete: bool = False,
     ) -> None:
         super().__init__(None, module)
@@ -87,6 +89,7 @@ class Export(AccelCallback):
             "measure": measure,
             "min_speedup": min_speedup,
             "assets": None if assets is None else {name: str(path) for name, path in assets.items()},
+            "processor": str(processor) if isinstance(processor, Path) else processor,
         }
         self._source = self.checkpoint  # what is exported again after a failure
         self.report: ExportReport | None = None
@@ -169,7 +172,8 @@ class Export(AccelCallback):
         defaults = Export(self.directory)._options
         options = {name: value for name, value in self._options.items() if value != defaults[name]}
         arguments = {"checkpoint": str(self._source), "module": self.module or None, **options}
-        written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        shown = {name: name if hasattr(value, "save_pretrained") else repr(value) for name, value in arguments.items()}
+        written = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"lightning_accel.export_model(model, {str(self.directory)!r}, {written})"
 
     def _write_checkpoint(self, trainer: pl.Trainer) -> str | None:

@@ -1,0 +1,169 @@
+"""Text in, text or classes out: a loaded artifact with the tokenizer among its assets.
+
+Imports torch; `tokenizers` when a text is first read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .generate import Cache
+
+if TYPE_CHECKING:
+    from .loaded import LoadedModel
+
+TOKENIZER = "tokenizer.json"
+_CONTEXT = 8  # tokens before a new one that decide how it is written: spaces, halves of characters
+
+
+def open_tokenizer(model: LoadedModel) -> Any:
+    """The `tokenizers.Tokenizer` that travels with an artifact, without its padding and truncation.
+
+    Raises:
+        ValueError: the artifact has none.
+        ImportError: `tokenizers` is not installed.
+    """
+    if not any(asset["name"] == TOKENIZER for asset in model.manifest["assets"]):
+        raise ValueError(
+            f"this artifact has no {TOKENIZER}; export it with Export(..., processor=tokenizer), or encode the text "
+            "yourself and give the model token ids"
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError("text needs the package tokenizers: pip install tokenizers") from error
+    tokenizer = Tokenizer.from_file(str(model.asset(TOKENIZER)))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def generate_text(
+    model: LoadedModel,
+    prompt: str | Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    stream: bool = False,
+    cache: Cache | None = None,
+    **sampling: Any,
+) -> str | list[str] | Iterator[str]:
+    """Continues a text, or several at once; greedy by default.
+
+    Args:
+        prompt: a text, or a list of texts.
+        max_new_tokens: at most so many tokens are added to each.
+        stop: texts before which an answer ends; it ends at the model's end-of-text token too.
+        stream: return an iterator over the pieces of one answer instead, as they come.
+        cache: of `model.new_cache`, to go on with a conversation: `prompt` is then only what is new.
+        sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, as in `generate`.
+
+    Returns:
+        what was added, without the prompt: a text, or a list of texts where a list was given.
+
+    Raises:
+        ValueError: the artifact has no tokenizer, a prompt is empty, or more tokens than the model has positions.
+    """
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"prompt={prompt!r} is no text and no list of texts; token ids go to model.generate")
+    if stream and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompts cannot be streamed as one text; write stream=True with one prompt")
+    begins = cache is None or cache.filled == 0
+    encoded = [e.ids for e in model.tokenizer.encode_batch(prompts, add_special_tokens=begins)]
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    writers = [_Writer(model.tokenizer, ids, stops) for ids in encoded]
+    ends = frozenset(model.entry["cache"].get("stop", ())) if model.entry["cache"] else frozenset()
+    tokens: Any = model.generate(encoded, max_new_tokens, stream=True, cache=cache, **sampling)
+    pieces = _write(tokens, writers, ends)
+    if stream:
+        return (piece for (piece,) in pieces)
+    answers = ["".join(row) for row in zip(*pieces, strict=True)]
+    return answers[0] if isinstance(prompt, str) else answers
+
+
+def _write(tokens: Iterator[Tensor], writers: list[_Writer], ends: frozenset[int]) -> Iterator[list[str]]:
+    """The new piece of each row's text, token by token, until all rows have ended."""
+    for token_B in tokens:
+        yield [
+            writer.end() if token in ends else writer.write(token)
+            for writer, token in zip(writers, token_B.tolist(), strict=True)
+        ]
+        if all(writer.ended for writer in writers):
+            break
+    yield [writer.end() for writer in writers]
+
+
+class _Writer:
+    """Text of tokens as they come: only whole characters, and nothing that may become one of the `stops`."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: tuple[str, ...]) -> None:
+        self.ended = False
+        self._tokenizer, self._stops, self._held = tokenizer, stops, ""
+        self._context, self._new = list(prompt[-_CONTEXT:]), list[int]()
+
+    def write(self, token: int) -> str:
+        """What can be said after this token."""
+        if self.ended:
+            return ""
+        self._new.append(token)
+        text = self._read()
+        if text.endswith("\ufffd"):  # the first half of a character
+            return ""
+        self._context, self._new = (self._context + self._new)[-_CONTEXT:], []
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.ended, said = True, self._held[: min(found)]
+            return said
+        kept = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        said, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return said
+
+    def end(self) -> str:
+        """What was held back, once."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self._held + self._read()
+
+    def _read(self) -> str:
+        """The text that the new tokens add to the ones before them."""
+        if not self._new:
+            return ""
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._new)[len(before) :]
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+def classify_text(model: LoadedModel, texts: Sequence[str | tuple[str, str]]) -> Any:
+    """Output of a text classifier; a pair is read as two segments.
+
+    Longer texts than the model takes are cut at their end.
+    """
+    specs = {spec["name"]: spec for spec in model.entry["inputs"]}
+    encoded = [model.tokenizer.encode(*((text,) if isinstance(text, str) else text)) for text in texts]
+    limit = specs["input_ids"]["shape"][1]
+    limit = limit["max"] if isinstance(limit, dict) else limit
+    for encoding in encoded:
+        encoding.truncate(limit)
+    length = max(len(encoding.ids) for encoding in encoded)
+    columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+    if unknown := specs.keys() - columns.keys():
+        raise ValueError(f"a text does not give the input {sorted(unknown)[0]!r}; call the model with its inputs")
+    inputs = {
+        name: torch.tensor([row + [0] * (length - len(row)) for e in encoded for row in [getattr(e, columns[name])]])
+        for name in specs
+    }
+    if "attention_mask" not in specs and len({len(e.ids) for e in encoded}) > 1:
+        raise ValueError("texts of different lengths need a model with an attention_mask; classify them one by one")
+    return model(**inputs)

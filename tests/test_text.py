@@ -1,0 +1,228 @@
+"""Texts and images in, texts and classes out, against transformers' own tokenizers, processors and `generate`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, ViTImageProcessor
+
+from lightning_accel import Export, export_model, load
+from lightning_accel.loaded import LoadedModel
+from lightning_accel.text import _Writer
+from lightning_accel.vision import prepare, read_image
+
+PROMPTS = ["The import statement", "a", "What 😀 is it — exactly?"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 300 tokens, most of them single bytes, with special tokens around a text."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["[PAD]", "[BOS]", "[EOS]"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(topics.values(), trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A", pair="[BOS] $A [EOS]:1 $B:1", special_tokens=[("[BOS]", 1), ("[EOS]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="module")
+def writer(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LoadedModel]:
+    """A language model and its portable program, with the tokenizer."""
+    model = tiny.llama(vocab_size=300, max_position_embeddings=256)
+    folder = tmp_path_factory.mktemp("text") / "artifact"
+    export_model(model, folder, engines=("portable",), measure=False, processor=tokenizer)
+    return model, load(folder)
+
+
+@torch.no_grad()
+def theirs(model: Any, tokenizer: Any, text: str, new: int) -> str:
+    given = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**given, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_those_of_transformers_one_by_one_together_and_streamed(
+    writer: tuple[Any, LoadedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, ours = writer
+    expected = [theirs(model, tokenizer, prompt, 40) for prompt in PROMPTS]
+    assert [ours.generate_text(prompt, 40) for prompt in PROMPTS] == expected
+    assert ours.generate_text(PROMPTS, 40) == expected
+    pieces = [list(ours.generate_text(prompt, 40, stream=True)) for prompt in PROMPTS]
+    assert ["".join(p) for p in pieces] == expected and all(len(p) > 20 for p in pieces)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_an_answer_ends_before_a_stop_text(writer: tuple[Any, LoadedModel], length: int) -> None:
+    _, ours = writer
+    whole = ours.generate_text(PROMPTS[0], 40)
+    stop = whole[12 : 12 + length]
+    assert ours.generate_text(PROMPTS[0], 40, stop=stop) == whole[: whole.index(stop)]
+    assert "".join(ours.generate_text(PROMPTS[0], 40, stop=("never there", stop), stream=True)) == whole.split(stop)[0]
+    two = ours.generate_text(PROMPTS[:2], 40, stop=stop)
+    assert two == [ours.generate_text(prompt, 40, stop=stop) for prompt in PROMPTS[:2]]
+
+
+def test_a_piece_holds_back_what_may_become_a_stop_and_says_it_if_it_does_not(tokenizer: Any) -> None:
+    made = _Writer(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), [], ("xyz",))
+    ids = tokenizer("axybxyxyzc", add_special_tokens=False)["input_ids"]
+    said = [made.write(token) for token in ids]
+    assert "".join(said) == "axybxy" and made.ended and "x" not in "".join(said[:2])
+    made = _Writer(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), [], ("xyz",))
+    said = [made.write(token) for token in tokenizer("ends on xy", add_special_tokens=False)["input_ids"]]
+    assert "".join(said) == "ends on " and made.end() == "xy" and made.end() == ""
+
+
+def test_half_a_character_is_never_said(tokenizer: Any) -> None:
+    made = _Writer(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), [], ())
+    ids = tokenizer("é😀—", add_special_tokens=False)["input_ids"]
+    said = [made.write(token) for token in ids]
+    assert len(ids) >= 7 and [piece for piece in said if piece] == ["é", "😀", "—"]
+    assert [made.write(token) for token in ids[:1]] == [""] and made.end() == "\ufffd"
+
+
+def test_a_conversation_in_text_reads_each_word_once(
+    writer: tuple[Any, LoadedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    _, ours = writer
+    cache = ours.new_cache(capacity=120)
+    answer = ours.generate_text("The first question", 20, cache=cache)
+    again = ours.generate_text(" and one more", 20, cache=cache)
+    past = tokenizer("The first question")["input_ids"]
+    past += ours.generate([past], 20)[0].tolist() + tokenizer(" and one more", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ours.generate([past], 20)[0]) == again and answer
+
+
+def test_what_is_no_text_and_an_artifact_without_a_tokenizer_are_refused(
+    writer: tuple[Any, LoadedModel],
+) -> None:
+    _, ours = writer
+    for wrong in ([1, 2, 3], [], ["a", 3], 7):
+        with pytest.raises(ValueError, match="is no text and no list of texts"):
+            ours.generate_text(wrong)
+    with pytest.raises(ValueError, match="2 prompts cannot be streamed"):
+        ours.generate_text(PROMPTS[:2], stream=True)
+    bare = load(ours.directory)
+    bare.manifest["assets"] = []
+    with pytest.raises(ValueError, match=r"no tokenizer\.json; export it with Export\(..., processor=tokenizer\)"):
+        bare.generate_text("a")
+
+
+def test_text_needs_torch_and_tokenizers_alone(writer: tuple[Any, LoadedModel]) -> None:
+    code = (
+        "import sys, lightning_accel; model = lightning_accel.load(sys.argv[1]); model.generate_text('a', 3)\n"
+        "loaded = {'transformers', 'lightning', 'torchao', 'PIL'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code, str(writer[1].directory)], check=True)
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+def classifier(**changes: Any) -> Any:
+    config = BertConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, id2label={0: "no", 1: "yes", 2: "perhaps"}, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BertForSequenceClassification(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("several", [False, True])
+def test_classes_of_texts_and_pairs_are_those_of_transformers(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, several: bool
+) -> None:
+    model = classifier(problem_type="multi_label_classification" if several else None)
+    example = tokenizer(["one text", "a"], padding=True, return_tensors="pt")
+    export_model(
+        model, tmp_path / "m", example_inputs=dict(example), engines=("portable",), measure=False, processor=tokenizer
+    )
+    ours = load(tmp_path / "m")
+    texts = ["a", "something longer", ("one", "of two"), "x" * 200]
+    found = ours.classify(texts, top_k=3)
+    for text, classes in zip(texts, found, strict=True):
+        pair = (text,) if isinstance(text, str) else text
+        logits = model(**tokenizer(*pair, return_tensors="pt", truncation=True, max_length=64)).logits[0]
+        scores = logits.sigmoid() if several else logits.softmax(-1)
+        assert [c["label"] for c in classes] == [model.config.id2label[int(i)] for i in scores.argsort(descending=True)]
+        assert [c["score"] for c in classes] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-5)
+    assert ours.classify("a") == found[0][:1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True},
+        {"resample": 3, "size": {"height": 24, "width": 31}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3},
+        {"do_resize": False, "do_normalize": False},
+    ],
+)
+def test_images_are_prepared_as_by_transformers(options: dict[str, Any], tmp_path: Path) -> None:
+    processor: Any = ViTImageProcessor(**options)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 61, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((122, 96))
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    ours = prepare(read_image(image), processor.to_dict())
+    assert ours.shape == expected.shape
+    step = processor.rescale_factor / min(processor.image_std) if processor.do_normalize else processor.rescale_factor
+    assert (ours - expected).abs().max() <= 1.01 * step  # a level of 256
+    assert ((ours - expected).abs() > 0.5 * step).float().mean() < 0.01
+    image.save(tmp_path / "image.png")
+    assert torch.equal(prepare(read_image(tmp_path / "image.png"), processor.to_dict()), ours)
+
+
+@torch.no_grad()
+def test_classes_of_images(tmp_path: Path) -> None:
+    model, processor = tiny.vit(), ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "processor")
+    example = (torch.randn(2, 3, 16, 16),)
+    options: dict[str, Any] = {"engines": ("portable",), "measure": False}
+    export_model(model, tmp_path / "m", example_inputs=example, processor=tmp_path / "processor", **options)
+    ours, image = load(tmp_path / "m"), torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8)
+    logits = model(prepare(image, processor.to_dict())).logits[0]
+    found = ours.classify([image, image], top_k=9)
+    assert [c["label"] for c in found[0]] == [c["label"] for c in found[1]] and len(found[0]) == 3
+    assert found[0][0]["label"] == f"LABEL_{int(logits.argmax())}"
+    assert found[0][0]["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+    with pytest.raises(ValueError, match=r"an image is torch.float32 \[3, 16, 16\], expected torch.uint8"):
+        ours.classify(torch.randn(3, 16, 16))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        ours.classify("a text")
+    with pytest.raises(ValueError, match="top_k=0"):
+        ours.classify(image, top_k=0)
+
+
+def test_a_processor_that_is_none_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    model, example = torch.nn.Linear(4, 2), (torch.randn(2, 4),)
+    for wrong, message in ((7, "processor=7 is neither"), (tmp_path, "has none of tokenizer.json")):
+        with pytest.raises(ValueError, match=message):
+            export_model(model, tmp_path / "m", example_inputs=example, processor=wrong)
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_line_that_exports_again_names_the_processor(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert "processor=processor" in Export("out/m", processor=tokenizer)._again()
+    assert "processor='folder'" in Export("out/m", processor=Path("folder"))._again()
