@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .loaded import LoadedModel, LoadedSeq2Seq
 
 Workloads = dict[str, Callable[[], float]]
 
@@ -31,17 +34,12 @@ def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, 
     from . import artifact, generate
 
     model = artifact.load(directory, engine=engine)
-    if model.entry["cache"] is None:
+    if model.entry["cache"] is None or isinstance(model, LoadedSeq2Seq):
         golden = artifact.load_weights(
             Path(arguments.get("inputs") or model.directory / model.manifest["golden"]["file"])
         )
-        inputs = {spec["name"]: golden[f"input.{spec['name']}"].clone() for spec in model.entry["inputs"]}
-
-        def forward() -> float:
-            return _timed(lambda: model(**inputs))
-
-        shape = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-        return {"forward": _shaped(forward, shape)}
+        inputs = {name: golden[f"input.{name}"].clone() for name in model.input_names}
+        return _seq2seq(model, inputs, arguments) if isinstance(model, LoadedSeq2Seq) else _forward(model, inputs)
     positions = model.entry["cache"]["max_length"]
     prompt = min(arguments.get("prompt", 64), positions // 2)
     new = min(arguments.get("new", 64), positions - prompt)
@@ -61,6 +59,26 @@ def artifact_workloads(directory: str, engine: str | None, arguments: dict[str, 
         "prefill": _shaped(prefill, f"input_ids [1, {prompt}]"),
         "decode": _shaped(decode, f"input_ids [1, {prompt}], {new} new"),
     }
+
+
+def _forward(model: LoadedModel, inputs: dict[str, Tensor], name: str = "forward") -> Workloads:
+    shape = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+    return {name: _shaped(lambda: _timed(lambda: model(**inputs)), shape)}
+
+
+def _seq2seq(model: LoadedSeq2Seq, inputs: dict[str, Tensor], arguments: dict[str, Any]) -> Workloads:
+    """The encoder, and a token of the decoder, for one source."""
+    source = {name: tensor[:1] for name, tensor in inputs.items() if name != "decoder_input_ids"}
+    begin = inputs["decoder_input_ids"][:1, :1]
+    new = min(arguments.get("new", 64), model.entry["cache"]["max_length"] - 1)
+
+    def decode() -> float:
+        tokens = model.generate(**source, decoder_input_ids=begin, max_new_tokens=new + 1, stop=(), stream=True)
+        next(tokens)
+        return _timed(lambda: list(tokens)) / new
+
+    encode = _forward(model.encoder, source, "encode")
+    return {**encode, "decode": _shaped(decode, f"{encode['encode'].shape}, {new} new")}  # type: ignore[attr-defined]
 
 
 def _shaped(workload: Callable[[], float], shape: str) -> Callable[[], float]:

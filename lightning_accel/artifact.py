@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loaded import LoadedModel
+from .loaded import LoadedModel, LoadedSeq2Seq
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -208,6 +208,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def answering(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The program of each engine that gives the model's outputs: all but encoders, which work for their decoders."""
+    return [entry for entry in manifest["programs"] if entry["role"] != "encoder"]
+
+
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raises unless all that `load` and `verify` need is there; `manifest.schema.json` describes the whole."""
     if not manifest["programs"]:
@@ -277,21 +282,33 @@ write load('DIR') with the directory that Export or export_model wrote
             f"the artifact has no {engine!r} program, only {built}; write load(dir, engine={built[0]!r})"
         )
     reasons: list[str] = []
-    for entry in entries:
-        known = entry["engine"] in engines.NAMES
-        reason = engines.get(entry["engine"]).unusable(entry) if known else "this version has no such engine"
-        if reason is None:
+    for name in dict.fromkeys(entry["engine"] for entry in entries):
+        programs = [entry for entry in entries if entry["engine"] == name]
+        known = name in engines.NAMES
+        why = [engines.get(name).unusable(entry) if known else "this version has no such engine" for entry in programs]
+        if not any(why):
             if reasons:
-                warnings.warn(f"{'; '.join(reasons)}; serving the {entry['engine']} program instead", stacklevel=2)
-            return _open(directory, manifest, entry)
-        reasons.append(f"the {entry['engine']} program cannot run here: {reason}")
+                warnings.warn(f"{'; '.join(reasons)}; serving the {name} program instead", stacklevel=2)
+            return _open(directory, manifest, programs)
+        reasons.append(f"the {name} program cannot run here: {next(filter(None, why))}")
     raise ArtifactError(
         "; ".join(reasons) + "; export the model on this kind of machine, with engines=('aoti', "
         "'portable') to have a program that runs anywhere"
     )
 
 
-def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> LoadedModel:
+def _open(directory: Path, manifest: dict[str, Any], programs: list[dict[str, Any]]) -> LoadedModel:
+    """The model that the programs of one engine are."""
+    roles = {entry["role"]: entry for entry in programs}
+    if "encoder" not in roles:
+        return _open_program(directory, manifest, programs[0])
+    encoder = _open_program(directory, manifest, roles["encoder"])
+    return _open_program(directory, manifest, roles["decoder"], LoadedSeq2Seq, encoder=encoder)
+
+
+def _open_program(
+    directory: Path, manifest: dict[str, Any], entry: dict[str, Any], kind: type = LoadedModel, **parts: LoadedModel
+) -> LoadedModel:
     from . import engines
 
     path = check_file(directory, entry["file"], entry["sha256"])
@@ -311,7 +328,7 @@ def _open(directory: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> L
     except Exception as error:
         raise ArtifactError(f"{path} cannot be opened ({type(error).__name__}: {error}); export it again") from error
     _keep_freed_memory()
-    return LoadedModel(directory, manifest, entry, run, tensors.values())
+    return kind(directory, manifest, entry, run, tensors.values(), **parts)
 
 
 def _keep_freed_memory() -> None:

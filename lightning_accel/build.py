@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import artifact, engines, select
-from .capture import Capture, call_example, capture, flatten_output, input_names, is_causal_lm
+from .capture import Capture, call_example, capture, flatten_output, input_names
 from .engines.aoti import CompilerMissing
 from .finalize import Finalized
 from .inputs import ExampleInputs, copy_inputs, split_inputs
@@ -38,38 +38,40 @@ def write(
     """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
     call_example(final.trained, inputs)
     stored: dict[str, Tensor] = {}
-    programs: dict[str, dict[str, Any]] = {}
+    programs: dict[str, list[dict[str, Any]]] = {}
     for name in (known for known in engines.NAMES if known in names):  # the compiled one's layout is what is stored
         say(f"building the {name} program")
         engine = engines.get(name)
-        role = "decoder" if is_causal_lm(final.deployed) else "forward"
-        captured = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
+        captures = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
         try:
-            entry = engine.build(captured, path, role)
+            built = {role: engine.build(captured, path, role) for role, captured in captures.items()}
         except CompilerMissing as error:
             warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
             continue
-        entry["layouts"] = _store(captured, entry, stored)
-        programs[name] = {
-            "role": role,
-            "engine": name,
-            **entry,
-            "sha256": artifact.sha256(path / entry["file"]),
-            "torch": torch.__version__,
-            "inputs": captured.inputs,
-            "outputs": captured.outputs,
-            "cache": captured.cache,
-        }
+        programs[name] = [
+            {
+                "role": role,
+                "engine": name,
+                **entry,
+                "layouts": _store(captures[role], entry, stored),
+                "sha256": artifact.sha256(path / entry["file"]),
+                "torch": torch.__version__,
+                "inputs": captures[role].inputs,
+                "outputs": captures[role].outputs,
+                "cache": captures[role].cache,
+            }
+            for role, entry in built.items()
+        ]
     if not programs:
         raise ExportError("none of the engines could be built; write engines=('portable',)")
-    entries = [programs[name] for name in dict.fromkeys(names) if name in programs]
+    entries = [entry for name in dict.fromkeys(names) for entry in programs.get(name, ())]
     manifest: dict[str, Any] = {"programs": entries, "timings": [], "versions": versions(), "machine": machine()}
     if stored:
         artifact.save_weights(stored, path / artifact.WEIGHTS)
         manifest["weights"] = _file(path / artifact.WEIGHTS)
     if labels := _labels(final.deployed):
         manifest["labels"] = labels
-    manifest["golden"] = _golden(path, final, inputs, entries[0])
+    manifest["golden"] = _golden(path, final, inputs, logits_only=any(entry["cache"] for entry in entries))
     manifest["assets"] = [
         {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
     ]
@@ -87,7 +89,7 @@ def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor
     return layouts
 
 
-_PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json")  # what `text` and `vision` read
+_PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json")  # what `text`, `vision` and `speech` read
 
 
 def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
@@ -101,7 +103,10 @@ def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
         ValueError: none of the files is there.
     """
     if hasattr(processor, "save_pretrained"):
-        processor.save_pretrained(folder)
+        names = ("tokenizer", "feature_extractor", "image_processor")
+        parts: list[Any] = [part for name in names if (part := getattr(processor, name, None)) is not None]
+        for part in parts or [processor]:
+            part.save_pretrained(folder)
     elif isinstance(processor, str | Path):
         folder = Path(processor)
     else:
@@ -137,12 +142,12 @@ def _file(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": artifact.sha256(path)}
 
 
-def _golden(path: Path, final: Finalized, inputs: ExampleInputs, entry: dict[str, Any]) -> dict[str, str]:
+def _golden(path: Path, final: Finalized, inputs: ExampleInputs, logits_only: bool) -> dict[str, str]:
     """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
     args, kwargs = split_inputs(inputs)
     named = dict(zip(input_names(final.deployed, args, kwargs), (*args, *kwargs.values()), strict=True))
     output = call_example(final.deployed, inputs)
-    outputs = [output.logits] if entry["cache"] else flatten_output(output)[0]
+    outputs = [output.logits] if logits_only else flatten_output(output)[0]
     tensors = {f"input.{name}": value for name, value in named.items() if isinstance(value, Tensor)}
     tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
     artifact.save_weights({n: t.contiguous() for n, t in tensors.items()}, path / "golden.safetensors")

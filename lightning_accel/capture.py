@@ -99,11 +99,26 @@ def is_causal_lm(model: nn.Module) -> bool:
     )
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any = None) -> Capture:
-    """Captures `model`, in eval mode, from example inputs.
+def is_seq2seq(model: nn.Module) -> bool:
+    """Whether `model` is an encoder-decoder language model from transformers, to be captured as two programs."""
+    from transformers import PreTrainedModel
+
+    return (
+        isinstance(model, PreTrainedModel)
+        and model.can_generate()
+        and model.config.is_encoder_decoder
+        and model.get_output_embeddings() is not None
+    )
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any = None) -> dict[str, Capture]:
+    """Captures `model`, in eval mode, from example inputs: the programs that it needs, by role.
 
     Without `dynamic_shapes`, the first dimension of each input is the batch and free, and the second of each integer
-    or boolean input is a length and free. A causal language model has free batch, length and cache capacity.
+    or boolean input is a length and free. Language models have free batch, length and cache capacity.
+
+    Returns:
+        `"decoder"` of a causal language model, `"encoder"` and `"decoder"` of an encoder-decoder one, else `"forward"`.
 
     Raises:
         ValueError: the model rejects the example inputs.
@@ -112,8 +127,12 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any
     if is_causal_lm(model):
         from .capture_causal import capture_causal_lm
 
-        return capture_causal_lm(model)
-    return _capture_module(model, example_inputs, dynamic_shapes)
+        return {"decoder": capture_causal_lm(model)}
+    if is_seq2seq(model):
+        from .capture_seq2seq import capture_seq2seq
+
+        return capture_seq2seq(model, example_inputs, dynamic_shapes)
+    return {"forward": capture_module(model, example_inputs, dynamic_shapes)}
 
 
 def call_example(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -177,7 +196,7 @@ def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
     return tensors, walk(output)
 
 
-def _capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> Capture:
+def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> Capture:
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
@@ -220,21 +239,31 @@ def _embedded(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dic
     limits: dict[str, dict[str, int]] = {}
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     names = {copy.data_ptr(): name for name, copy in copies.items() if not copy.is_floating_point()}
+    calls: list[tuple[str, Any, tuple]] = []
 
     def note(embedding: Any, args: tuple) -> None:
         if args and isinstance(args[0], Tensor) and (name := names.get(args[0].data_ptr())) is not None:
-            rows = int(embedding.num_embeddings)
-            limits[name] = {"below": min(rows, limits.get(name, {"below": rows})["below"])}
+            calls.append((name, embedding, args))
 
     tables = [m for m in module.modules() if isinstance(getattr(m, "num_embeddings", None), int)]
     hooks = [table.register_forward_pre_hook(note) for table in tables]
     try:
         with torch.no_grad():
             module(*copies.values())
+            seen = [c for c in calls if _reads(*c[1:])]
     finally:
         for hook in hooks:
             hook.remove()
+    for name, table, _ in seen:
+        rows = int(table.num_embeddings)
+        limits[name] = {"below": min(rows, limits.get(name, {"below": rows})["below"])}
     return limits
+
+
+def _reads(table: Any, args: tuple) -> bool:
+    """Whether a table looks up the ids that it is called with: one of positions takes their shape only."""
+    first, second = (table(torch.full_like(args[0], row), *args[1:]) for row in (0, table.num_embeddings - 1))
+    return not torch.equal(first, second)
 
 
 def _two_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

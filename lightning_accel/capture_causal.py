@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .capture import CAUSAL_HINT, MAX_BATCH, Capture
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -26,18 +26,42 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the filled slots; key and value heads are shared by groups of query heads, not copied."""
     unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__} wants attention with {unknown[0]}, which is not supported")
+    if position_bias is not None:  # of T5
+        attention_mask = position_bias if attention_mask is None else attention_mask + position_bias
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
+def use_own_attention(model: Any) -> None:
+    """Has a transformers model compute attention with `attend`."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register("lightning_accel", attend)
+    model.set_attn_implementation("lightning_accel")
+
+
+class WantedRows:
+    """Has the head of a model see the wanted positions [B, K] of its input only: logits are computed there alone."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.wanted_BK: Tensor | None = None
+        head.register_forward_pre_hook(self._gather)
+
+    def _gather(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden_BTE, wanted_BK = inputs[0], self.wanted_BK
+        assert wanted_BK is not None
+        return (hidden_BTE.gather(1, wanted_BK[..., None].expand(-1, -1, hidden_BTE.shape[-1])),)
+
+
+def sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
     """A transformers cache over the caller's tensors, which reads the first `filled` slots."""
     from transformers.cache_utils import Cache, StaticLayer
 
@@ -68,36 +92,27 @@ class _CausalLM(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        from transformers.modeling_utils import AttentionInterface
-
-        AttentionInterface.register("lightning_accel", _attend)
-        model.set_attn_implementation("lightning_accel")
+        use_own_attention(model)
         self.model = model
         self.window = getattr(model.config, "sliding_window", None)
         self.kinds = set(getattr(model.config, "layer_types", None) or ())
         if self.kinds - {"full_attention", "sliding_attention"}:
             raise ValueError(f"{type(model).__name__} has layers of the kinds {sorted(self.kinds)}; {CAUSAL_HINT}")
-        self._wanted: Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._gather)
-
-    def _gather(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden_BTE, wanted_BK = inputs[0], self._wanted
-        assert wanted_BK is not None
-        return (hidden_BTE.gather(1, wanted_BK[..., None].expand(-1, -1, hidden_BTE.shape[-1])),)
+        self.head = WantedRows(model.get_output_embeddings())
 
     def forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, cache: list[Tensor]
     ) -> list[Tensor]:
         new, filled = ids.shape[1], mask.shape[1]
-        self._wanted = wanted
+        self.head.wanted_BK = wanted
         output = self.model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._biases(positions, mask, new, filled),
             use_cache=True,
-            past_key_values=_sliced_cache(cache, filled, new),
+            past_key_values=sliced_cache(cache, filled, new),
         )
-        self._wanted = None
+        self.head.wanted_BK = None
         return [output.logits]
 
     def _biases(self, positions_BT: Tensor, mask_BS: Tensor, new: int, filled: int) -> Any:
@@ -148,12 +163,22 @@ def capture_causal_lm(model: Any) -> Capture:
         "max_length": limit,
         "max_batch": MAX_BATCH,
         "vocabulary": vocabulary,
-        "stop": _end_of_text(model),
+        **generation_spec(model),
     }
     return Capture(_CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
 
 
-def _end_of_text(model: Any) -> list[int]:
+def generation_spec(model: Any) -> dict[str, Any]:
+    """How a text ends and what is never written, for the manifest."""
+    config = model.generation_config
+    spec: dict[str, Any] = {"stop": end_of_text(model)}
+    for name, theirs in (("suppress", "suppress_tokens"), ("suppress_first", "begin_suppress_tokens")):
+        if ids := getattr(config, theirs, None):
+            spec[name] = list(ids)
+    return spec
+
+
+def end_of_text(model: Any) -> list[int]:
     """Token ids that end a text, as transformers' `generate` takes them from the model's configurations."""
     configs = (getattr(model, "generation_config", None), model.config)
     ids: Any = next((e for config in configs if (e := getattr(config, "eos_token_id", None)) is not None), [])

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from . import artifact, build, select
 from . import engines as all_engines
 from .build import ExportError
-from .capture import is_causal_lm
+from .capture import input_names, is_causal_lm, is_seq2seq
 from .finalize import Finalized, finalize, restore_
 from .inputs import ExampleInputs, copy_inputs, first_rows, inputs_of_batch, split_inputs, without_labels
+from .loaded import LoadedSeq2Seq
 from .measure import Measurement, Target, compare, size_on_disk
 from .prune import Masks
 from .quantize import QuantConfig
@@ -180,6 +181,8 @@ def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> Example
     args, kwargs = split_inputs(example_inputs)
     kwargs = {k: v for k, v in without_labels(kwargs).items() if v is not None}
     args, kwargs = _as_float((args, kwargs))
+    if is_seq2seq(model):
+        return _source_and_answer(model, dict(zip(input_names(model, args, {}), args, strict=True)) | kwargs)
     if not is_causal_lm(model):
         return args or kwargs
     if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in _CAUSAL]:
@@ -189,6 +192,17 @@ def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> Example
         )
     kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
     return first_rows(args or kwargs, 2, length=64)  # its program is measured at lengths of its own
+
+
+def _source_and_answer(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of an encoder-decoder model: the encoder's, and how an answer begins."""
+    ids = inputs.get("decoder_input_ids")
+    if ids is None:
+        start = model.generation_config.decoder_start_token_id or 0
+        rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), 0)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        ids = (torch.arange(8) % vocabulary).index_fill(0, torch.tensor([0]), start).repeat(rows, 1)
+    return {**{k: v for k, v in inputs.items() if not k.startswith("decoder_")}, "decoder_input_ids": ids}
 
 
 _CAUSAL = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position")  # known or made anew
@@ -206,6 +220,9 @@ def _as_float(inputs: Any) -> Any:
 
 def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
     inputs = inputs_of_batch(model, batch)
+    if is_seq2seq(model):
+        args, kwargs = split_inputs(inputs)
+        return _source_and_answer(model, dict(zip(input_names(model, args, {}), args, strict=True)) | kwargs)
     if isinstance(inputs, Mapping) and is_causal_lm(model):
         return {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     return inputs
@@ -235,7 +252,7 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
     def noisy(seed: int) -> Callable[[ExampleInputs], Any]:
         return caller(with_noise(final.trained, seed))
 
-    for entry in manifest["programs"]:
+    for entry in artifact.answering(manifest):
         loaded = artifact.load(path, engine=entry["engine"])
         plain = caller(final.plain) if final.quantized else None
         figures: Verification = verify(
@@ -245,7 +262,8 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
         if entry["cache"]:
             few = [first_rows(held_out[0], 2, length=32)]
             verify(few, _stepwise(loaded), caller(final.trained), plain, f"{entry['engine']} (with the cache)", noisy)
-        least = [_least(inputs, entry) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
+        programs = [p for p in manifest["programs"] if p["engine"] == entry["engine"]]
+        least = [_least(inputs, programs) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
         reference = final.trained if plain is None else final.deployed
         verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)", noisy)
 
@@ -254,13 +272,17 @@ def _stepwise(model: Any) -> Callable[[ExampleInputs], Tensor]:
     """A function from example inputs to logits [B, T, V]: the first half at once, then a token at a time."""
 
     def call(inputs: ExampleInputs) -> Tensor:
-        from .generate import Cache
+        from .generate import Cache, read_source
 
         args, kwargs = split_inputs(inputs)
-        ids_BT = args[0] if args else kwargs["input_ids"]
-        valid_BT = kwargs.get("attention_mask", torch.ones_like(ids_BT)).bool()
+        if isinstance(model, LoadedSeq2Seq):
+            ids_BT = kwargs.pop("decoder_input_ids")
+            valid_BT, cache = torch.ones_like(ids_BT).bool(), read_source(model, kwargs, ids_BT, ids_BT.shape[1])
+        else:
+            ids_BT = args[0] if args else kwargs["input_ids"]
+            valid_BT, cache = kwargs.get("attention_mask", torch.ones_like(ids_BT)).bool(), Cache(model, *ids_BT.shape)
         batch, length = ids_BT.shape
-        cache, half = Cache(model, batch, length), (length + 1) // 2
+        half = (length + 1) // 2
         parts = [slice(half), *(slice(t, t + 1) for t in range(half, length))]
         wanted = torch.arange(length).expand(batch, length)
         return torch.cat(
@@ -270,21 +292,23 @@ def _stepwise(model: Any) -> Callable[[ExampleInputs], Tensor]:
     return call
 
 
-def _least(inputs: ExampleInputs, entry: dict[str, Any]) -> ExampleInputs:
-    """The inputs cut to the least sizes that a program takes; of a causal language model, the first row."""
+def _least(inputs: ExampleInputs, programs: Sequence[dict[str, Any]]) -> ExampleInputs:
+    """The inputs cut to the least sizes that an engine's programs take; a decoder's to the first row."""
     args, kwargs = split_inputs(inputs)
-    specs = {spec["name"]: spec["shape"] for spec in entry["inputs"]}
+    rows_only = {spec["name"] for entry in programs if entry["cache"] for spec in entry["inputs"]}
+    specs = {spec["name"]: spec["shape"] for entry in programs for spec in entry["inputs"]}
 
-    def cut(value: Any, shape: list[Any]) -> Any:
+    def cut(value: Any, name: str) -> Any:
         if not isinstance(value, Tensor) or not value.dim():
             return value
-        least = shape[:1] if entry["cache"] else shape
+        shape = specs.get(name, programs[0]["inputs"][0]["shape"])  # a causal model's mask is like its ids
+        least = shape[:1] if name in rows_only or name not in specs else shape
         return value[tuple(slice(size["min"]) if isinstance(size, dict) else slice(None) for size in least)]
 
     if kwargs:
-        return {name: cut(value, specs.get(name, entry["inputs"][0]["shape"])) for name, value in kwargs.items()}
-    shapes = iter(specs.values())
-    return tuple(cut(value, next(shapes)) if isinstance(value, Tensor) else value for value in args)
+        return {name: cut(value, name) for name, value in kwargs.items()}
+    names = iter(specs)
+    return tuple(cut(value, next(names)) if isinstance(value, Tensor) else value for value in args)
 
 
 def _metrics(

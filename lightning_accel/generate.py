@@ -5,12 +5,14 @@ wanted, and the cache itself: one [batch, capacity, heads, head_dim] tensor for 
 layer, owned by the caller and written in place. The mask has as many columns as slots are filled, so attention reads
 those only, whatever the capacity. One program serves prefill, decoding and teacher-forced evaluation.
 
-Shape letters: B batch, T new tokens, S filled slots, K wanted positions, V vocabulary.
+The decoder of an encoder-decoder model reads the keys and values of its source too, which the encoder made once.
+
+Shape letters: B batch, T new tokens, S filled slots, K wanted positions, V vocabulary, E source positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .loaded import LoadedModel
+    from .loaded import LoadedModel, LoadedSeq2Seq
 
 
 class Cache:
@@ -28,9 +30,18 @@ class Cache:
         model: a loaded causal language model.
         batch: number of rows.
         capacity: slots a row, at most the model's positions; attention reads the filled ones only.
+        cross: of an encoder-decoder model, keys and values [B, E, heads, head_dim] of the source, layer by layer.
+        source_mask_BE: false where the source is padding.
     """
 
-    def __init__(self, model: LoadedModel, batch: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        batch: int,
+        capacity: int,
+        cross: Sequence[Tensor] = (),
+        source_mask_BE: Tensor | None = None,
+    ) -> None:
         spec = model.entry["cache"]
         for name, value in (("batch", batch), ("capacity", capacity)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -43,8 +54,10 @@ class Cache:
                 "shorten the prompt or max_new_tokens"
             )
         self.model, self.capacity, self.filled = model, capacity, 0
+        self.cross, self.source_mask_BE = list(cross), source_mask_BE
         self.tensors = [
-            torch.zeros(batch, capacity, *shape, dtype=getattr(torch, spec["dtype"])) for shape in spec["shapes"]
+            torch.zeros(batch, capacity, *shape, dtype=getattr(torch, spec["dtype"]))
+            for shape in spec["shapes"][len(cross) :]
         ]
         self.ids_BS, self.mask_BS = torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.bool)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64)
@@ -56,8 +69,11 @@ class Cache:
         self.check_room(new)
         positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)
         self.ids_BS, self.mask_BS = torch.cat([self.ids_BS, ids_BT], 1), torch.cat([self.mask_BS, valid_BT], 1)
-        inputs = [ids_BT.contiguous(), positions_BT, self.mask_BS, wanted_BK.contiguous(), *self.tensors]
-        logits_BKV = self.model._run_checked(inputs)[0]
+        if self.source_mask_BE is None:
+            inputs = [ids_BT.contiguous(), positions_BT, self.mask_BS, wanted_BK.contiguous()]
+        else:
+            inputs = [ids_BT.contiguous(), self.mask_BS, self.source_mask_BE, wanted_BK.contiguous()]
+        logits_BKV = self.model._run_checked([*inputs, *self.cross, *self.tensors])[0]
         self.filled += new
         self.lengths_B = self.lengths_B + valid_BT.sum(1)
         return logits_BKV
@@ -74,9 +90,11 @@ class Cache:
 def forward(model: LoadedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Logits [B, T, V] of whole sequences (teacher forcing)."""
     ids_BT, valid_BT = _prompt(model, input_ids, attention_mask)
-    batch, length = ids_BT.shape
-    wanted = torch.arange(length).expand(batch, length)
-    return Cache(model, batch, length).step(ids_BT, valid_BT, wanted)
+    return _all_logits(Cache(model, *ids_BT.shape), ids_BT, valid_BT)
+
+
+def _all_logits(cache: Cache, ids_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    return cache.step(ids_BT, valid_BT, torch.arange(ids_BT.shape[1]).expand(ids_BT.shape))
 
 
 @dataclass(frozen=True)
@@ -145,11 +163,7 @@ def generate(
             cache has room for.
     """
     ids_BT, valid_BT = _prompt(model, input_ids, attention_mask)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be an int of at least 1")
-    if isinstance(stop, int):
-        raise ValueError(f"stop={stop} is one id; write stop=({stop},)")
-    stop = model.entry["cache"].get("stop", ()) if stop is None else stop
+    stops = _stops(model, max_new_tokens, stop)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     length = ids_BT.shape[1] + max_new_tokens - 1  # the last token is not read
     if cache is None:
@@ -160,8 +174,75 @@ def generate(
             f"{model!r}; write cache = model.new_cache(capacity=..., batch={len(ids_BT)})"
         )
     cache.check_room(cache.unread_BT.shape[1] + length)
-    steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, tuple(stop), pad)
+    steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, stops, pad)
     return steps if stream else torch.stack(list(steps), 1)
+
+
+def _stops(model: LoadedModel, max_new_tokens: int, stop: Sequence[int] | None) -> tuple[int, ...]:
+    """The token ids that end a row."""
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be an int of at least 1")
+    if isinstance(stop, int):
+        raise ValueError(f"stop={stop} is one id; write stop=({stop},)")
+    return tuple(model.entry["cache"].get("stop", ()) if stop is None else stop)
+
+
+# --- encoder-decoder models -------------------------------------------------------------------------------------------
+
+
+def forward_seq2seq(model: LoadedSeq2Seq, source: Mapping[str, Tensor], decoder_input_ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of whole sequences (teacher forcing)."""
+    ids_BT, valid_BT = _prompt(model, decoder_input_ids, None)
+    return _all_logits(read_source(model, source, ids_BT, ids_BT.shape[1]), ids_BT, valid_BT)
+
+
+def generate_seq2seq(
+    model: LoadedSeq2Seq,
+    source: Mapping[str, Tensor],
+    max_new_tokens: int = 32,
+    *,
+    decoder_input_ids: Tensor | Sequence[int] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[int] | None = None,
+    pad: int = 0,
+    stream: bool = False,
+) -> Tensor | Iterator[Tensor]:
+    """Answers to sources, such as translations; as `generate`, but for the prompt.
+
+    Args:
+        source: the encoder's inputs by name.
+        decoder_input_ids: [batch, length], or one list for all rows: how each answer begins; by default the model's own
+            first token.
+
+    Returns:
+        [batch, new] the new token ids, without `decoder_input_ids`.
+    """
+    stops = _stops(model, max_new_tokens, stop)
+    begin = model.entry["cache"]["start"] if decoder_input_ids is None else decoder_input_ids
+    if not isinstance(begin, Tensor):
+        if not len(begin):
+            raise ValueError("the model does not say with which token an answer begins; give decoder_input_ids=[id]")
+        begin = torch.tensor(begin, dtype=torch.int64).expand(len(next(iter(source.values()))), -1)
+    ids_BT, valid_BT = _prompt(model, begin, None)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    cache = read_source(model, source, ids_BT, ids_BT.shape[1] + max_new_tokens - 1)
+    steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, stops, pad)
+    return steps if stream else torch.stack(list(steps), 1)
+
+
+def read_source(model: LoadedSeq2Seq, source: Mapping[str, Tensor], ids_BT: Tensor, capacity: int) -> Cache:
+    """An empty cache with the keys and values that the encoder makes of the source."""
+    cross = list(model.encoder(**source))
+    batch, length = cross[0].shape[:2]
+    if batch != len(ids_BT):
+        raise ValueError(f"decoder_input_ids has {len(ids_BT)} rows, the source {batch}")
+    mask = source.get("attention_mask")
+    seen = mask.bool() if mask is not None and mask.shape == (batch, length) else torch.ones(batch, length).bool()
+    return Cache(model, batch, capacity, cross, seen)
 
 
 def _decode(
@@ -179,9 +260,14 @@ def _decode(
     logits_BV = cache.step(ids_BT, valid_BT, last_B1)[:, 0]
     cache.unread_BT = torch.zeros(batch, 1, dtype=torch.int64)
     stops = torch.tensor(stop, dtype=torch.int64)
+    never = torch.tensor(cache.model.entry["cache"].get("suppress", ()), dtype=torch.int64)
+    not_first = torch.tensor(cache.model.entry["cache"].get("suppress_first", ()), dtype=torch.int64)
     for index in range(count):
         if sampling.repetition_penalty != 1.0:
             logits_BV = _penalize(logits_BV, cache.ids_BS, cache.mask_BS, sampling.repetition_penalty)
+        barred = torch.cat([never, not_first]) if index == 0 else never
+        if len(barred):
+            logits_BV = logits_BV.index_fill(1, barred, -torch.inf)
         chosen_B = _choose(logits_BV, sampling, generator)
         cache.unread_BT = torch.where(running_B[:, None], chosen_B[:, None], cache.unread_BT)
         yield torch.where(running_B, chosen_B, pad)

@@ -55,6 +55,13 @@ class LoadedModel:
         self._mapped = {_extent(tensor) for tensor in weights}  # the views of one file have one extent
         self._lock = threading.Lock()
 
+    @property
+    def input_names(self) -> list[str]:
+        """The inputs of a call, by position; the last of a causal language model may be left out."""
+        if self.entry["cache"] is not None:
+            return ["input_ids", "attention_mask"]
+        return [spec["name"] for spec in self.entry["inputs"]]
+
     def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
         """Outputs in the structure that the model had: a tensor, a tuple, or named outputs (`Output`).
 
@@ -67,7 +74,7 @@ class LoadedModel:
         if self.entry["cache"] is not None:
             from . import generate
 
-            return generate.forward(self, **by_name(("input_ids", "attention_mask"), args, kwargs, optional=1))
+            return generate.forward(self, **by_name(self.input_names, args, kwargs, optional=1))
         return structure(self.entry["outputs"], self._run_checked(bind(self.entry["inputs"], args, kwargs)))
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, **options: Any) -> Any:
@@ -126,6 +133,12 @@ class LoadedModel:
         ]
         return found if isinstance(inputs, list) else found[0]
 
+    def transcribe(self, audio: Any, **options: Any) -> str:
+        """The text of a recording; see `lightning_accel.speech.transcribe`."""
+        from . import speech
+
+        return speech.transcribe(self, audio, **options)
+
     def new_cache(self, capacity: int, batch: int = 1) -> Any:
         """An empty KV cache for a conversation: `model.generate(ids, cache=cache)` goes on where the last call ended.
 
@@ -164,6 +177,49 @@ class LoadedModel:
             f"{i['name']}{[d if isinstance(d, int) else d['name'] for d in i['shape']]}" for i in self.entry["inputs"]
         )
         return f"LoadedModel({str(self.directory)!r}, engine={self.engine!r}, inputs=({inputs}))"
+
+
+class LoadedSeq2Seq(LoadedModel):
+    """An exported encoder-decoder language model: an encoder, which runs once a source, and a decoder with a KV cache.
+
+    Called with the encoder's inputs and `decoder_input_ids` [batch, length] it gives logits [batch, length, classes].
+
+    Attributes:
+        encoder: source -> keys and values of cross-attention.
+    """
+
+    def __init__(self, *args: Any, encoder: LoadedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.encoder = encoder
+
+    @property
+    def input_names(self) -> list[str]:
+        """The inputs of a call, by position."""
+        return [*self.encoder.input_names, "decoder_input_ids"]
+
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
+        """Logits of whole answers.
+
+        Raises:
+            ValueError: inputs of another number, name, dtype, device or shape than the programs take.
+        """
+        from . import generate
+
+        given = by_name(self.input_names, args, kwargs)
+        ids = given.pop("decoder_input_ids")
+        return generate.forward_seq2seq(self, given, ids)
+
+    def generate(self, *source: Any, max_new_tokens: int = 32, **options: Any) -> Any:
+        """Answers to the encoder's inputs; see `lightning_accel.generate.generate_seq2seq`."""
+        from . import generate
+
+        names = self.encoder.input_names
+        named = {name: options.pop(name) for name in names if name in options}
+        return generate.generate_seq2seq(self, by_name(names, source, named), max_new_tokens, **options)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> Any:
+        """Not of an encoder-decoder model: each source is a conversation of its own."""
+        raise ValueError("an encoder-decoder model answers one source at a time; call model.generate(...) for each")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -182,15 +182,15 @@ def versions() -> dict[str, str]:
 
 def size_on_disk(directory: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of all that the default load needs, and of the portable program beside it."""
-    files = {entry["engine"]: entry for entry in reversed(manifest["programs"])}
-    default = manifest["programs"][0]
-    needed = {"manifest.json", default["file"]} | {asset["file"] for asset in manifest.get("assets", ())}
-    if default.get("weights"):
-        needed.add(manifest["weights"]["file"])
-    if "nodes" in default:
-        needed.add(default["nodes"]["file"])
+    files: dict[str, set[str]] = {}  # of each engine
+    for entry in manifest["programs"]:
+        own = files.setdefault(entry["engine"], set())
+        own.add(entry["file"])
+        own |= {entry["nodes"]["file"]} if "nodes" in entry else set()
+        own |= {manifest["weights"]["file"]} if entry.get("weights") else set()
+    needed = {"manifest.json"} | {asset["file"] for asset in manifest.get("assets", ())}
+    needed |= files[manifest["programs"][0]["engine"]]
     sizes = {"default_load_bytes": sum((directory / name).stat().st_size for name in needed)}
-    if default["engine"] != "portable" and "portable" in files:
-        extra = {files["portable"]["file"]} | ({manifest["weights"]["file"]} - needed)
+    if extra := files.get("portable", set()) - needed:
         sizes["portable_bytes"] = sum((directory / name).stat().st_size for name in extra)
     return sizes

@@ -37,7 +37,8 @@ class ExportReport:
             )
         )
         engine = self.manifest["programs"][0]["engine"]
-        lines.append(f"takes {_inputs(self.manifest['programs'][0])}")
+        default = [entry for entry in self.manifest["programs"] if entry["engine"] == engine]
+        lines.append(f"takes {', '.join(_inputs(entry) for entry in default)}")
         lines += _slow_kernels(self.manifest)
         for workload, gain in self.speedup.items():
             eager = self.over_eager.get(workload)

@@ -224,7 +224,8 @@ def _logits(output: Any, inputs: Any) -> Tensor | None:
     logits = logits_of(output)
     if logits is None or logits.shape[-1] < 2:
         return None
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    given = inputs if isinstance(inputs, Mapping) else {}
+    mask = given.get("decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask")
     return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits
 
 
@@ -269,7 +270,7 @@ def verify_artifact(directory: str | Path) -> list[str]:
         for item in (entry, *([entry["nodes"]] if "nodes" in entry else [])):
             artifact.check_file(directory, **_digest(item))
     lines = [f"files: {len(list(directory.iterdir()))}, hashes as written"]
-    for entry in manifest["programs"]:
+    for entry in artifact.answering(manifest):
         reason = engines.get(entry["engine"]).unusable(entry)
         if reason is not None:
             lines.append(f"{entry['engine']}: not run: {reason}")

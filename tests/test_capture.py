@@ -340,7 +340,7 @@ def test_attention_with_options_of_its_own_is_refused_by_name() -> None:
     config = tiny.llama().config
     sizes = {k: getattr(config, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
-    captured = capture(model, {"input_ids": tiny.ids()})
+    captured = capture(model, {"input_ids": tiny.ids()})["decoder"]
     with pytest.raises(ValueError, match="Gemma2Attention wants attention with softcap, which is not supported"):
         captured.export(captured.module)
 

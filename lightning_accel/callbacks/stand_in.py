@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..capture import flatten_output, input_names, is_causal_lm
+from ..capture import flatten_output, input_names, is_causal_lm, is_seq2seq
 from ..distill import logits_of
 from ..inputs import ExampleInputs, split_inputs, without_labels
 from ..loaded import Output, structure
@@ -33,11 +33,10 @@ class StandIn(nn.Module):
         model, original = self._model[0], self._original[0]
         if isinstance(model, nn.Module):
             return model(*args, **kwargs)
-        entry = model.entry  # type: ignore[attr-defined]
-        known = {"input_ids", "attention_mask"} if entry["cache"] else {spec["name"] for spec in entry["inputs"]}
+        known = set(model.input_names)  # type: ignore[attr-defined]
         given = with_decoder_inputs(original, kwargs)
         output = model(*args, **{k: v for k, v in given.items() if k in known and v is not None})
-        if entry["cache"]:
+        if model.entry["cache"]:  # type: ignore[attr-defined]
             output = Output(logits=output)
         named = kwargs.get("return_dict")
         named = getattr(getattr(original, "config", None), "return_dict", True) if named is None else named
@@ -64,7 +63,8 @@ class Itself:
     def __init__(self, original: nn.Module, call: Callable[..., Any], inputs: ExampleInputs, noise: float) -> None:
         args, kwargs = split_inputs(inputs)
         names = input_names(original, args, kwargs)
-        self.entry = {"cache": is_causal_lm(original), "inputs": [{"name": name} for name in names]}
+        self.entry = {"cache": is_causal_lm(original) or is_seq2seq(original)}
+        self.input_names = ["input_ids", "attention_mask"] if is_causal_lm(original) else names
         self._constants = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
         self._call, self._noise = call, noise
 

@@ -1,0 +1,131 @@
+"""Speech in, text out: Whisper's features and prompts over a loaded artifact, with torch and `tokenizers` alone."""
+
+from __future__ import annotations
+
+import json
+import wave
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .vision import PREPROCESSOR
+
+if TYPE_CHECKING:
+    from .loaded import LoadedModel
+
+
+def transcribe(
+    model: LoadedModel,
+    audio: str | Path | Tensor,
+    *,
+    sampling_rate: int | None = None,
+    language: str | None = None,
+    task: str = "transcribe",
+    max_new_tokens: int | None = None,
+    **options: Any,
+) -> str:
+    """The text of a recording; longer ones are read in pieces of 30 seconds.
+
+    Args:
+        audio: path of a WAV file (PCM, 16 bits), or mono samples [n] in [-1, 1].
+        sampling_rate: of samples, in Hz; a file says it itself. It must be the model's, 16,000 of Whisper.
+        language: of a multilingual model, such as `"en"`.
+        task: of a multilingual model, `"transcribe"` or `"translate"`.
+        max_new_tokens: of each piece; by default as many as fit.
+        options: of sampling, as in `generate`.
+
+    Raises:
+        ValueError: the model is no speech model, or the audio is empty, not finite or of another rate.
+    """
+    from .loaded import LoadedSeq2Seq
+
+    names = model.input_names
+    if not isinstance(model, LoadedSeq2Seq) or names[0] != "input_features":
+        raise ValueError(f"this model takes {', '.join(names)}, no speech; transcribe needs an artifact of Whisper")
+    config = json.loads(model.asset(PREPROCESSOR).read_text())
+    samples = _samples(audio, sampling_rate, config["sampling_rate"])
+    begin = _begin(model, language, task)
+    room = model.entry["cache"]["max_length"] - len(begin) + 1
+    ends, texts = set(model.entry["cache"]["stop"]), []
+    for piece in samples.split(config["n_samples"]):
+        features = log_mel(piece, config)[None]
+        (ids,) = model.generate(
+            features, decoder_input_ids=begin, max_new_tokens=max_new_tokens or room, **options
+        ).tolist()
+        texts.append(model.tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip())
+    return " ".join(text for text in texts if text)
+
+
+def _begin(model: LoadedModel, language: str | None, task: str) -> list[int]:
+    """The tokens that tell Whisper what to write."""
+    start = list(model.entry["cache"]["start"])
+    if len(start) != 1:  # an English model, whose prompt is complete
+        if language not in (None, "en", "english") or task != "transcribe":
+            raise ValueError(f"this model transcribes English only, not language={language!r}, task={task!r}")
+        return start
+    if language is None:
+        raise ValueError("this model knows many languages; write transcribe(..., language='en')")
+    named = [f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]
+    found = [model.tokenizer.token_to_id(name) for name in named]
+    if None in found:
+        raise ValueError(f"the tokenizer has no token {named[found.index(None)]!r}; write a code such as language='de'")
+    return [*start, *found]
+
+
+def _samples(audio: Any, sampling_rate: int | None, expected: int) -> Tensor:
+    """Mono samples [n], float32, of a file or a tensor at the expected rate."""
+    if isinstance(audio, str | Path):
+        samples, sampling_rate = read_wav(audio)
+    else:
+        samples = torch.as_tensor(audio)
+        if samples.dim() != 1 or not samples.is_floating_point():
+            raise ValueError(f"audio is {samples.dtype} {list(samples.shape)}, expected float samples [n], one channel")
+    if sampling_rate != expected:
+        known = f"of {sampling_rate} Hz" if sampling_rate else "of an unknown rate"
+        raise ValueError(f"the audio is {known}, the model takes {expected} Hz; resample it, sampling_rate={expected}")
+    if not samples.numel() or not torch.isfinite(samples).all():
+        raise ValueError(f"the audio holds {'NaN or infinite values' if samples.numel() else 'no samples'}")
+    return samples.float()
+
+
+def read_wav(path: str | Path) -> tuple[Tensor, int]:
+    """Samples [n] in [-1, 1], the mean of the channels, and the rate in Hz of a WAV file of 16 bits."""
+    try:
+        with wave.open(str(path)) as file:
+            if file.getsampwidth() != 2:
+                raise ValueError(f"{path} has {8 * file.getsampwidth()} bits a sample; write it with 16")
+            data, channels, rate = file.readframes(file.getnframes()), file.getnchannels(), file.getframerate()
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"{path} is no WAV file of PCM samples ({error}); convert it") from error
+    samples = torch.frombuffer(bytearray(data), dtype=torch.int16) if data else torch.zeros(0, dtype=torch.int16)
+    return samples.view(-1, channels).float().mean(1) / 32768, rate
+
+
+def log_mel(samples: Tensor, config: dict[str, Any]) -> Tensor:
+    """log10 mel spectrogram [mels, frames] of samples [n], cut or filled up with zeros to the model's length.
+
+    Source: Radford et al. 2022, arXiv:2212.04356, section 2.2; filters as in Slaney's Auditory Toolbox.
+    """
+    samples = torch.nn.functional.pad(samples, (0, config["n_samples"] - len(samples)))
+    window = torch.hann_window(config["n_fft"])
+    spectrum = torch.stft(samples, config["n_fft"], config["hop_length"], window=window, return_complex=True)
+    power = spectrum[:, :-1].abs().square()
+    mel = mel_filters(config["feature_size"], config["n_fft"], config["sampling_rate"]) @ power
+    log = mel.clamp_min(1e-10).log10()
+    return (log.clamp_min(log.max() - 8.0) + 4.0) / 4.0
+
+
+@lru_cache
+def mel_filters(mels: int, n_fft: int, sampling_rate: int) -> Tensor:
+    """Triangles [mels, n_fft / 2 + 1] of equal area, evenly spaced in mel: linear to 1000 Hz, logarithmic above."""
+    step = torch.tensor(6.4, dtype=torch.float64).log() / 27  # 27 steps from 1000 to 6400 Hz
+    top = 15 + (torch.tensor(sampling_rate / 2, dtype=torch.float64) / 1000).log() / step
+    mel = torch.linspace(0, float(top), mels + 2, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * (step * (mel - 15)).exp())
+    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, dtype=torch.float64)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    return (torch.minimum(rising, falling).clamp_min(0) * (2 / (edges[2:] - edges[:-2]))[:, None]).float()

@@ -1,0 +1,208 @@
+"""Encoder-decoder models: the encoder once, the decoder with its cache, against transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from lightning_accel import PruneConfig, QuantConfig, export_model, load, prune_model_
+from lightning_accel.loaded import LoadedSeq2Seq
+
+VOCABULARY, NEW = 97, 30
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_LAYERS = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+_HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+
+
+def t5() -> Any:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, **_IDS)
+    )
+
+
+def bart() -> Any:
+    config = BartConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **_LAYERS, **_HEADS, **_IDS)
+    config.forced_eos_token_id = None
+    return BartForConditionalGeneration(config)
+
+
+def marian() -> Any:
+    sizes = {"vocab_size": VOCABULARY, "decoder_vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    model = MarianMTModel(MarianConfig(**sizes, **_LAYERS, **_HEADS, **_IDS))
+    model.generation_config.forced_eos_token_id = None
+    return model
+
+
+def whisper() -> Any:
+    sizes = {"vocab_size": VOCABULARY, "max_target_positions": 64, "max_source_positions": 20, "num_mel_bins": 8}
+    tokens = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens, **_LAYERS, **_HEADS, **_IDS))
+
+
+MAKE: dict[str, Callable[[], Any]] = {"t5": t5, "bart": bart, "marian": marian, "whisper": whisper}
+
+
+def made(name: str) -> Any:
+    """A small model whose answers are not all the same token."""
+    torch.manual_seed(0)
+    model = MAKE[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3)
+    model.generation_config.forced_eos_token_id = None
+    return model
+
+
+def source(name: str, rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of an encoder; texts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "whisper":
+        return {"input_features": torch.randn(rows, 8, 40, generator=generator)}
+    mask = (torch.arange(length) < torch.tensor([length, 5, 2])[:rows, None]).long()
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, LoadedSeq2Seq]:
+    """A model and its portable programs."""
+    model, folder = made(request.param), tmp_path_factory.mktemp(request.param) / "m"
+    export_model(model, folder, example_inputs=source(request.param), engines=("portable",), measure=False)
+    return request.param, model, load(folder)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def theirs(model: Any, given: dict[str, Tensor], new: int = NEW, **options: Any) -> Tensor:
+    """transformers' continuation [batch, new], without the first token."""
+    options = {"do_sample": False, "num_beams": 1, **options}
+    ids = model.generate(**given, max_new_tokens=new, min_new_tokens=new, **options)
+    return ids[:, 1:] if ids.shape[1] > new else ids  # Whisper's own gives the new tokens only
+
+
+# --- against transformers ---------------------------------------------------------------------------------------------
+
+
+def test_logits_of_whole_answers_are_the_models(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
+    name, model, ours = pair
+    for rows, length in ((1, 1), (3, 11), (2, 40)):
+        given = {n: t[:rows] for n, t in source(name).items()}
+        ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = model(**given, decoder_input_ids=ids).logits
+        torch.testing.assert_close(ours(**given, decoder_input_ids=ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_answers_are_those_of_transformers(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
+    name, model, ours = pair
+    given = source(name)
+    model.generation_config.eos_token_id = None
+    expected = theirs(model, given)
+    tokens = ours.generate(**given, max_new_tokens=NEW, stop=())
+    assert torch.equal(tokens, expected) and int(tokens.max()) > 66  # more than there are positions
+    varied = ours.generate(**given, max_new_tokens=NEW, stop=(), repetition_penalty=5.0)
+    assert torch.equal(varied, theirs(model, given, repetition_penalty=5.0)) and len(set(varied[0].tolist())) > 10
+    for row in range(3):  # alone, and from a source of its own length
+        alone = {n: t[row : row + 1] for n, t in given.items()}
+        if "attention_mask" in alone:
+            alone = {n: t[:, : int(given["attention_mask"][row].sum())] for n, t in alone.items()}
+        assert torch.equal(ours.generate(**alone, max_new_tokens=NEW, stop=())[0], expected[row])
+
+
+def test_an_answer_begins_as_told_and_is_streamed(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
+    name, model, ours = pair
+    given, begin = source(name), torch.tensor([[1, 7, 9]]).expand(3, -1)
+    with torch.no_grad():
+        logits = model(**given, decoder_input_ids=begin).logits[:, -1]
+    tokens = ours.generate(**given, decoder_input_ids=[1, 7, 9], max_new_tokens=6, stop=())
+    assert torch.equal(tokens[:, 0], logits.argmax(-1))
+    stream = ours.generate(**given, decoder_input_ids=begin, max_new_tokens=6, stop=(), stream=True)
+    assert torch.equal(torch.stack(list(stream), 1), tokens)
+    stop = int(tokens[0, 2])
+    ended = ours.generate(**given, decoder_input_ids=begin, max_new_tokens=6, stop=(stop,), pad=-1)[0]
+    assert ended[ended >= 0].tolist() == tokens[0, : tokens[0].tolist().index(stop) + 1].tolist()
+
+
+# --- smaller, and in integers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scheme"), [*((name, "int8") for name in MAKE), ("whisper", "int4-int8")])
+def test_pruned_and_quantized_models_answer_as_their_eager_copies(name: str, scheme: str, tmp_path: Path) -> None:
+    from lightning_accel import quantize_model, shrink_model
+
+    model, given = made(name), source(name)
+    example = {**given, "decoder_input_ids": torch.ones(3, 4, dtype=torch.int64)}
+    masks = prune_model_(model, PruneConfig("heads", 0.5), example_inputs=example)
+    small = shrink_model(model, masks, example_inputs=example)
+    config = QuantConfig(scheme)
+    options: dict[str, Any] = {"example_inputs": given, "engines": ("portable",), "measure": False}
+    export_model(model, tmp_path / "m", masks=masks, quantize=config, **options)
+    ours, eager = load(tmp_path / "m"), quantize_model(small, config)
+    assert {shape[0] for shape in ours.entry["cache"]["shapes"]} == {2}  # of four heads
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = eager(**given, decoder_input_ids=ids).logits
+    logits = ours(**given, decoder_input_ids=ids)
+    assert (logits - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.aoti
+def test_compiled_int8_answers_and_the_encoder_shares_the_weights(tmp_path: Path) -> None:
+    model, given = made("whisper"), source("whisper")
+    export_model(model, tmp_path / "m", example_inputs=given, quantize=QuantConfig("int8"), measure=False)
+    ours = load(tmp_path / "m")
+    assert ours.engine == "aoti"
+    portable = load(tmp_path / "m", engine="portable")
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    ours_, theirs_ = (m(**given, decoder_input_ids=ids) for m in (ours, portable))
+    assert (ours_ - theirs_).norm() < 0.02 * theirs_.norm()
+    tokens = ours.generate(given["input_features"], max_new_tokens=NEW, stop=())
+    assert tokens.shape == (3, NEW)
+    stored = sum(p.numel() for p in model.parameters())
+    assert (tmp_path / "m" / "weights.safetensors").stat().st_size < 2 * stored  # a byte each, scales and positions
+
+
+def test_encoder_and_decoder_are_timed_apart(tmp_path: Path) -> None:
+    given = source("whisper")
+    report = export_model(made("whisper"), tmp_path / "m", example_inputs=given, engines=("portable",))
+    assert report.speedup.keys() == {"encode", "decode"}
+    assert "input_features" in str(report) and "decoder_input_ids" in str(report)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_inputs_say_what_to_write(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
+    name, _, ours = pair
+    given = source(name)
+    with pytest.raises(ValueError, match="'decoder_input_ids' is missing"):
+        ours(**given)
+    with pytest.raises(ValueError, match=f"is missing; the model takes {next(iter(given))}"):
+        ours.generate(max_new_tokens=3)
+    with pytest.raises(ValueError, match="decoder_input_ids has 2 rows, the source 3"):
+        ours.generate(**given, decoder_input_ids=torch.ones(2, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="outside the vocabulary of 97"):
+        ours.generate(**given, decoder_input_ids=[1, VOCABULARY])
+    with pytest.raises(ValueError, match="answers one source at a time"):
+        ours.new_cache(capacity=10)
+    if name in ("bart", "marian"):
+        with pytest.raises(ValueError, match="length 65, allowed is 1 to 64"):
+            ours.generate(torch.ones(1, 65, dtype=torch.int64), torch.ones(1, 65, dtype=torch.int64))
+    if name != "t5":  # whose positions are relative
+        with pytest.raises(ValueError, match="65 tokens are asked for, the model has 64 positions"):
+            ours.generate(**given, max_new_tokens=65)
