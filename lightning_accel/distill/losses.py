@@ -59,7 +59,8 @@ def top_k_of(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     _check_teacher(values[..., 0], logits)
     tail = _rest(logits, indices)
     whole = torch.logaddexp(values.logsumexp(-1), tail)
-    return TopK(values - whole.unsqueeze(-1), indices, tail - whole, logits.shape[-1], temperature)
+    tail = (tail - whole).masked_fill(tail < _LEAST / 2, -math.inf)
+    return TopK(values - whole.unsqueeze(-1), indices, tail, logits.shape[-1], temperature)
 
 
 def distillation_loss(
@@ -161,10 +162,10 @@ def _log_probabilities(
 
 
 def _rest(logits: Tensor, indices: Tensor) -> Tensor:
-    """Log of the sum of exp(logits) over the classes that `indices` leaves out; -inf where there are none."""
+    """Log of the sum of exp(logits) over the classes that `indices` leaves out; -inf, or the least, of none."""
     if indices.shape[-1] == logits.shape[-1]:
         return torch.full(logits.shape[:-1], -math.inf, device=logits.device)
-    return logits.scatter(-1, indices, -math.inf).logsumexp(-1)
+    return logits.scatter(-1, indices, _LEAST).logsumexp(-1)  # of -inf alone it would have a gradient of NaN
 
 
 def _mse_of_logits(student: Tensor, teacher: Tensor | TopK) -> Tensor:
