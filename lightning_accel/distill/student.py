@@ -99,10 +99,8 @@ def _choose_layers(config: Any, layers: Any) -> dict[str, list[int]]:
         if name is None:
             raise ValueError(f"a {type(config).__name__} does not say how many {side} layers it has")
         kept[side] = _indices(chosen, getattr(config, name), side)
-        for n in _DEPTHS[side]:
-            if getattr(config, n, None) is not None and (not encodes or n.startswith((side, "num_decoder", name))):
-                setattr(config, n, len(kept[side]))
-        if side != "decoder" and encodes and hasattr(config, "num_hidden_layers"):
+        setattr(config, name, len(kept[side]))
+        if side == "encoder" and hasattr(config, "num_hidden_layers"):
             config.num_hidden_layers = len(kept[side])
         if not encodes and isinstance(types := getattr(config, "layer_types", None), list):
             config.layer_types = [types[i] for i in kept[side]]
@@ -129,13 +127,11 @@ def _indices(chosen: Any, total: int, side: str) -> list[int]:
 def _scale_widths(config: Any, width: float) -> None:
     if not 0.0 < width <= 1.0:
         raise ValueError(f"width={width} is outside (0, 1]; write width=0.5")
-    found = {n for group in (_HIDDEN, _HEADS, _INNER) for n in group if isinstance(getattr(config, n, None), int)}
-    own = {n for n in found if n in config.to_dict()}
+    written = config.to_dict()
+    own = {n for group in (_HIDDEN, _HEADS, _INNER) for n in group if isinstance(written.get(n), int)}
     hidden, heads = next((n for n in _HIDDEN if n in own), None), [n for n in _HEADS if n in own]
     if hidden is None or not heads:
         raise ValueError(f"the widths of a {type(config).__name__} are not known; give layers= alone")
-    if isinstance(getattr(config, "head_dim", None), int) and "head_dim" not in config.to_dict():
-        config.head_dim = getattr(config, "head_dim")  # noqa: B009  as it was
     for name in sorted(own):
         exact = getattr(config, name) * width
         if exact != int(exact) or exact < 1:
