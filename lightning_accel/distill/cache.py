@@ -1,6 +1,7 @@
 """What a teacher puts out for each sample, written once and mapped into memory.
 
     cache.json            what it is of: fingerprints of teacher, data and preprocessing; temperature, top_k, layers
+    keys                  int64, of each sample, with a hash of it
     logits.lengths        int32, positions of each sample, in the order of the keys
     logits.values/.indices/.tail          float32 [positions, k], int32 [positions, k], float32 [positions]
     hidden0.lengths, hidden0.values ...   the states of a layer, in the teacher's dtype [positions, width]
@@ -31,6 +32,11 @@ from .losses import TopK, top_k_of
 from .teacher import Answer, LiveTeacher
 
 FORMAT = 1
+
+_AGAIN = (
+    "the data or its preprocessing has changed since, or augments at random: build another, "
+    "TeacherCache.build('another', teacher, data, config)"
+)
 
 
 class TeacherCache:
@@ -65,7 +71,9 @@ class TeacherCache:
             name: _Stream(self.directory, i, spec) for i, (name, spec) in enumerate(self.manifest["streams"].items())
         }
         for stream in self._streams.values():
-            stream.open(self.manifest["samples"])
+            stream.open(len(self))
+        _check_size(self.directory / "keys", 8 * len(self))
+        self._keys = _mapped(self.directory / "keys", None, torch.int64)
 
     def __len__(self) -> int:
         return self.manifest["samples"]
@@ -106,7 +114,7 @@ class TeacherCache:
         wanted = {
             "format": FORMAT,
             "teacher": fingerprint(teacher),
-            "data": data.tag,
+            "data": data.fingerprint,
             "preprocessing": _preprocessing(data, collate),
             "samples": len(data),
             "temperature": config.temperature,
@@ -156,7 +164,8 @@ class TeacherCache:
             data = getattr(data, "dataset", None)
         if data is None:
             return
-        indices_of(torch.tensor([data.key(0)]), self.tag)
+        if data.fingerprint != self.manifest["data"]:
+            raise ValueError(f"the samples are not those that the cache {self.directory} was built with; {_AGAIN}")
         collate = getattr(loader, "collate_fn", None)
         if collate is not None and _preprocessing(data, collate) != self.manifest["preprocessing"]:
             raise ValueError(
@@ -164,18 +173,20 @@ class TeacherCache:
                 "build it with TeacherCache.build(..., collate_fn=loader.collate_fn)"
             )
 
-    @property
-    def tag(self) -> int:
-        """The fingerprint of the data, as it is in the keys."""
-        return self.manifest["data"]
-
     def read(self, keys: Tensor | None) -> Answer:
         """The teacher's answer for the samples with these keys [batch]: positions of all, one after the other.
 
         Raises:
-            ValueError: no keys, or keys of other data.
+            ValueError: no keys, or samples that have changed.
         """
-        indices = indices_of(keys, self.tag)
+        indices = indices_of(keys)
+        known = indices < len(self)
+        changed = ~known | (self._keys[indices * known] != keys)
+        if changed.any():
+            raise ValueError(
+                f"sample {int(indices[changed][0])} is not the one that the cache {self.directory} was built with; "
+                f"{_AGAIN}"
+            )
         read = {name: stream.read(indices) for name, stream in self._streams.items()}
         logits = None
         if "" in read:
@@ -297,7 +308,7 @@ class _Stream:
         """The size in bytes that each file must have."""
         positions = int(lengths.sum())
         sizes = {file: positions * (width or 1) * dtype.itemsize for file, width, dtype in self.parts}
-        return sizes | {self.lengths_file: 4 * len(lengths)}
+        return {self.lengths_file: 4 * len(lengths)} | sizes
 
     def written_lengths(self) -> Tensor:
         """Lengths of the samples that are complete, int64."""
@@ -313,14 +324,8 @@ class _Stream:
             ValueError: they are not as long as they must be.
         """
         self.lengths = self.written_lengths()
-        expected = self.files(self.lengths) | {self.lengths_file: 4 * samples}
-        for file, size in expected.items():
-            found = file.stat().st_size if file.exists() else 0
-            if found != size:
-                raise ValueError(
-                    f"the cache's {file} has {found} bytes, expected {size}: it is truncated or damaged; delete "
-                    f"{file.parent} and build it again"
-                )
+        for file, size in (self.files(self.lengths) | {self.lengths_file: 4 * samples}).items():
+            _check_size(file, size)
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.rows = [_mapped(file, width, dtype) for file, width, dtype in self.parts]
 
@@ -331,6 +336,15 @@ class _Stream:
         offset = torch.arange(int(lengths.sum())) - before.repeat_interleave(lengths)
         rows = self.starts[indices].repeat_interleave(lengths) + offset
         return [part[rows] for part in self.rows], lengths
+
+
+def _check_size(file: Path, size: int) -> None:
+    found = file.stat().st_size if file.exists() else 0
+    if found != size:
+        raise ValueError(
+            f"the cache's {file} has {found} bytes, expected {size}: it is truncated or damaged; delete "
+            f"{file.parent} and build it again"
+        )
 
 
 def _mapped(file: Path, width: int | None, dtype: torch.dtype) -> Tensor:
@@ -365,9 +379,7 @@ class _Builder:
             files: dict[Path, BinaryIO] = {}
             try:
                 for start in starts:
-                    answers = self._ask(range(start, min(start + batch, total)))
-                    self._append(answers, files)
-                    done = min(start + batch, total)
+                    self._append(*self._ask(range(start, min(start + batch, total))), files)
             finally:
                 for file in files.values():
                     file.close()
@@ -388,18 +400,20 @@ class _Builder:
         lengths = {name: stream.written_lengths() for name, stream in self.streams.items()}
         done = min(len(one) for one in lengths.values())
         done -= done % self.manifest["batch_size"]  # the same batches as without the break
+        sizes = {self.directory / "keys": 8 * done}
         for name, stream in self.streams.items():
-            for file, size in stream.files(lengths[name][:done]).items():
-                if (file.stat().st_size if file.exists() else 0) < size:
-                    raise ValueError(f"{file} is shorter than what was written; delete {self.directory}, build again")
-                if file.exists():
-                    os.truncate(file, size)
+            sizes |= stream.files(lengths[name][:done])
+        for file, size in sizes.items():
+            if (file.stat().st_size if file.exists() else 0) < size:
+                raise ValueError(f"{file} is shorter than what was written; delete {self.directory}, build again")
+            if file.exists():
+                os.truncate(file, size)
         return done
 
-    def _ask(self, indices: range) -> dict[str, tuple[list[Tensor], Tensor]]:
-        """Parts and lengths of each stream, for the samples of one batch."""
+    def _ask(self, indices: range) -> tuple[Tensor, dict[str, tuple[list[Tensor], Tensor]]]:
+        """Keys of the samples of one batch, and parts and lengths of each stream."""
         batch, keys = split_key(self.collate([self.data[i] for i in indices]))
-        if indices_of(keys, self.data.tag).tolist() != list(indices):
+        if indices_of(keys).tolist() != list(indices):
             raise ValueError("the collate function reorders samples or their keys; give one that keeps the order")
         model, top_k = self.live.model, self.manifest["top_k"]
         given = with_decoder_inputs(model, dict(batch)) if isinstance(batch, Mapping) else batch  # type: ignore[arg-type]
@@ -421,7 +435,7 @@ class _Builder:
             found[name] = [flat], lengths
         if not (self.directory / "cache.json").is_file():
             _write_manifest(self.directory, self.manifest | {"streams": self._specs(), "complete": False})
-        return found
+        return torch.as_tensor(keys), found
 
     def _declare(self, name: str, parts: list[tuple[str, Tensor]], kept: TopK | None = None) -> None:
         if name not in self.streams:
@@ -429,19 +443,23 @@ class _Builder:
             spec: dict[str, Any] = {"parts": widths} | ({"classes": kept.classes} if kept is not None else {})
             self.streams[name] = _Stream(self.directory, len(self.streams), spec)
 
-    def _append(self, answers: Mapping[str, tuple[list[Tensor], Tensor]], files: dict[Path, BinaryIO]) -> None:
-        for last in (False, True):  # lengths are written when all else is: they say what is complete
-            for name, (parts, lengths) in answers.items():
-                stream = self.streams[name]
-                pairs = [(stream.lengths_file, lengths.int())] if last else [
-                    (file, part) for (file, *_), part in zip(stream.parts, parts, strict=True)
-                ]  # fmt: skip
-                for path, tensor in pairs:
-                    if path not in files:
-                        files[path] = open(path, "ab")  # noqa: SIM115  closed by `run`
-                    files[path].write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            for file in files.values():
-                file.flush()
+    def _append(
+        self, keys: Tensor, answers: Mapping[str, tuple[list[Tensor], Tensor]], files: dict[Path, BinaryIO]
+    ) -> None:
+        """Appends a batch to the files; lengths are written when all else is: they say what is complete."""
+        rows: list[tuple[Path, Tensor]] = [(self.directory / "keys", keys)]
+        ends: list[tuple[Path, Tensor]] = []
+        for name, (parts, lengths) in answers.items():
+            stream = self.streams[name]
+            rows += [(file, part) for (file, *_), part in zip(stream.parts, parts, strict=True)]
+            ends.append((stream.lengths_file, lengths.int()))
+        for written in (rows, ends):
+            for path, tensor in written:
+                if path not in files:
+                    files[path] = open(path, "ab")  # noqa: SIM115  closed by `run`
+                files[path].write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            for path, _ in written:
+                files[path].flush()
 
     @contextmanager
     def _explain_full_disk(self) -> Iterator[None]:

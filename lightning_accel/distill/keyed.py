@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 KEY = "sample_key"  # in a batch that is a mapping; in a tuple it is the last item
 
 _PROBES = 8  # samples that stand for the data in its fingerprint
-_SHIFT = 32  # bits of a key below those of the fingerprint
+_SHIFT = 32  # bits of a key below those of the sample's hash
 
 _LINES = (
     "wrap the dataset before it is loaded:\n"
@@ -30,8 +30,8 @@ _LINES = (
 class Keyed(Dataset):
     """A dataset whose samples carry a key: a mapping gets an entry `sample_key`, a tuple one more item.
 
-    `Distillation` takes the key out before `training_step` sees the batch. A key is an int64 whose upper bits are a
-    fingerprint of the data, so that neither a label nor the key of other data can be taken for it.
+    `Distillation` takes the key out before `training_step` sees the batch. A key is an int64: 31 bits of a hash of the
+    sample, and 32 of its index. So no label is taken for a key, and a sample that has changed since is noticed.
 
     Args:
         dataset: samples by index, always the same ones.
@@ -44,8 +44,8 @@ class Keyed(Dataset):
 
     >>> data = Keyed([(torch.zeros(2), 0), (torch.ones(2), 1)])
     >>> x, label, key = data[1]
-    >>> label, key == data.tag << 32 | 1
-    (1, True)
+    >>> label, key & 0xFFFFFFFF
+    (1, 1)
     """
 
     def __init__(self, dataset: Any, views: int | None = None) -> None:
@@ -66,22 +66,18 @@ class Keyed(Dataset):
                 "random, and a cached teacher saw another sample. Take the augmentation out, or let the key "
                 "determine it: Keyed(dataset, views=4)"
             )
-        text = repr((len(dataset), views, digests[0])).encode()
-        self.tag = int.from_bytes(hashlib.sha256(text).digest()[:4], "little") >> 1 or 1
+        self.fingerprint = digest((len(dataset), views, digests[0]))
 
     def __len__(self) -> int:
         return len(self.dataset) * (self.views or 1)
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
-        sample, key = self._read(index), self.key(index)
+        sample = self._read(index)
+        key = _key(sample, index)
         if isinstance(sample, Mapping):
             return {**sample, KEY: key}
         return (*sample, key) if isinstance(sample, tuple | list) else (sample, key)
-
-    def key(self, index: int) -> int:
-        """The key of a sample."""
-        return self.tag << _SHIFT | index
 
     def _read(self, index: int) -> Any:
         if self.views is None:
@@ -93,6 +89,10 @@ class Keyed(Dataset):
         """Indices of the samples that stand for the data in its fingerprint."""
         n = len(self)
         return sorted({round(i * (n - 1) / (_PROBES - 1)) for i in range(_PROBES)})
+
+
+def _key(sample: Any, index: int) -> int:
+    return (int(digest(sample)[:8], 16) >> 1 or 1) << _SHIFT | index
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def digest(value: Any) -> str:
 
 
 def is_key(value: Any) -> bool:
-    """Whether `value` is what a collate function makes of keys: int64 [batch] or a list of ints, all with a tag."""
+    """Whether `value` is what a collate function makes of keys: int64 [batch] or a list of ints, all with a hash."""
     if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
         value = torch.tensor(value)
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or not len(value):
@@ -169,17 +169,12 @@ def split_key(batch: Any) -> tuple[Any, Tensor | None]:
     return rest, torch.as_tensor(keys).cpu()
 
 
-def indices_of(keys: Tensor | None, tag: int) -> Tensor:
+def indices_of(keys: Tensor | None) -> Tensor:
     """The indices of the samples whose keys these are.
 
     Raises:
-        ValueError: there are no keys, or they are of other data than `tag` is the fingerprint of.
+        ValueError: there are no keys.
     """
     if keys is None or not is_key(keys):
         raise ValueError(f"the batch has no sample keys, so that nothing can be looked up in the cache; {_LINES}")
-    if not bool((keys >> _SHIFT == tag).all()):
-        raise ValueError(
-            "the samples are not those that the cache was built with: the data or its preprocessing has changed since; "
-            "build the cache again, in another directory: TeacherCache.build('another', teacher, data, config)"
-        )
     return keys & ((1 << _SHIFT) - 1)
