@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_accel import AccelModule, Distillation, DistillConfig, Export, Keyed, TeacherCache
+from lightning_accel import AccelModule, AutoMixedPrecision, Distillation, DistillConfig, Export, Keyed, TeacherCache
 from lightning_accel.distill import split_key
 from lightning_accel.distill.keyed import is_key
 
@@ -145,7 +145,7 @@ def test_a_folder_is_a_teacher_and_keys_reach_nobody_else(tmp_path):
     _, keyed = build(tmp_path / "cache")
     export = Export(tmp_path / "model", module="model", engines=("portable",), measure=False)
     distillation = Distillation(CONFIG, teacher=str(tmp_path / "cache"))
-    fit = trainer(tmp_path, [distillation, export])
+    fit = trainer(tmp_path, [AutoMixedPrecision("auto"), distillation, export])
     fit.fit(seeded(Sees), DataLoader(keyed, batch_size=8))  # without validation the export scores training batches
     assert export.report is not None and fit.callback_metrics["accel/distillation/teacher_loss"] > 0
     live = trainer(tmp_path, [Distillation(CONFIG, teacher=seeded(Perceptron, seed=3))])

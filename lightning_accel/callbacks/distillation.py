@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,13 +18,11 @@ from ..distill import (
     DistillConfig,
     LiveTeacher,
     Projections,
-    Taps,
     TeacherCache,
     combine,
     compare,
     layer_map,
     load_teacher,
-    logits_of,
     positions_of,
     split_key,
 )
@@ -33,22 +31,13 @@ from ..loaded import LoadedModel
 from ..quantize import unprepare_
 from ..schedule import position
 from .base import AccelCallback
+from .calls import Call, StudentCalls
 from .length import total_steps
 from .patches import patch, unpatch
 from .pruning import Pruning
 from .quantization import QuantizationAwareTraining
 
 _LOGGED = {"logits": "teacher_loss", "hidden": "hidden_loss", "attention": "attention_loss"}
-
-
-class _Call(NamedTuple):
-    """One call of a module in training_step."""
-
-    name: str
-    module: nn.Module
-    args: tuple
-    kwargs: dict[str, Any]
-    logits: Tensor | None
 
 
 class Distillation(AccelCallback):
@@ -101,10 +90,7 @@ class Distillation(AccelCallback):
         self._home: torch.device | None = None
         self._terms: dict[str, dict[str, str]] = {}  # -> pairs of layers
         self._former: dict[str, Tensor] | None = None  # the student's weights as they were
-        self._calls: list[_Call] | None = None  # a list while a training step runs
-        self._taps: Taps | None = None
-        self._handles: list[Any] = []
-        self._hooked: dict[str, nn.Module] = {}  # by their names in the LightningModule
+        self._student: StudentCalls | None = None  # during the fit
 
     @property
     def state_key(self) -> str:
@@ -127,7 +113,7 @@ class Distillation(AccelCallback):
             )
         self.release(pl_module)
         self._load(trainer, pl_module)
-        self._attach(pl_module)
+        self._student = StudentCalls(pl_module, self.module if self._named else None, *self._layers())
 
         def with_teacher(training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return self._step(trainer, pl_module, training_step, args, kwargs)
@@ -165,7 +151,12 @@ class Distillation(AccelCallback):
             self._ask_of(source)
 
     def _ask_of(self, model: nn.Module | LoadedModel) -> None:
-        self._live = LiveTeacher(model, *(self._terms.get(name, {}).values() for name in ("hidden", "attention")))
+        hidden, attention = (self._terms.get(name, {}) for name in ("hidden", "attention"))
+        self._live = LiveTeacher(model, hidden.values(), attention.values())
+
+    def _layers(self) -> tuple[list[str], list[str]]:
+        """The student's layers whose states, and whose attention maps, are compared."""
+        return list(self._terms.get("hidden", {})), list(self._terms.get("attention", {}))
 
     def _network_of(self, teacher: pl.LightningModule) -> nn.Module:
         """A LightningModule, or where it has no `forward`, the network in it."""
@@ -180,33 +171,6 @@ class Distillation(AccelCallback):
                 f"teacher=module.{(names or ['model'])[0]}"
             )
         return select.get_module(teacher, names[0])
-
-    def _attach(self, pl_module: pl.LightningModule) -> None:
-        """Hooks the candidates for the student, and its layers."""
-        self._detach()
-        names = [self.module] if self._named else ["", *(name for name, _ in pl_module.named_children())]
-        modules = {name: select.get_module(pl_module, name) for name in names}
-        self._handles = [self._hook(module, name) for name, module in modules.items()]
-        self._taps = Taps(self.target(pl_module), *(self._terms.get(name, {}) for name in ("hidden", "attention")))
-        ours = {id(m) for m in (*modules.values(), *self._taps.modules.values())}
-        self._hooked = {name: module for name, module in pl_module.named_modules() if id(module) in ours}
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._taps is not None:
-            self._taps.remove()
-        self._handles, self._taps, self._hooked = [], None, {}
-
-    def _hook(self, module: nn.Module, name: str) -> Any:
-        def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if self._calls is None or not torch.is_grad_enabled():
-                return
-            logits = logits_of(output)
-            if logits is not None or self._named:
-                self._calls.append(_Call(name, module, args, kwargs, logits))
-
-        return module.register_forward_hook(keep, with_kwargs=True)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts projections of a checkpoint into the optimizer, before its state is restored."""
@@ -237,9 +201,10 @@ class Distillation(AccelCallback):
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Takes hooks and wrapper off, and lets go of the teacher."""
-        if self._handles:
+        if self._student is not None:
             unpatch(pl_module, "training_step")
-        self._detach()
+            self._student.remove()
+            self._student = None
         if self._live is not None:
             self._live.remove()
             if isinstance(self._live.model, nn.Module) and self._home is not None:
@@ -287,67 +252,37 @@ class Distillation(AccelCallback):
         weights = self.config.weights(trainer.global_step, total)
         if self._live is None and self._source is None:
             weights = dict.fromkeys(weights, 0.0)  # its own teacher, which is not there yet
-        if any(_missing(pl_module, name, module) for name, module in self._hooked.items()):
-            self._attach(pl_module)
-        assert self._taps is not None
-        self._calls, self._taps.open = [], any(weights.values())
-        try:
+        student = self._student
+        assert student is not None
+        with student.recording(layers=any(weights.values())):
             output = training_step(*args, **kwargs)
-            calls, self._calls, self._taps.open = self._calls, None, False
-            task_loss = output["loss"] if isinstance(output, dict) else output
-            if task_loss is None:
-                return output
+        task_loss = output["loss"] if isinstance(output, dict) else output
+        if task_loss is not None:
             self.log_value("task_loss", task_loss.detach())
-            if not any(weights.values()):
-                return output
-            terms = self._compare(pl_module, self._students(calls, bool(weights["logits"])), batch, keys, weights)
-        finally:
-            self._calls, self._taps.open = None, False
-            self._taps.clear()
+        wanted = {name: pairs for name, pairs in self._terms.items() if weights[name]}
+        if task_loss is None or not wanted:
+            student.clear()
+            return output
+        calls = student.take("logits" in wanted, wanted.get("hidden", ()), wanted.get("attention", ()))
+        terms = self._compare(pl_module, calls, batch, keys, wanted)
         for name, term in terms.items():
             self.log_value(_LOGGED[name], term.detach())
         self._optimize_projections(trainer)
         loss = combine(task_loss, terms, weights)
         return {**output, "loss": loss} if isinstance(output, dict) else loss
 
-    def _students(self, calls: list[_Call], need_logits: bool) -> list[_Call]:
-        """The student's calls in this step; finds the student where it was not named."""
-        if need_logits:
-            calls = [call for call in calls if call.logits is not None]
-        names = list(dict.fromkeys(call.name for call in calls))
-        if not self._named and "" in names:
-            names = [""]
-        if len(names) != 1:
-            found = (
-                f"several modules put out logits: {names}"
-                if names
-                else "no module that training_step calls puts out logits"
-            )
-            raise ValueError(
-                f"{found}; name the student, for example Distillation(..., student={(names or ['model'])[0]!r})"
-            )
-        return [call for call in calls if call.name == names[0]]
-
     def _compare(
-        self, pl_module: pl.LightningModule, calls: list[_Call], batch: Any, keys: Tensor | None, weights: Mapping
+        self, pl_module: pl.LightningModule, calls: list[Call], batch: Any, keys: Tensor | None, wanted: Mapping
     ) -> dict[str, Tensor]:
-        """The terms whose weight is not 0, averaged over the student's calls."""
-        terms = {name: pairs for name, pairs in self._terms.items() if weights[name]}
+        """The terms that are wanted, averaged over the student's calls."""
         found = []
-        for i, call in enumerate(calls):
-            student = Answer(
-                call.logits,
-                {name: self._tapped("hidden", name, i, len(calls)) for name in terms.get("hidden", ())},
-                {name: self._tapped("attention", name, i, len(calls)) for name in terms.get("attention", ())},
-            )
-            causal = getattr(pl_module, "causal", None)
-            causal = causal if isinstance(causal, bool) else is_causal_lm(select.unwrap(call.module))
-            positions = positions_of(call.module, call.kwargs, batch, call.logits, causal)
+        for call in calls:
+            positions = positions_of(call.module, call.kwargs, batch, call.logits, _is_causal(pl_module, call))
             answer = self._ask(pl_module, call, keys, len(calls))
-            found.append(compare(student, answer, self.config, terms, self.projections, positions))
-        return {name: torch.stack([one[name] for one in found]).mean() for name in terms}
+            found.append(compare(call.answer, answer, self.config, wanted, self.projections, positions))
+        return {name: torch.stack([one[name] for one in found]).mean() for name in wanted}
 
-    def _ask(self, pl_module: pl.LightningModule, call: _Call, keys: Tensor | None, calls: int) -> Answer:
+    def _ask(self, pl_module: pl.LightningModule, call: Call, keys: Tensor | None, calls: int) -> Answer:
         if isinstance(self._source, TeacherCache):
             if calls != 1:
                 raise ValueError(
@@ -359,27 +294,6 @@ class Distillation(AccelCallback):
         if isinstance(self._live.model, nn.Module):
             self._live.model.to(pl_module.device)
         return self._live(call.args, call.kwargs, call.module)
-
-    def _tapped(self, kind: str, name: str, index: int, calls: int) -> Tensor:
-        assert self._taps is not None
-        kept = getattr(self._taps, kind)[name]
-        if len(kept) == calls:
-            return kept[index]
-        if kept:
-            raise ValueError(
-                f"the student's {name!r} was called {len(kept)} times in {calls} call(s) of the student, as layers "
-                "that share weights are; name a module that is called once"
-            )
-        if kind == "attention":
-            raise ValueError(
-                f"the student's {name!r} gave no attention map; fused attention computes none. Load it with "
-                "from_pretrained(path, attn_implementation='eager'), or call "
-                "model.set_attn_implementation('eager')"
-            )
-        raise ValueError(
-            f"the student's {name!r} gave no hidden state in training_step: it was not called, or puts out no tensor "
-            "[..., width]; name a layer that is called"
-        )
 
     # --- projections
 
@@ -412,12 +326,12 @@ class Distillation(AccelCallback):
         self._resumed = True
 
 
-def _missing(root: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether another module stands where the hooked one stood."""
-    try:
-        return root.get_submodule(name) is not module
-    except AttributeError:
-        return True
+def _is_causal(pl_module: pl.LightningModule, call: Call) -> bool:
+    """Whether a position's logits predict the next label."""
+    said = getattr(pl_module, "causal", None)
+    if isinstance(said, bool):
+        return said
+    return call.logits is not None and call.logits.dim() == 3 and is_causal_lm(select.unwrap(call.module))
 
 
 def _check_apart(teacher: nn.Module, pl_module: pl.LightningModule) -> None:
