@@ -14,6 +14,7 @@ _WHERE = {
     "AccelModule": "module",
     "ArtifactError": "artifact",
     "AutoMixedPrecision": "callbacks",
+    "Between": "schedule",
     "Constant": "schedule",
     "Cubic": "schedule",
     "DistillConfig": "distill",
@@ -21,27 +22,35 @@ _WHERE = {
     "DriftError": "verify",
     "Export": "callbacks",
     "ExportError": "export",
+    "Keyed": "distill",
     "Linear": "schedule",
     "PruneConfig": "prune",
     "Pruning": "callbacks",
     "QuantConfig": "quantize",
     "QuantizationAwareTraining": "callbacks",
+    "TeacherCache": "distill",
     "allocate": "quantize",
     "apply_masks_": "prune",
+    "attention_loss": "distill",
     "distillation_loss": "distill",
     "export_model": "export",
+    "hidden_loss": "distill",
+    "layer_map": "distill",
     "load": "artifact",
     "prepare_": "quantize",
     "prune_model_": "prune",
+    "pseudo_labels": "distill",
     "quantize_model": "quantize",
     "sensitivity": "quantize",
     "shrink_model": "prune",
+    "student_from": "distill",
 }
 
 __all__ = [
     "AccelModule",
     "ArtifactError",
     "AutoMixedPrecision",
+    "Between",
     "Constant",
     "Cubic",
     "DistillConfig",
@@ -49,32 +58,49 @@ __all__ = [
     "DriftError",
     "Export",
     "ExportError",
+    "Keyed",
     "Linear",
     "PruneConfig",
     "Pruning",
     "QuantConfig",
     "QuantizationAwareTraining",
+    "TeacherCache",
     "allocate",
     "apply_masks_",
+    "attention_loss",
     "distillation_loss",
     "export_model",
+    "hidden_loss",
+    "layer_map",
     "load",
     "prepare_",
     "prune_model_",
+    "pseudo_labels",
     "quantize_model",
     "sensitivity",
     "shrink_model",
+    "student_from",
 ]
 
 if TYPE_CHECKING:
     from .artifact import ArtifactError, load
     from .callbacks import AutoMixedPrecision, Distillation, Export, Pruning, QuantizationAwareTraining
-    from .distill import DistillConfig, distillation_loss
+    from .distill import (
+        DistillConfig,
+        Keyed,
+        TeacherCache,
+        attention_loss,
+        distillation_loss,
+        hidden_loss,
+        layer_map,
+        pseudo_labels,
+        student_from,
+    )
     from .export import ExportError, export_model
     from .module import AccelModule
     from .prune import PruneConfig, apply_masks_, prune_model_, shrink_model
     from .quantize import QuantConfig, allocate, prepare_, quantize_model, sensitivity
-    from .schedule import Constant, Cubic, Linear
+    from .schedule import Between, Constant, Cubic, Linear
     from .verify import DriftError
 
 

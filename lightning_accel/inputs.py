@@ -49,6 +49,21 @@ def without_labels(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in ("labels", "label")}
 
 
+def with_decoder_inputs(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs with what transformers' encoder-decoder models make of labels, which no artifact is given."""
+    labels, config = kwargs.get("labels"), getattr(module, "config", None)
+    given = kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None
+    if labels is None or given or not getattr(config, "is_encoder_decoder", False):
+        return kwargs
+    if (prepare := getattr(module, "prepare_decoder_input_ids_from_labels", None)) is not None:
+        return {**kwargs, "decoder_input_ids": prepare(labels)}
+    start, pad = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
+    if start is None:
+        return kwargs
+    ids = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), 1)  # as Whisper does without a method
+    return {**kwargs, "decoder_input_ids": ids.masked_fill(ids == -100, start if pad is None else pad)}
+
+
 def inputs_of_batch(model: torch.nn.Module, batch: Any) -> ExampleInputs:
     """The model's inputs in a batch of a loader: those of a mapping that it takes, or a tuple's first item."""
     if isinstance(batch, Mapping):

@@ -98,6 +98,33 @@ class Cubic(Schedule):
         return 1.0 - (1.0 - progress) ** 3
 
 
+@dataclass(frozen=True)
+class Between:
+    """A value that goes from `first` to `last` along a schedule: a weight that falls, or ends elsewhere than at 1.
+
+    >>> [Between(0.9, 0.1, Linear(0.0, 0.5)).value(step, total=100) for step in (0, 25, 50)]
+    [0.9, 0.5, 0.1]
+    """
+
+    first: float
+    last: float
+    schedule: Schedule = field(default_factory=Linear)
+
+    def __post_init__(self) -> None:
+        for name, value in (("first", self.first), ("last", self.last)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"Between({name}={value!r}) is no number; write Between(0.9, 0.1, Linear(0.0, 0.5))")
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"Between(schedule={self.schedule!r}) is no Schedule; write Between(0.9, 0.1, Linear(0.0, 0.5))"
+            )
+
+    def value(self, step: int, total: float) -> float:
+        """The value at optimizer step `step` of a training of `total` optimizer steps."""
+        share = self.schedule.value(step, total)
+        return (1.0 - share) * self.first + share * self.last
+
+
 def check_position(value: int | float, where: str) -> None:
     """Raises ValueError unless `value` is a step (an int >= 0) or a fraction (a float in [0, 1])."""
     if isinstance(value, bool) or not isinstance(value, int | float):

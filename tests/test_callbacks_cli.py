@@ -166,3 +166,50 @@ def test_wrong_values_in_yaml_raise_with_what_to_write(tmp_path, monkeypatch, ca
     import re
 
     assert re.search(message, said), said
+
+
+DISTILLATION = """
+          temperature: 3.0
+          alpha:
+            class_path: lightning_accel.Between
+            init_args:
+              first: 0.9
+              last: 0.1
+              schedule:
+                class_path: lightning_accel.Linear
+                init_args: {begin: 0.0, end: 0.5}
+          loss: js
+          top_k: 2
+          hidden:
+            second: first
+          hidden_loss: mse
+          hidden_weight:
+            class_path: lightning_accel.Cubic
+            init_args: {begin: 0, end: 4}
+        teacher: TEACHER
+        student: model
+"""
+
+
+def test_layers_weights_over_progress_and_a_folder_as_teacher_come_from_yaml(tmp_path, monkeypatch):
+    import test_callbacks_cli
+
+    from lightning_accel import Between, Keyed, Linear, TeacherCache
+
+    class Keys(Data):
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(keyed, batch_size=8)
+
+    expected = DistillConfig(
+        3.0, Between(0.9, 0.1, Linear(0.0, 0.5)), "js", 2, {"second": "first"}, "mse", Cubic(begin=0, end=4)
+    )
+    keyed = Keyed(loader().dataset)
+    TeacherCache.build(tmp_path / "cache", Perceptron(32), keyed, expected, progress=False)
+    start, end = YAML.index("          temperature: 3.0"), YAML.index("    - class_path: lightning_accel.Pruning")
+    written = DISTILLATION.lstrip("\n").replace("TEACHER", str(tmp_path / "cache"))
+    monkeypatch.setattr(test_callbacks_cli, "YAML", YAML[:start] + written + YAML[end:])
+    monkeypatch.setattr(test_callbacks_cli, "Data", Keys)
+    cli = test_callbacks_cli.run(tmp_path)
+    distillation = next(c for c in cli.trainer.callbacks if isinstance(c, Distillation))
+    assert distillation.config == expected and distillation.teacher == str(tmp_path / "cache")
+    assert distillation.projections.weights["second"].shape == (32, 16)

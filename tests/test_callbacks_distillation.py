@@ -199,9 +199,11 @@ def test_logits_of_another_shape_raise_with_both_shapes(tmp_path):
 
 
 def test_what_is_no_teacher_raises_when_it_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"teacher is a str, not an nn\.Module; load it first"):
-        Distillation(teacher="gpt2")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the teacher, a Flatten, puts out no logits"):
+    with pytest.raises(ValueError, match=r"teacher is a int; it is a module, the folder or name of a transformers"):
+        Distillation(teacher=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"write teacher='self', student='model'"):
+        Distillation(teacher="self")
+    with pytest.raises(ValueError, match="the teacher puts out no logits; give a model with a head"):
         trainer(tmp_path, [Distillation(teacher=nn.Flatten(0))]).fit(seeded(Plain), loader())
 
 

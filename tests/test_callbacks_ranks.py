@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, data
+from helpers import Perceptron, Plain, assert_same, data, loader, seeded, trainer, weights
+from two_ranks import DISTILL
 
 import lightning_accel
+from lightning_accel import Distillation
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,28 @@ def test_both_ranks_end_with_the_same_ranges(ranks):
     _, (one, other) = ranks
     assert one["static"]["state"] == other["static"]["state"] and len(one["static"]["state"]["ranges"]) == 3
     assert_same(one["static"]["weights"], other["static"]["weights"])
+
+
+def test_projections_are_trained_alike_on_both_ranks_as_on_one_with_their_batches_together(ranks, tmp_path):
+    _, (one, other) = ranks
+    teacher, module = seeded(Perceptron, 24, seed=3), seeded(Plain, optimizer="sgd")
+    distillation = Distillation(DISTILL, teacher=teacher, student="model")
+    trainer(tmp_path, [distillation]).fit(module, loader(batch=16))
+    expected = weights(module) | distillation.projections.state_dict()
+    for rank in (one, other):
+        assert_same(rank["in order"]["projections"], one["in order"]["projections"])
+        assert_same(rank["in order"]["weights"], one["in order"]["weights"])
+        found = rank["in order"]["weights"] | rank["in order"]["projections"]
+        assert found.keys() == expected.keys() and found["second"].shape == (24, 16)
+        assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+def test_a_cache_built_by_both_ranks_teaches_what_the_live_teacher_does_and_resumes(ranks):
+    _, both = ranks
+    for rank in both:
+        for name in ("weights", "projections"):
+            assert_same(rank["cached"][name], rank["distilled"][name])
+            assert_same(rank["distilled again"][name], rank["distilled"][name])
 
 
 def state(path: Path) -> Any:

@@ -101,10 +101,14 @@ def test_checkpoints_hold_plain_types_and_no_teacher(whole):
     states = {state["technique"]: state for state in saved["callbacks"].values() if "technique" in state}
     assert states["pruning"]["complete"] and states["quantization"]["complete"]
     assert states["pruning"]["total"] == 4 * EPOCHS
+    config = states["distillation"].pop("config")
+    assert config["temperature"] == 2.0 and config["alpha"] == 0.5
     assert states["distillation"] == {
         "technique": "distillation",
         "module": "",
-        "config": {"temperature": 2.0, "alpha": 0.5},
+        "total": 4.0 * EPOCHS,
+        "projections": {},
+        "former": None,
     }
 
 

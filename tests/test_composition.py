@@ -146,7 +146,8 @@ def by_hand(scheme: str, options: dict[str, Any], teacher: nn.Module | None, beg
                 if teacher is not None:
                     with torch.no_grad():
                         expected = teacher(x)
-                    loss = combine(loss, distillation_loss(logits, expected, DISTILL.temperature), DISTILL)
+                    terms = {"logits": distillation_loss(logits, expected, DISTILL.temperature)}
+                    loss = combine(loss, terms, {"logits": DISTILL.alpha})
             (loss / accumulate).backward()
             if (index + 1) % accumulate == 0:
                 if clip and "gradient_clip_algorithm" in options:

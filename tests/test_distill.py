@@ -91,7 +91,9 @@ def test_shapes_that_differ_are_refused() -> None:
 
 def test_alpha_weighs_the_two_losses() -> None:
     task, teacher = torch.tensor(2.0), torch.tensor(10.0)
-    assert [combine(task, teacher, DistillConfig(alpha=a)).item() for a in (0.0, 0.25, 1.0)] == [2.0, 4.0, 10.0]
+    assert [combine(task, {"logits": teacher}, {"logits": a}).item() for a in (0.0, 0.25, 1.0)] == [2.0, 4.0, 10.0]
+    terms = {"logits": teacher, "hidden": torch.tensor(3.0)}
+    assert combine(task, terms, {"logits": 0.25, "hidden": 2.0}).item() == 0.75 * 2 + 0.25 * 10 + 2 * 3
 
 
 @pytest.mark.parametrize(

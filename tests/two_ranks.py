@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from helpers import Perceptron, Plain, loader, seeded, trainer, weights
+from helpers import Perceptron, Plain, data, loader, seeded, trainer, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_accel.callbacks.precision as precision
 import lightning_accel.engines.portable as portable
@@ -20,11 +21,14 @@ from lightning_accel import (
     AutoMixedPrecision,
     Cubic,
     Distillation,
+    DistillConfig,
     Export,
+    Keyed,
     PruneConfig,
     Pruning,
     QuantConfig,
     QuantizationAwareTraining,
+    TeacherCache,
 )
 from lightning_accel.precision import PrecisionChoice
 from lightning_accel.quantize.ranges import static_state
@@ -111,6 +115,23 @@ def static(path: Path) -> dict[str, Any]:
     return {"state": static_state(module.model), "weights": weights(module)}
 
 
+DISTILL = DistillConfig(top_k=2, hidden={"second": "first"}, hidden_loss="mse")
+
+
+def distilled(path: Path, cached: bool, resume: str | None = None, in_order: bool = False) -> dict[str, Any]:
+    """A student whose states are projected, with a live teacher or, built by both ranks at once, a cache."""
+    teacher, keyed = seeded(Perceptron, 24, dropout=0.5, seed=3), Keyed(data())
+    source: Any = TeacherCache.build(path, teacher, keyed, DISTILL, progress=False) if cached else teacher
+    distillation = Distillation(DISTILL, teacher=source, student="model")
+    keep = ModelCheckpoint(path.parent / f"distilled{cached}", "{epoch}", save_top_k=-1)
+    module = seeded(Plain, optimizer="sgd", seed=0 if resume is None else 9)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    sampler = DistributedSampler(keyed, 2, rank, shuffle=False) if in_order else None  # Lightning's own shuffles
+    batches = DataLoader(keyed, batch_size=8, sampler=sampler)
+    two_ranks(path, [distillation, keep]).fit(module, batches, ckpt_path=resume)
+    return {"weights": weights(module), "projections": distillation.projections.state_dict()}
+
+
 class FillsTheDisk(Callback):
     """No file of more than 1000 bytes, on the first rank."""
 
@@ -152,6 +173,10 @@ def main(path: Path) -> None:
     portable.build = build
     results["failed"] = fit(path / "third")
     results["static"] = static(path / "static")
+    results["distilled"] = distilled(path / "cache", cached=False)
+    results["in order"] = distilled(path / "cache", cached=False, in_order=True)
+    results["cached"] = distilled(path / "cache", cached=True)
+    results["distilled again"] = distilled(path / "cache", True, str(path / "distilledTrue" / "epoch=0.ckpt"))
     results["unsaved"] = unsaved(path / "fourth")
     torch.save(results, path / f"rank{results['whole']['rank']}.pt")
 

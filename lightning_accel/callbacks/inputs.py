@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import select
 from ..capture import as_inputs
-from ..inputs import ExampleInputs
+from ..inputs import ExampleInputs, with_decoder_inputs
 
 _Call = tuple[tuple, dict[str, Any]]
 
@@ -40,15 +40,6 @@ class InputRecorder:
     def remove(self) -> None:
         """Takes the hook off."""
         self._handle.remove()
-
-
-def with_decoder_inputs(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword inputs with what transformers' encoder-decoder models make of labels, which no artifact is given."""
-    prepare, labels = getattr(module, "prepare_decoder_input_ids_from_labels", None), kwargs.get("labels")
-    given = kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None
-    if prepare is None or labels is None or given:
-        return kwargs
-    return {**kwargs, "decoder_input_ids": prepare(labels)}
 
 
 def _is_redirected(module: nn.Module) -> bool:

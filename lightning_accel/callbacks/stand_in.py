@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..capture import flatten_output, input_names, is_causal_lm, is_seq2seq
 from ..distill import logits_of
-from ..inputs import ExampleInputs, split_inputs, without_labels
+from ..inputs import ExampleInputs, split_inputs, with_decoder_inputs, without_labels
 from ..loaded import Output, structure
-from .inputs import with_decoder_inputs
 
 
 class StandIn(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import select
 from ..capture import as_inputs
+from ..distill.keyed import split_key
 from ..export import Metric
 from ..inputs import ExampleInputs
 from .inputs import InputRecorder, in_float32
@@ -66,7 +67,7 @@ def loss_of(host: pl.LightningModule, batch: Any) -> Tensor:
 
 
 def _call(host: pl.LightningModule, name: str, batch: Any) -> Any:
-    step = getattr(type(host), name)
+    step, (batch, _) = getattr(type(host), name), split_key(batch)
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     return step(host, batch, 0) if takes_index else step(host, batch)
 

@@ -1,0 +1,180 @@
+"""Keys that travel with the samples, so that no shuffling, worker or collate function can misalign a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+KEY = "sample_key"  # in a batch that is a mapping; in a tuple it is the last item
+
+_PROBES = 8  # samples that stand for the data in its fingerprint
+_SHIFT = 32  # bits of a key below those of the sample's hash
+
+_LINES = (
+    "wrap the dataset before it is loaded:\n"
+    "    data = lightning_accel.Keyed(dataset)\n"
+    "    cache = lightning_accel.TeacherCache.build('cache', teacher, data, config)\n"
+    "    loader = DataLoader(data, batch_size=32, shuffle=True)\n"
+    "A collate function of your own passes the key on: {'sample_key': torch.tensor([s['sample_key'] for s in samples])}"
+)
+
+
+class Keyed(Dataset):
+    """A dataset whose samples carry a key: a mapping gets an entry `sample_key`, a tuple one more item.
+
+    `Distillation` takes the key out before `training_step` sees the batch. A key is an int64: 31 bits of a hash of the
+    sample, and 32 of its index. So no label is taken for a key, and a sample that has changed since is noticed.
+
+    Args:
+        dataset: samples by index, always the same ones.
+        views: how often each sample is there, each time with random augmentation of its own. The augmentation of a
+            view is drawn from seeds (of torch, NumPy and `random`) that its key determines, and so is the same in
+            each epoch; an epoch is `views` times as long. `None` for a dataset without random augmentation.
+
+    Raises:
+        ValueError: no length or no access by index; two readings of a sample differ and `views` is `None`.
+
+    >>> data = Keyed([(torch.zeros(2), 0), (torch.ones(2), 1)])
+    >>> x, label, key = data[1]
+    >>> label, key & 0xFFFFFFFF
+    (1, 1)
+    """
+
+    def __init__(self, dataset: Any, views: int | None = None) -> None:
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise ValueError(
+                f"a {type(dataset).__name__} has no length or no samples by index, and a cache needs both: keys are "
+                "indices. Write the samples to a list or a map-style dataset first"
+            )
+        if not len(dataset):
+            raise ValueError("the dataset is empty, so there is nothing to ask a teacher")
+        if views is not None and (isinstance(views, bool) or views < 1):
+            raise ValueError(f"views={views} must be at least 1; write views=4")
+        self.dataset, self.views = dataset, views
+        digests = [[digest(self._read(i)) for i in self.probes()] for _ in range(2)]
+        if digests[0] != digests[1]:
+            raise ValueError(
+                f"two readings of sample {self.probes()[0]} of the {type(dataset).__name__} differ: it augments at "
+                "random, and a cached teacher saw another sample. Take the augmentation out, or let the key "
+                "determine it: Keyed(dataset, views=4)"
+            )
+        self.fingerprint = digest((len(dataset), views, digests[0]))
+
+    def __len__(self) -> int:
+        return len(self.dataset) * (self.views or 1)
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        sample = self._read(index)
+        key = _key(sample, index)
+        if isinstance(sample, Mapping):
+            return {**sample, KEY: key}
+        return (*sample, key) if isinstance(sample, tuple | list) else (sample, key)
+
+    def _read(self, index: int) -> Any:
+        if self.views is None:
+            return self.dataset[index]
+        with _seeded(index):
+            return self.dataset[index % len(self.dataset)]
+
+    def probes(self) -> list[int]:
+        """Indices of the samples that stand for the data in its fingerprint."""
+        n = len(self)
+        return sorted({round(i * (n - 1) / (_PROBES - 1)) for i in range(_PROBES)})
+
+
+def _key(sample: Any, index: int) -> int:
+    return (int(digest(sample)[:8], 16) >> 1 or 1) << _SHIFT | index
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    import numpy as np
+
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def digest(value: Any) -> str:
+    """A hash of a sample or a batch: of tensors, arrays, numbers, text and what contains them; keys are left out."""
+    sha = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name in sorted(value, key=str):
+                if name != KEY:
+                    sha.update(repr(name).encode())
+                    feed(value[name])
+        elif isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            sha.update(repr((tuple(value.shape), value.dtype)).encode())
+            sha.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+        elif isinstance(value, tuple | list):
+            sha.update(repr(len(value)).encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, str | int | float | bool | bytes | None):
+            sha.update(repr(value).encode())
+        elif hasattr(value, "tobytes"):  # NumPy arrays, images
+            sha.update(repr((type(value).__name__, getattr(value, "shape", getattr(value, "size", None)))).encode())
+            sha.update(value.tobytes())
+        else:
+            sha.update(pickle.dumps(value))
+
+    feed(value)
+    return sha.hexdigest()
+
+
+def is_key(value: Any) -> bool:
+    """Whether `value` is what a collate function makes of keys: int64 [batch] or a list of ints, all with a hash."""
+    if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or not len(value):
+        return False
+    return bool((value >> _SHIFT > 0).all())
+
+
+def split_key(batch: Any) -> tuple[Any, Tensor | None]:
+    """A batch without its keys, and the keys [batch], on the CPU; `None` where it has none.
+
+    >>> split_key({"x": torch.zeros(1), "sample_key": torch.tensor([7 << 32 | 3])})
+    ({'x': tensor([0.])}, tensor([30064771075]))
+    """
+    if isinstance(batch, Mapping) and KEY in batch:
+        keys = batch[KEY]
+        rest: Any = {name: value for name, value in batch.items() if name != KEY}
+        if type(batch) is not dict and hasattr(batch, "pop"):  # transformers' BatchEncoding keeps its methods
+            rest = type(batch)(rest)  # type: ignore[call-arg]
+    elif isinstance(batch, tuple | list) and len(batch) > 1 and is_key(batch[-1]):
+        keys, rest = batch[-1], type(batch)(batch[:-1])
+        rest = rest[0] if len(rest) == 1 else rest
+    else:
+        return batch, None
+    return rest, torch.as_tensor(keys).cpu()
+
+
+def indices_of(keys: Tensor | None) -> Tensor:
+    """The indices of the samples whose keys these are.
+
+    Raises:
+        ValueError: there are no keys.
+    """
+    if keys is None or not is_key(keys):
+        raise ValueError(f"the batch has no sample keys, so that nothing can be looked up in the cache; {_LINES}")
+    return keys & ((1 << _SHIFT) - 1)

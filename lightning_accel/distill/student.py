@@ -1,0 +1,182 @@
+"""A smaller student out of its teacher: chosen layers, and the first slices of every width.
+
+Layers that lie as far apart as they can (Shleifer & Rush 2020, arXiv:2010.13002; Distil-Whisper, arXiv:2311.00430).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Chosen = int | Sequence[int]
+
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_HEADS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "n_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
+_INNER = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff")
+_DEPTHS = {
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "encoder": ("encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+_FUSED = ("c_attn",)  # query, key and value side by side
+
+
+def student_from(teacher: Any, layers: Chosen | Mapping[str, Chosen] | None = None, width: float | None = None) -> Any:
+    """A smaller transformers model of the teacher's class, with weights copied from it.
+
+    Args:
+        teacher: a transformers model; it is not changed.
+        layers: how many layers, as far apart as they can be and the first and last among them, or their indices; for
+            an encoder-decoder model a mapping with `encoder` and/or `decoder`. `None` keeps all.
+        width: share in (0, 1] of the hidden width, of feed-forward neurons and of heads, whose size stays; the first
+            ones are copied. `None` keeps all.
+
+    Returns:
+        A model of the same class, dtype and mode, on the same device, with a config of its own, so that
+        `save_pretrained` and `from_pretrained` work.
+
+    Raises:
+        ValueError: no transformers model; layers that are not there; a width that divides heads or neurons; an
+            architecture whose widths are not known.
+
+    >>> import transformers
+    >>> config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=6, n_head=4, n_positions=32)
+    >>> student = student_from(transformers.GPT2LMHeadModel(config), layers=2, width=0.5)
+    >>> student.config.n_layer, student.config.n_embd, student.config.n_head
+    (2, 8, 2)
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(teacher, PreTrainedModel):
+        raise ValueError(
+            f"a {type(teacher).__name__} has no config to make smaller; student_from takes transformers models. Build "
+            "the student yourself, and distil with any teacher"
+        )
+    if layers is None and (width is None or width == 1.0):
+        raise ValueError("the student would be the teacher; write student_from(teacher, layers=3) or width=0.5")
+    config = copy.deepcopy(teacher.config)
+    kept = _choose_layers(config, layers)
+    if width is not None:
+        _scale_widths(config, width)
+    with torch.random.fork_rng(devices=[]):
+        student = type(teacher)._from_config(config, attn_implementation=config._attn_implementation)
+    student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
+    _copy_weights(student, teacher, kept)
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _choose_layers(config: Any, layers: Any) -> dict[str, list[int]]:
+    """Side (`""`, `encoder`, `decoder`) -> the teacher's layers that are kept; writes their number into the config."""
+    if layers is None:
+        return {}
+    encodes = getattr(config, "is_encoder_decoder", False)
+    if encodes != isinstance(layers, Mapping):
+        write = "layers={'decoder': 2}" if encodes else "layers=3"
+        raise ValueError(f"layers={layers!r} does not fit a {type(config).__name__}; write {write}")
+    sides = dict(layers) if encodes else {"": layers}
+    if unknown := set(sides) - set(_DEPTHS):
+        raise ValueError(f"layers has {sorted(unknown)}; write layers={{'encoder': 2, 'decoder': 2}}")
+    kept = {}
+    for side, chosen in sides.items():
+        name = next((n for n in _DEPTHS[side] if isinstance(getattr(config, n, None), int)), None)
+        if name is None:
+            raise ValueError(f"a {type(config).__name__} does not say how many {side} layers it has")
+        kept[side] = _indices(chosen, getattr(config, name), side)
+        setattr(config, name, len(kept[side]))
+        if side == "encoder" and hasattr(config, "num_hidden_layers"):
+            config.num_hidden_layers = len(kept[side])
+        if not encodes and isinstance(types := getattr(config, "layer_types", None), list):
+            config.layer_types = [types[i] for i in kept[side]]
+    return kept
+
+
+def _indices(chosen: Any, total: int, side: str) -> list[int]:
+    where = f"{side} layers".strip()
+    if isinstance(chosen, bool) or not isinstance(chosen, int | Sequence):
+        raise ValueError(f"layers={chosen!r} is no number of {where}; write layers=3 or layers=[0, 2, 5]")
+    if isinstance(chosen, int):
+        if not 1 <= chosen <= total:
+            raise ValueError(f"the teacher has {total} {where}, {chosen} are asked for; write 1 to {total}")
+        return [0] if chosen == 1 else [round(i * (total - 1) / (chosen - 1)) for i in range(chosen)]
+    indices = list(chosen)
+    if not indices or any(not 0 <= i < total for i in indices) or len(set(indices)) != len(indices):
+        raise ValueError(f"layers={indices} must be different indices of {total} {where}, 0 to {total - 1}")
+    return indices
+
+
+# --- widths -----------------------------------------------------------------------------------------------------------
+
+
+def _scale_widths(config: Any, width: float) -> None:
+    if not 0.0 < width <= 1.0:
+        raise ValueError(f"width={width} is outside (0, 1]; write width=0.5")
+    written = config.to_dict()
+    own = {n for group in (_HIDDEN, _HEADS, _INNER) for n in group if isinstance(written.get(n), int)}
+    hidden, heads = next((n for n in _HIDDEN if n in own), None), [n for n in _HEADS if n in own]
+    if hidden is None or not heads:
+        raise ValueError(f"the widths of a {type(config).__name__} are not known; give layers= alone")
+    for name in sorted(own):
+        exact = getattr(config, name) * width
+        if exact != int(exact) or exact < 1:
+            raise ValueError(
+                f"width={width} makes {name}={getattr(config, name)} to {exact:g}, and a size is whole; write a width "
+                f"that all of {', '.join(f'{n}={getattr(config, n)}' for n in sorted(own))} can have"
+            )
+    for name in sorted(own):
+        setattr(config, name, int(getattr(config, name) * width))
+
+
+def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> None:
+    """Copies each tensor of the teacher, or its first slices, to where it belongs in the student."""
+    theirs = teacher.state_dict()
+    with torch.no_grad():
+        for name, tensor in student.state_dict().items():
+            source = theirs.get(_teachers_name(name, kept))
+            if (
+                source is None
+                or source.dim() != tensor.dim()
+                or any(a > b for a, b in zip(tensor.shape, source.shape, strict=True))
+            ):
+                shape = None if source is None else tuple(source.shape)
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} has no counterpart in the teacher ({_teachers_name(name, kept)}: "
+                    f"{shape}); student_from does not know how a {type(teacher).__name__} is cut"
+                )
+            parts = 3 if any(f".{fused}." in f".{name}" for fused in _FUSED) else 1
+            tensor.copy_(_first(source, tensor.shape, parts))
+
+
+def _teachers_name(name: str, kept: Mapping[str, list[int]]) -> str:
+    """The student's name with the index of its layer, the first number in it, replaced by the teacher's."""
+    side = next((s for s in ("encoder", "decoder") if s in kept and f".{s}." in f".{name}"), "")
+    if side not in kept:
+        return name
+    return re.sub(r"(?<=\.)\d+(?=\.)", lambda found: str(kept[side][int(found[0])]), name, count=1)
+
+
+def _first(source: Tensor, shape: torch.Size, parts: int) -> Tensor:
+    """The first slices of `source`; of its last dimension, those of each of `parts` equal parts."""
+    for dim, size in enumerate(shape):
+        if dim == len(shape) - 1 and parts > 1:
+            pieces = source.chunk(parts, dim)
+            source = torch.cat([piece.narrow(dim, 0, size // parts) for piece in pieces], dim)
+        else:
+            source = source.narrow(dim, 0, size)
+    return source

@@ -1,0 +1,475 @@
+"""The teacher's answers on disk: the same loss as live, keys that travel, and what a cache refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Perceptron, Plain, assert_same, data, llama, seeded, trainer, weights
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_accel import AccelModule, AutoMixedPrecision, Distillation, DistillConfig, Export, Keyed, TeacherCache
+from lightning_accel.distill import split_key
+from lightning_accel.distill.keyed import is_key
+
+CONFIG = DistillConfig(top_k=2)
+STATES = DistillConfig(top_k=2, hidden={"second": "first"}, hidden_loss="mse")
+
+
+def build(path: Any, teacher: Any = None, samples: Any = None, config: DistillConfig = CONFIG, **options: Any) -> Any:
+    teacher = teacher if teacher is not None else seeded(Perceptron, 24, dropout=0.5, seed=3)
+    keyed = Keyed(samples if samples is not None else data())
+    options = {"batch_size": 8, "progress": False, **options}
+    return TeacherCache.build(path, teacher, keyed, config, **options), keyed
+
+
+class Sentences:
+    """Ids of other lengths, as mappings; and the collate function that pads them."""
+
+    def __init__(self, n: int = 12, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(3, 11, (n,), generator=generator).tolist()
+        self.ids = [torch.randint(1, 64, (length,), generator=generator) for length in lengths]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i].clone()}
+
+
+def pad(samples: list[dict[str, Any]], side: str = "right", key: bool = True) -> dict[str, torch.Tensor]:
+    def padded(name: str, value: int) -> torch.Tensor:
+        rows = [s[name] for s in samples]
+        return nn.utils.rnn.pad_sequence(rows, True, value, side)
+
+    ids = padded("input_ids", 0)
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": padded("labels", -100)}
+    return batch | ({"sample_key": torch.tensor([s["sample_key"] for s in samples])} if key else {})
+
+
+def pad_left(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return pad(samples, "left")
+
+
+def pad_without_key(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return pad(samples, key=False)
+
+
+# --- the same answers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CONFIG, STATES], ids=["logits", "hidden"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_from_the_cache_is_bitwise_training_from_the_live_teacher(tmp_path, config, workers):
+    """Shuffled, with workers, in batches of another size than the cache was built with."""
+    teacher = seeded(Perceptron, 24, dropout=0.5, seed=3)
+    cache, keyed = build(tmp_path / "cache", teacher, config=config)
+    found = []
+    for source in (teacher, cache):
+        module = seeded(Plain)
+        torch.manual_seed(5)
+        batches = DataLoader(keyed, batch_size=8, shuffle=True, num_workers=workers)
+        trainer(tmp_path, [Distillation(config, teacher=source, student="model")]).fit(module, batches)
+        found.append(weights(module))
+    assert_same(*found)
+
+
+def test_variable_lengths_padded_on_either_side_give_the_live_loss(tmp_path):
+    samples, teacher = Sentences(), llama(hidden_size=64)
+    config = DistillConfig(top_k=8, hidden={"model.layers.1": "model.layers.0"})
+    cache, keyed = build(tmp_path / "cache", teacher, samples, config, batch_size=5, collate_fn=pad)
+    positions = sum(len(ids) for ids in samples.ids)
+    assert (tmp_path / "cache" / "logits.values").stat().st_size == 4 * 8 * positions
+    found = []
+    for source in (teacher, cache):
+        module = AccelModule(llama(), lr=1e-2)
+        torch.manual_seed(5)
+        batches = DataLoader(keyed, batch_size=4, shuffle=True, collate_fn=pad)
+        fit = trainer(tmp_path, [Distillation(config, teacher=source, student="model")])
+        fit.fit(module, batches)
+        found.append({name: float(x) for name, x in fit.callback_metrics.items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0]["accel/distillation/hidden_loss"] > 0
+    answer = cache.read(torch.tensor([keyed[i]["sample_key"] for i in (7, 2)]))
+    assert answer.lengths[""].tolist() == [len(samples.ids[7]), len(samples.ids[2])]
+    left = trainer(tmp_path, [Distillation(config, teacher=cache, student="model")])
+    with pytest.raises(ValueError, match="the DataLoader's collate_fn gives other inputs"):
+        short = DataLoader(keyed, batch_size=4, collate_fn=lambda s: {**pad(s), "labels": pad(s)["input_ids"] + 1})
+        left.fit(AccelModule(llama()), short)
+
+
+def test_a_sample_is_read_by_its_key_whatever_its_place(tmp_path):
+    teacher = seeded(Perceptron, 24, seed=3).eval()
+    cache, keyed = build(tmp_path, teacher)
+    x, _, keys = next(iter(DataLoader(keyed, batch_size=32, shuffle=True)))
+    kept = cache.read(keys).logits
+    with torch.no_grad():
+        values, indices = (teacher(x) / 2).log_softmax(-1).topk(2)
+    torch.testing.assert_close(kept.values, values)
+    assert torch.equal(kept.indices.long(), indices) and len(cache) == 32
+    again = TeacherCache(tmp_path).read(keys[:3]).logits
+    assert torch.equal(again.values, kept.values[:3]) and again.classes == 3
+
+
+def test_a_resumed_fit_with_the_cache_ends_bitwise_as_one_without_a_break(tmp_path):
+    cache, keyed = build(tmp_path / "cache", config=STATES)
+
+    def run(name: str, seed: int, resume: str | None = None) -> Any:
+        module, keep = seeded(Plain, seed=seed), ModelCheckpoint(tmp_path / name, "{epoch}", save_top_k=-1)
+        fit = trainer(tmp_path, [Distillation(STATES, teacher=cache, student="model"), keep], max_epochs=3)
+        torch.manual_seed(seed)
+        fit.fit(module, DataLoader(keyed, batch_size=8, shuffle=True), ckpt_path=resume)
+        return weights(module)
+
+    expected = run("whole", 1)
+    assert_same(run("again", 2, str(tmp_path / "whole" / "epoch=0.ckpt")), expected)
+
+
+def test_a_folder_is_a_teacher_and_keys_reach_nobody_else(tmp_path):
+    class Sees(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, y = batch
+            assert isinstance(batch, list) and y.max() < 3
+            return F.cross_entropy(self.model(x), y)
+
+    _, keyed = build(tmp_path / "cache")
+    export = Export(tmp_path / "model", module="model", engines=("portable",), measure=False)
+    distillation = Distillation(CONFIG, teacher=str(tmp_path / "cache"))
+    fit = trainer(tmp_path, [AutoMixedPrecision("auto"), distillation, export])
+    fit.fit(seeded(Sees), DataLoader(keyed, batch_size=8))  # without validation the export scores training batches
+    assert export.report is not None and fit.callback_metrics["accel/distillation/teacher_loss"] > 0
+    live = trainer(tmp_path, [Distillation(CONFIG, teacher=seeded(Perceptron, seed=3))])
+    live.fit(seeded(Sees), DataLoader(keyed, batch_size=8))
+
+
+def test_a_cache_of_states_alone_needs_no_logits(tmp_path):
+    config = DistillConfig(alpha=0.0, hidden={"second": "0"})
+    teacher = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Flatten(0))
+    cache, keyed = build(tmp_path / "cache", teacher, config=config)
+    fit = trainer(tmp_path, [Distillation(config, teacher=cache, student="model")])
+    fit.fit(seeded(Plain), DataLoader(keyed, batch_size=8))
+    assert fit.callback_metrics["accel/distillation/hidden_loss"] > 0
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_taken_for_nothing_else_and_nothing_else_for_them():
+    keyed = Keyed(data())
+    x, y, keys = next(iter(DataLoader(keyed, batch_size=8)))
+    assert is_key(keys) and not is_key(y) and not is_key(x) and not is_key(torch.zeros(8, dtype=torch.long))
+    (left, right), found = split_key([x, y, keys])
+    assert left is x and right is y and torch.equal(found, keys)
+    assert split_key([x, y]) == ([x, y], None)
+    assert split_key({"a": 1}) == ({"a": 1}, None)
+    assert Keyed(data(seed=2)).fingerprint != keyed.fingerprint == Keyed(data()).fingerprint
+    assert Keyed(data(seed=2))[3][-1] != keyed[3][-1] == Keyed(data())[3][-1]
+
+
+def test_samples_without_keys_are_refused_with_the_lines_that_add_them(tmp_path):
+    cache, _ = build(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"no sample keys(.|\n)*data = lightning_accel\.Keyed\(dataset\)"):
+        trainer(tmp_path, [Distillation(CONFIG, teacher=cache)]).fit(seeded(Plain), DataLoader(data(), batch_size=8))
+    with pytest.raises(ValueError, match=r"write data = Keyed\(dataset\), and train on data too"):
+        TeacherCache.build(tmp_path / "other", seeded(Perceptron), data(), CONFIG)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"A collate function of your own passes the key on: \{'sample_key'"):
+        build(tmp_path / "other", llama(), Sentences(), collate_fn=pad_without_key)
+
+
+def test_a_subset_keeps_the_keys_of_its_dataset(tmp_path):
+    cache, keyed = build(tmp_path / "cache")
+    part = DataLoader(Subset(keyed, [3, 5, 8, 13]), batch_size=2)
+    fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache)])
+    fit.fit(seeded(Plain), part)
+    assert fit.global_step == 4
+
+
+class Noisy:
+    """Augments at random."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return data()[i][0] + torch.randn(8), i % 3
+
+
+def test_random_augmentation_is_refused_unless_the_key_determines_it(tmp_path):
+    with pytest.raises(ValueError, match=r"two readings of sample 0 of the Noisy differ.*Keyed\(dataset, views=4\)"):
+        Keyed(Noisy())
+    keyed = Keyed(Noisy(), views=4)
+    assert len(keyed) == 48 and torch.equal(keyed[17][0], keyed[17][0])
+    assert not torch.equal(keyed[5][0], keyed[17][0]) and keyed[5][1] == keyed[17][1]
+    state = torch.get_rng_state()
+    _ = keyed[3]
+    assert torch.equal(torch.get_rng_state(), state)
+    teacher = seeded(Perceptron, seed=3).eval()
+    cache = TeacherCache.build(tmp_path, teacher, keyed, CONFIG, progress=False)
+    x, _, keys = next(iter(DataLoader(keyed, batch_size=48, shuffle=True)))
+    with torch.no_grad():
+        torch.testing.assert_close(cache.read(keys).logits.values, (teacher(x) / 2).log_softmax(-1).topk(2).values)
+
+
+def test_a_collate_function_that_draws_at_random_is_refused(tmp_path):
+    def mask(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = pad(samples)
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) < 0.5, 1)}
+
+    with pytest.raises(ValueError, match="the collate function gives another batch each time for the same sample"):
+        build(tmp_path, llama(), Sentences(), collate_fn=mask)
+
+
+def test_data_that_has_no_index_is_refused():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(data())
+
+    with pytest.raises(ValueError, match="a Stream has no length or no samples by index"):
+        Keyed(Stream())
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        Keyed([])
+    with pytest.raises(ValueError, match="views=0 must be at least 1"):
+        Keyed(data(), views=0)
+
+
+# --- a mismatch is an error -------------------------------------------------------------------------------------------
+
+
+def changed_teacher() -> nn.Module:
+    teacher = seeded(Perceptron, 24, dropout=0.5, seed=3)
+    teacher.first.weight.data[0, 0] += 1e-3
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": changed_teacher()}, r"another teacher \(its class or weights differ\)"),
+        ({"samples": data(seed=2)}, "built with other data"),
+        ({"samples": data(31)}, "built with other data"),
+        ({"config": DistillConfig(top_k=3)}, "built with top_k=2, not 3"),
+        ({"config": DistillConfig(top_k=2, temperature=3.0)}, r"temperature=2\.0, not 3\.0"),
+        ({"config": STATES}, r"hidden=\[\], not \['first'\]"),
+    ],
+    ids=["teacher", "data", "length", "top_k", "temperature", "hidden"],
+)
+def test_a_cache_of_something_else_is_not_built_upon(tmp_path, options, message):
+    build(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, **options)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_complete_cache_is_opened_without_asking_the_teacher(tmp_path):
+    class Counts(Perceptron):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counts.calls += 1
+            return super().forward(x)
+
+    for _ in range(2):
+        build(tmp_path, seeded(Counts, seed=3))
+        assert Counts.calls == 4
+
+
+def test_other_data_in_the_loader_is_an_error_and_never_another_samples_answer(tmp_path):
+    cache, keyed = build(tmp_path / "cache")
+    for other in (Keyed(data(seed=2)), Keyed(data(16))):
+        with pytest.raises(ValueError, match=r"the samples are not those that the cache .* was built with"):
+            fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache)])
+            fit.fit(seeded(Plain), DataLoader(other, batch_size=8))
+        with pytest.raises(ValueError, match=r"sample 2 is not the one that the cache .* was built with"):
+            cache.read(torch.tensor([keyed[0][-1], other[2][-1] + (1 << 40)]))
+    with pytest.raises(ValueError, match="sample 32 is not the one"):
+        cache.read(torch.tensor([Keyed(data(33))[32][-1]]))
+    assert cache.read(torch.tensor([keyed[0][-1]])).logits is not None
+
+
+def test_one_sample_that_has_changed_is_noticed_where_it_is_used(tmp_path):
+    cache, _ = build(tmp_path / "cache")
+    samples = [list(sample) for sample in data()]
+    keyed = Keyed([tuple(sample) for sample in samples])
+    changed = next(i for i in range(32) if i not in keyed.probes())
+    keyed.dataset[changed] = (samples[changed][0] + 1e-6, samples[changed][1])
+    with pytest.raises(ValueError, match=rf"sample {changed} is not the one that the cache"):
+        fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache)])
+        fit.fit(seeded(Plain), DataLoader(keyed, batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DistillConfig(top_k=3), r"built with top_k=2, the config says 3; write DistillConfig\(top_k=2\)"),
+        (DistillConfig(top_k=2, temperature=4.0), r"temperature=2\.0, the config says 4\.0"),
+        (DistillConfig(top_k=2, hidden={"second": "first"}), r"holds no states of \['first'\]"),
+        (DistillConfig(top_k=2, hidden="last"), r"write hidden=layer_map\(student, teacher, 'last'\)"),
+        (DistillConfig(top_k=2, attention="last"), "attention maps are not cached"),
+    ],
+)
+def test_what_the_cache_does_not_hold_is_refused_when_the_fit_begins(tmp_path, config, message):
+    cache, keyed = build(tmp_path / "cache")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, [Distillation(config, teacher=cache, student="model")]).fit(
+            seeded(Plain), DataLoader(keyed, batch_size=8)
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DistillConfig(), r"write DistillConfig\(top_k=32\)"),
+        (DistillConfig(top_k=2, hidden="uniform"), "a cache needs the names of the teacher's layers"),
+        (DistillConfig(top_k=2, attention="last"), "attention maps are not cached"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused_before_the_teacher_is_asked(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, config=config)
+
+
+def test_another_vocabulary_says_both_sizes(tmp_path):
+    cache, keyed = build(tmp_path / "cache", nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=r"\(8, 3\) and \(8, 5\).*there are 3 and 5"):
+        trainer(tmp_path, [Distillation(CONFIG, teacher=cache)]).fit(seeded(Plain), DataLoader(keyed, batch_size=8))
+
+
+def test_other_lengths_than_those_of_the_cache_are_an_error(tmp_path):
+    class Cuts(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step({name: value[:, 1:] for name, value in batch.items()}, batch_idx)
+
+    cache, keyed = build(tmp_path / "cache", llama(), Sentences(), collate_fn=pad)
+    with pytest.raises(ValueError, match=r"positions of logits for these samples, the student has .*another tokenizer"):
+        fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache, student="model")])
+        fit.fit(Cuts(llama()), DataLoader(keyed, batch_size=4, collate_fn=pad))
+
+
+def test_a_student_called_twice_has_no_single_answer(tmp_path):
+    class Twice(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1]) + self.model(-batch[0]).mean()
+
+    cache, keyed = build(tmp_path / "cache")
+    with pytest.raises(ValueError, match="calls the student 2 times, and a cache holds one answer a sample"):
+        trainer(tmp_path, [Distillation(CONFIG, teacher=cache)]).fit(seeded(Twice), DataLoader(keyed, batch_size=8))
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_distill_cache import *
+
+class Dies(Perceptron):
+    calls = 0
+    def forward(self, x):
+        Dies.calls += 1
+        if Dies.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+Dies.__name__ = "Perceptron"
+build({path!r}, seeded(Dies, 24, dropout=0.5, seed=3), config=STATES)
+"""
+
+
+def test_a_killed_build_continues_and_ends_with_the_same_bytes(tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(tmp_path / "killed"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    killed = tmp_path / "killed"
+    assert json.loads((killed / "cache.json").read_text())["complete"] is False
+    with pytest.raises(ValueError, match=r"is incomplete; write TeacherCache\.build\("):
+        TeacherCache(killed)
+    with open(killed / "logits.values", "ab") as file:
+        file.write(b"half a row")
+    calls: list[int] = []
+
+    class Counts(Perceptron):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    Counts.__name__ = "Perceptron"
+    build(killed, seeded(Counts, 24, dropout=0.5, seed=3), config=STATES)
+    assert sum(calls) in (16, 24)  # of 32; what was in the file's buffer when it was killed is asked again
+    build(tmp_path / "whole", config=STATES)
+    files = sorted(file.name for file in killed.iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert all((killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("name", ["keys", "logits.values", "logits.tail", "logits.lengths", "hidden1.values"])
+def test_a_truncated_cache_is_an_error(tmp_path, name):
+    build(tmp_path, config=STATES)
+    content = (tmp_path / name).read_bytes()
+    for damaged in (content[:-4], content + b"1234", b""):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name} has \d+ bytes, expected \d+: it is truncated or damaged"):
+            TeacherCache(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="has 0 bytes"):
+        build(tmp_path, config=STATES)
+
+
+def test_a_folder_without_a_cache_or_with_a_damaged_manifest_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no cache; write TeacherCache\.build\("):
+        TeacherCache(tmp_path)
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        TeacherCache(tmp_path)
+    (tmp_path / "cache.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+        TeacherCache(tmp_path)
+
+
+def test_a_full_disk_is_an_error_and_the_build_continues_afterwards(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written .*run the same line again: it continues") as caught:
+            build(tmp_path / "full", config=STATES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    cache, _ = build(tmp_path / "full", config=STATES)
+    build(tmp_path / "whole", config=STATES)
+    assert len(cache) == 32
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "full" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_cached_teacher_costs_no_forward_and_little_disk(tmp_path):
+    class Forwards(Callback):
+        count = 0
+
+    def count(*_: Any) -> None:
+        Forwards.count += 1
+
+    teacher = seeded(Perceptron, 24, seed=3)
+    cache, keyed = build(tmp_path / "cache", teacher)
+    teacher.register_forward_hook(count)
+    trainer(tmp_path, [Distillation(CONFIG, teacher=cache)]).fit(seeded(Plain), DataLoader(keyed, batch_size=8))
+    assert Forwards.count == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "cache").iterdir() if not file.name.endswith("json"))
+    assert size == 32 * (2 * 4 + 2 * 4 + 4 + 4 + 8)  # values, indices, tail, length, key
+
+
+def test_tensors_of_a_tensor_dataset_alone_get_a_key():
+    x, key = Keyed(TensorDataset(torch.zeros(3, 2)))[2]
+    assert x.shape == (2,) and key & 0xFFFFFFFF == 2
+    x, key = Keyed([torch.zeros(2), torch.ones(2)])[1]
+    assert x.tolist() == [1.0, 1.0]
+    assert split_key([x.unsqueeze(0), torch.tensor([key])])[0].shape == (1, 2)

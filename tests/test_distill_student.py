@@ -1,0 +1,213 @@
+"""Students cut out of their teachers, and which layer learns from which."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lightning_accel import layer_map, student_from
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import (
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+        WhisperConfig,
+        WhisperForConditionalGeneration,
+    )
+
+
+def whisper(encoder: int = 3, decoder: int = 4) -> Any:
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=97, d_model=32, encoder_layers=encoder, decoder_layers=decoder, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=30, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def distilbert() -> Any:
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=97, dim=32, hidden_dim=64, n_layers=4, n_heads=4)
+    return DistilBertForSequenceClassification(config).eval()
+
+
+def qwen() -> Any:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+IDS = {"input_ids": tiny.ids()}
+SOUND = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": tiny.ids()}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bert": (tiny.bert, 1, IDS),
+    "gpt2": (tiny.gpt2, [1], IDS),
+    "llama": (tiny.llama, [1], IDS),
+    "vit": (tiny.vit, 1, {"pixel_values": torch.randn(2, 3, 16, 16)}),
+    "distilbert": (distilbert, 2, IDS),
+    "qwen3": (qwen, 2, IDS),
+    "whisper": (whisper, {"decoder": 2}, SOUND),
+}
+
+
+@pytest.mark.parametrize("width", [None, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_is_saved_and_loaded_as_any_transformers_model(tmp_path, family, width):
+    make, layers, inputs = FAMILIES[family]
+    teacher = make()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = student_from(teacher, layers=layers, width=width)
+    student.save_pretrained(tmp_path)
+    again = type(teacher).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = student(**inputs).logits
+        assert logits.shape == teacher(**inputs).logits.shape and logits.isfinite().all()
+        assert torch.equal(again(**inputs).logits, logits)
+    assert type(student) is type(teacher) and not student.training and student.dtype == teacher.dtype
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    assert sizes[0] < (0.5 if width else 0.9) * sizes[1]
+    assert all(torch.equal(teacher.state_dict()[name], tensor) for name, tensor in before.items())
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+
+
+def test_all_layers_at_full_width_in_their_order_are_the_teacher():
+    for make, layers, inputs in ((tiny.llama, [0, 1], IDS), (whisper, {"decoder": [0, 1, 2, 3]}, SOUND)):
+        teacher = make()
+        student = student_from(teacher, layers=layers)
+        with torch.no_grad():
+            assert torch.equal(student(**inputs).logits, teacher(**inputs).logits)
+
+
+def test_layers_are_as_far_apart_as_they_can_be_or_those_that_are_named():
+    teacher = whisper(encoder=6, decoder=6)
+    for chosen, kept in ((1, [0]), (2, [0, 5]), (3, [0, 2, 5]), ([4, 1], [4, 1])):
+        student = student_from(teacher, layers={"decoder": chosen})
+        own, theirs = student.model.decoder.layers, teacher.model.decoder.layers
+        assert len(own) == len(kept) == student.config.decoder_layers and student.config.encoder_layers == 6
+        assert all(torch.equal(a.fc1.weight, theirs[i].fc1.weight) for a, i in zip(own, kept, strict=True))
+    both = student_from(teacher, layers={"encoder": 2, "decoder": [5]})
+    assert torch.equal(both.model.encoder.layers[1].fc2.weight, teacher.model.encoder.layers[5].fc2.weight)
+    assert (both.config.encoder_layers, both.config.num_hidden_layers, both.config.decoder_layers) == (2, 2, 1)
+
+
+def test_widths_are_cut_in_step_and_heads_stay_whole():
+    teacher = tiny.llama()
+    student = student_from(teacher, width=0.5)
+    config = student.config
+    assert (config.hidden_size, config.intermediate_size) == (16, 24)
+    assert (config.num_attention_heads, config.num_key_value_heads, student.model.layers[0].self_attn.head_dim) == (
+        2, 1, 8,
+    )  # fmt: skip
+    own, theirs = student.model.layers[1], teacher.model.layers[1]
+    assert torch.equal(own.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight[:8, :16])
+    assert torch.equal(own.mlp.down_proj.weight, theirs.mlp.down_proj.weight[:16, :24])
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_query_key_and_value_side_by_side_are_cut_each_on_its_own():
+    teacher = tiny.gpt2()
+    student = student_from(teacher, width=0.5)
+    own, theirs = student.transformer.h[0].attn.c_attn, teacher.transformer.h[0].attn.c_attn
+    for i in range(3):
+        assert torch.equal(own.weight[:, 16 * i : 16 * (i + 1)], theirs.weight[:16, 32 * i : 32 * i + 16])
+        assert torch.equal(own.bias[16 * i : 16 * (i + 1)], theirs.bias[32 * i : 32 * i + 16])
+
+
+def test_the_dtype_the_mode_and_how_it_generates_are_the_teachers():
+    teacher = tiny.llama().bfloat16().train()
+    teacher.generation_config.max_new_tokens = 7
+    state = torch.get_rng_state()
+    student = student_from(teacher, layers=1)
+    assert student.dtype == torch.bfloat16 and student.training and student.generation_config.max_new_tokens == 7
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (tiny.mlp, {"layers": 1}, "a Sequential has no config to make smaller; student_from takes transformers models"),
+        (tiny.bert, {}, "the student would be the teacher; write student_from"),
+        (tiny.bert, {"layers": 3}, "the teacher has 2 layers, 3 are asked for; write 1 to 2"),
+        (tiny.bert, {"layers": [0, 2]}, r"must be different indices of 2 layers, 0 to 1"),
+        (tiny.bert, {"layers": {"decoder": 1}}, r"does not fit a BertConfig; write layers=3"),
+        (whisper, {"layers": 2}, r"does not fit a WhisperConfig; write layers=\{'decoder': 2\}"),
+        (whisper, {"layers": {"middle": 2}}, r"layers has \['middle'\]"),
+        (tiny.bert, {"width": 1.5}, r"outside \(0, 1\]; write width=0\.5"),
+        (tiny.bert, {"width": 0.3}, r"width=0\.3 makes hidden_size=32 to 9\.6, and a size is whole"),
+    ],
+)
+def test_what_cannot_be_cut_says_why(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        student_from(make(), **options)
+
+
+def test_an_architecture_whose_widths_are_not_known_keeps_them():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0)
+    teacher = T5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="the widths of a T5Config are not known; give layers= alone"):
+        student_from(teacher, width=0.5)
+    student = student_from(teacher, layers={"decoder": [0, 2]})
+    assert torch.equal(
+        student.decoder.block[1].layer[2].DenseReluDense.wo.weight,
+        teacher.decoder.block[2].layer[2].DenseReluDense.wo.weight,
+    )
+
+
+# --- layer maps -------------------------------------------------------------------------------------------------------
+
+
+def encoder(layers: int) -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), layers)
+
+
+def test_layers_are_spread_or_are_the_last_ones():
+    def found(n: int, total: int, how: str) -> list[int]:
+        pairs = layer_map(encoder(n), encoder(total), how)
+        assert list(pairs) == [f"layers.{i}" for i in range(n)]
+        return [int(name.rpartition(".")[2]) for name in pairs.values()]
+
+    assert found(3, 6, "uniform") == [1, 3, 5] and found(3, 6, "last") == [3, 4, 5]
+    assert found(4, 6, "uniform") == [1, 2, 4, 5] and found(6, 6, "uniform") == list(range(6))
+    assert found(1, 12, "uniform") == [11]
+
+
+def test_each_side_of_an_encoder_decoder_is_mapped_on_its_own():
+    pairs = layer_map(whisper(2, 1), whisper(4, 3), "uniform")
+    assert pairs == {
+        "model.encoder.layers.0": "model.encoder.layers.1",
+        "model.encoder.layers.1": "model.encoder.layers.3",
+        "model.decoder.layers.0": "model.decoder.layers.2",
+    }
+
+
+def test_models_of_other_families_are_mapped_onto_each_other():
+    assert layer_map(tiny.gpt2(), tiny.llama(), "last") == {
+        "transformer.h.0": "model.layers.0",
+        "transformer.h.1": "model.layers.1",
+    }
+
+
+def test_maps_that_do_not_exist_say_what_there_is():
+    with pytest.raises(ValueError, match=r"0 in the Sequential and 1 in the TransformerEncoder; name the layers"):
+        layer_map(tiny.mlp(), encoder(2), "uniform")
+    with pytest.raises(ValueError, match=r"the student has 3 layers \(layers\.0, \.\.\.\), the teacher 2"):
+        layer_map(encoder(3), encoder(2), "last")
+    with pytest.raises(ValueError, match=r"the teacher, a TransformerEncoder, has no module 'layers\.7'.*layers\.0"):
+        layer_map(encoder(1), encoder(2), {"layers.0": "layers.7"})
+    with pytest.raises(ValueError, match=r"the student, a TransformerEncoder, has no module 'layer\.0'"):
+        layer_map(encoder(1), encoder(2), {"layer.0": "layers.1"})

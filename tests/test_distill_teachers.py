@@ -1,0 +1,439 @@
+"""Teachers in every form, and what remains of them after a fit: nothing (contract 9)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from helpers import Perceptron, Plain, assert_same, data, llama, loader, seeded, texts, trainer, weights
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from test_distill_student import whisper
+from torch import nn
+
+from lightning_accel import (
+    AccelModule,
+    Constant,
+    Cubic,
+    Distillation,
+    DistillConfig,
+    Export,
+    PruneConfig,
+    Pruning,
+    QuantConfig,
+    QuantizationAwareTraining,
+    distillation_loss,
+    export_model,
+    load,
+    pseudo_labels,
+    student_from,
+)
+from lightning_accel.artifact import load_weights
+from lightning_accel.quantize import unprepare_
+
+
+def fitted(path: Any, teacher: Any, config: DistillConfig | None = None, module: Any = None, **options: Any) -> Any:
+    """Weights after a fit with a teacher, and the trainer."""
+    module = module if module is not None else seeded(Plain)
+    distillation = Distillation(config, teacher=teacher, student="model", **options)
+    fit = trainer(path, [distillation])
+    fit.fit(module, loader())
+    return weights(module), fit
+
+
+class Lit(Plain):
+    """A LightningModule without a forward of its own, and hyper-parameters that its checkpoint holds."""
+
+    def __init__(self, hidden: int = 24) -> None:
+        super().__init__(Perceptron(hidden))
+        self.save_hyperparameters()
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_the_same_teacher_trains_the_same_weights(tmp_path):
+    lit = seeded(Lit, seed=3)
+    saver = trainer(tmp_path, [ModelCheckpoint(tmp_path)], max_epochs=1)
+    saver.fit(lit, loader())
+    saver.save_checkpoint(tmp_path / "teacher.ckpt")
+    expected, _ = fitted(tmp_path, lit.model)
+    assert_same(fitted(tmp_path, lit)[0], expected)
+    assert_same(fitted(tmp_path, str(tmp_path / "teacher.ckpt"), teacher_class=Lit)[0], expected)
+    compiled = torch.compile(lit.model, backend="eager")
+    assert_same(fitted(tmp_path, compiled)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hidden_states_of_a_compiled_teacher_are_those_of_the_plain_one(tmp_path):
+    torch.compiler.reset()
+    config = DistillConfig(hidden={"second": "first"}, hidden_loss="mse")
+    teacher = seeded(Perceptron, 24, seed=3)
+    expected, _ = fitted(tmp_path, teacher, config)
+    assert_same(fitted(tmp_path, torch.compile(teacher, backend="eager"), config)[0], expected)
+
+
+def test_an_artifact_teaches_what_its_model_teaches(tmp_path):
+    teacher = seeded(Perceptron, 24, seed=3).eval()
+    export_model(teacher, tmp_path / "artifact", example_inputs=(data(4)[:][0],), engines=("portable",), measure=False)
+    expected, _ = fitted(tmp_path, teacher)
+    for form in (str(tmp_path / "artifact"), load(tmp_path / "artifact")):
+        found, _ = fitted(tmp_path, form)
+        assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    with pytest.raises(ValueError, match=r"an artifact, .*, which has no modules to take \['first'\] from"):
+        fitted(tmp_path, load(tmp_path / "artifact"), DistillConfig(hidden={"first": "first"}))
+
+
+def test_an_artifact_of_a_causal_model_teaches_on_padded_batches(tmp_path, decoder):
+    batch = {"input_ids": tiny.ids(4), "attention_mask": torch.ones(4, 10, dtype=torch.long)}
+    batch["attention_mask"][:, 7:] = 0
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    student = tiny.llama(seed=1)
+    with torch.no_grad():
+        inputs = batch["input_ids"], batch["attention_mask"]
+        expected = distillation_loss(student(*inputs).logits[:, :6], load(decoder)(*inputs)[:, :6], 2.0)
+    fit = trainer(tmp_path, [Distillation(teacher=str(decoder), student="model")], max_steps=1)
+    fit.fit(AccelModule(student), torch.utils.data.DataLoader([batch], batch_size=None))
+    assert float(fit.callback_metrics["accel/distillation/teacher_loss"]) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_folder_of_a_transformers_model_is_loaded_with_the_maps_that_are_asked_for(tmp_path):
+    teacher = llama(hidden_size=64)
+    teacher.save_pretrained(tmp_path / "teacher")
+    student = llama()
+    student.set_attn_implementation("eager")
+    config = DistillConfig(attention="last", hidden="last")
+    fit = trainer(tmp_path, [Distillation(config, teacher=str(tmp_path / "teacher"), student="model")], max_steps=1)
+    fit.fit(AccelModule(student), texts())
+    with torch.no_grad():
+        ids = next(iter(texts()))["input_ids"]
+        logits = llama()(ids).logits[:, :-1], teacher.eval()(ids).logits[:, :-1]
+    found = fit.callback_metrics
+    assert float(found["accel/distillation/teacher_loss"]) == pytest.approx(
+        distillation_loss(*logits, 2.0).item(), rel=1e-4
+    )
+    assert found["accel/distillation/attention_loss"] > 0 and found["accel/distillation/hidden_loss"] > 0
+
+
+@pytest.mark.parametrize("where", ["nowhere/at/all", "empty"])
+def test_a_teacher_that_is_not_there_says_what_there_may_be(tmp_path, monkeypatch, where):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"a module, the folder or name of a transformers model, the folder of an art"):
+        fitted(tmp_path, str(tmp_path / where))
+
+
+def test_a_checkpoint_without_its_class_or_its_arguments_says_what_to_write(tmp_path):
+    module = seeded(Plain)
+    saver = trainer(tmp_path, max_epochs=1)
+    saver.fit(AccelModule(module.model), loader())
+    path = str(tmp_path / "teacher.ckpt")
+    saver.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"does not say of which class.*teacher_class=MyLightningModule"):
+        fitted(tmp_path, path)
+    with pytest.raises(ValueError, match=r"AccelModule needs arguments .*teacher = AccelModule\(\.\.\.\)"):
+        fitted(tmp_path, path, teacher_class=AccelModule)
+
+
+def test_a_lightning_module_with_several_networks_asks_which(tmp_path):
+    class Two(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = self.model, Perceptron()
+            del self.model
+
+    with pytest.raises(ValueError, match=r"has no forward\(\), and its network is one of \['one', 'other'\]; write"):
+        fitted(tmp_path, seeded(Two))
+
+
+# --- its own former self ----------------------------------------------------------------------------------------------
+
+
+def with_self(path: Any, order: int = 0, seed: int = 0, resume: str | None = None, epochs: int = 3) -> Any:
+    """A fit that prunes from step 3 and quantizes from step 6 on, and learns from itself as it was before both."""
+    found = [
+        Distillation(DistillConfig(hidden={"second": "second"}), teacher="self", student="model"),
+        Pruning(PruneConfig("unstructured", amount=0.5), Constant(3), module="model", every=1),
+        QuantizationAwareTraining(QuantConfig("int8"), begin=6, module="model"),
+    ]
+    found = found[order:] + found[:order]
+    module = seeded(Plain, seeded(Perceptron, dropout=0.1), seed=seed)
+    torch.manual_seed(seed)
+    fit = trainer(path, [*found, ModelCheckpoint(path, "{epoch}", save_top_k=-1), Keep()], max_epochs=epochs)
+    fit.fit(module, loader(shuffle=True), ckpt_path=resume)
+    return module, fit
+
+
+class Keep(Callback):
+    """The weights before each step, and whether a teacher was there in it."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, torch.Tensor]] = []
+        self.taught: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.before.append(weights(pl_module.model))
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.taught.append("accel/distillation/teacher_loss" in trainer.callback_metrics)
+
+
+def distillation_of(fit: Any) -> Distillation:
+    return next(c for c in fit.callbacks if isinstance(c, Distillation))
+
+
+def test_self_is_the_student_as_it_was_before_its_first_mask(tmp_path):
+    _, fit = with_self(tmp_path)
+    keep = next(c for c in fit.callbacks if isinstance(c, Keep))
+    assert keep.taught == [False] * 2 + [True] * 10  # masks come with the end of the step that makes it 3
+    former = distillation_of(fit)._former
+    assert_same(dict(former), keep.before[2])
+    assert not any((t == 0).float().mean() > 0.1 for t in former.values())
+
+
+def test_self_does_not_depend_on_the_order_of_the_callbacks(tmp_path):
+    expected = weights(with_self(tmp_path / "0")[0])
+    for order in (1, 2):
+        assert_same(weights(with_self(tmp_path / str(order), order)[0]), expected)
+
+
+def test_self_resumes_bitwise_before_and_after_it_was_kept(tmp_path):
+    module, fit = with_self(tmp_path / "whole", epochs=4)
+    for epoch in (0, 1, 2):
+        again, resumed = with_self(tmp_path / "again", 0, 9, str(tmp_path / "whole" / f"epoch={epoch}.ckpt"), epochs=4)
+        assert_same(weights(again), weights(module))
+        assert_same(dict(distillation_of(resumed)._former), dict(distillation_of(fit)._former))
+
+
+def test_self_with_quantization_alone_is_the_float_student(tmp_path):
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 6:
+                live = distillation_of(trainer)._live
+                plain = copy.deepcopy(unprepare_(copy.deepcopy(pl_module.model)))
+                plain.load_state_dict(live.model.state_dict())
+                x = data(8)[:][0]
+                self.same = torch.equal(live((x,), {}).logits, plain.eval()(x))
+                self.types = {type(m).__name__ for m in live.model.modules()}
+                self.hooks = sum(len(m._forward_hooks) for m in live.model.modules())
+
+    ask = Ask()
+    qat = QuantizationAwareTraining(begin=4, module="model")
+    fit = trainer(tmp_path, [qat, Distillation(teacher="self", student="model"), ask])
+    fit.fit(seeded(Plain), loader())
+    assert ask.same and ask.types == {"Perceptron", "Linear", "Dropout"} and ask.hooks == 0
+
+
+def test_self_needs_something_that_begins_and_a_name(tmp_path):
+    with pytest.raises(ValueError, match="neither is in this fit; add Pruning or QuantizationAwareTraining"):
+        fitted(tmp_path, "self")
+
+
+# --- a guest ----------------------------------------------------------------------------------------------------------
+
+
+class Normalized(Perceptron):
+    """With dropout and batch normalization, in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__(77, dropout=0.5)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(x))
+
+
+CONFIG = DistillConfig(hidden={"second": "first"})
+
+
+def test_a_teacher_that_is_put_into_train_mode_before_every_step_answers_the_same(tmp_path):
+    class Trains(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            teacher.train()
+
+    teacher = seeded(Normalized, seed=3)
+    running = {name: t.clone() for name, t in teacher.state_dict().items()}
+    calm, _ = fitted(tmp_path, copy.deepcopy(teacher).eval(), CONFIG)
+    module = seeded(Plain)
+    trainer(tmp_path, [Trains(), Distillation(CONFIG, teacher=teacher, student="model")]).fit(module, loader())
+    assert_same(weights(module), calm)
+    assert_same(weights(teacher), running)
+    assert int(teacher.norm.num_batches_tracked) == 0
+
+
+def test_the_teacher_is_in_no_count_copy_state_or_gradient(tmp_path):
+    class Looks(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            theirs = {id(p) for p in teacher.parameters()}
+            assert not theirs & {id(p) for p in pl_module.parameters()}
+            assert not theirs & {id(p) for group in optimizer.param_groups for p in group["params"]}
+            assert all(p.grad is None for p in teacher.parameters())
+            self.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            self.averaged = sum(p.numel() for p in ema._average_model.parameters())
+            self.keys = [k for k in pl_module.state_dict() if "teacher" in k or "norm" in k]
+
+    teacher, module, looks, ema = seeded(Normalized, seed=3), seeded(Plain), Looks(), EMAWeightAveraging(decay=0.5)
+    own = sum(p.numel() for p in module.parameters())
+    distillation = Distillation(CONFIG, teacher=teacher, student="model")
+    trainer(tmp_path, [looks, distillation, ema]).fit(module, loader())
+    assert looks.trainable == looks.averaged == own and looks.keys == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_comes_back_after_the_fit(tmp_path, fails):
+    llama(hidden_size=64).save_pretrained(tmp_path / "teacher")
+    seen: list[Any] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if not seen:
+                seen.append(weakref.ref(distillation._live.model))
+
+    class Text(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if fails and batch_idx == 1:
+                raise RuntimeError("as the test wants it")
+            return super().training_step(batch, batch_idx)
+
+    config = DistillConfig(hidden="last")
+    distillation = Distillation(config, teacher=str(tmp_path / "teacher"), student="model")
+    fit, module = trainer(tmp_path, [distillation, Watch()]), Text(llama())
+    try:
+        fit.fit(module, texts())
+    except RuntimeError as error:
+        assert fails and str(error) == "as the test wants it"
+    gc.collect()
+    assert seen[0]() is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_a_teacher_comes_back_with_its_hooks_its_device_and_its_gradients_wishes(tmp_path):
+    teacher = seeded(Normalized, seed=3)
+    called: list[int] = []
+    teacher.register_forward_hook(lambda *_: called.append(1))
+    teacher.first.requires_grad_(False)
+    fitted(tmp_path, teacher, CONFIG)
+    assert len(called) == 8 and len(teacher._forward_hooks) == 1
+    assert not teacher.first._forward_hooks and not teacher.first.weight.requires_grad
+    assert teacher.second.weight.requires_grad and {p.device.type for p in teacher.parameters()} == {"cpu"}
+
+
+def test_the_teacher_runs_in_the_students_autocast(tmp_path):
+    class Sees(Perceptron):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.is_autocast_enabled("cpu"), super().forward(x).dtype))
+            return super().forward(x)
+
+    seen: list[Any] = []
+    distillation = Distillation(teacher=seeded(Sees, seed=3))
+    trainer(tmp_path, [distillation], precision="bf16-mixed", max_steps=2).fit(seeded(Plain), loader())
+    assert seen == [(True, torch.bfloat16)] * 2
+
+
+def test_gradient_accumulation_weighs_the_teacher_as_one_batch(tmp_path):
+    found = []
+    for batch, accumulate in ((16, 1), (8, 2)):
+        module = seeded(Plain, optimizer="sgd")
+        distillation = Distillation(CONFIG, teacher=seeded(Perceptron, 24, seed=3), student="model")
+        fit = trainer(tmp_path, [distillation], accumulate_grad_batches=accumulate)
+        fit.fit(module, loader(batch=batch))
+        found.append(weights(module))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_validate_test_and_predict_never_load_or_ask_a_teacher(tmp_path):
+    class Predicts(Plain):
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.model(batch[0])
+
+    module = seeded(Predicts)
+    fit = trainer(tmp_path, [Distillation(CONFIG, teacher="there/is/none", student="model")])
+    alone = trainer(tmp_path).validate(module, loader(16), verbose=False)
+    assert fit.validate(module, loader(16), verbose=False) == alone
+    fit.test(module, loader(16), verbose=False)
+    assert len(fit.predict(module, loader(16))) == 2
+
+
+def test_pruning_quantization_and_distillation_of_layers_are_one_fit_with_one_artifact(tmp_path):
+    def fit(backwards: bool) -> dict[str, torch.Tensor]:
+        module = seeded(Plain)
+        callbacks = [
+            Distillation(CONFIG, teacher=seeded(Perceptron, 77, seed=3), student="model"),
+            Pruning(PruneConfig("neurons", amount=0.5), Cubic(0.1, 0.6), module="model", every=1),
+            QuantizationAwareTraining(begin=0.6, module="model"),
+            Export(tmp_path / "model", module="model", engines=("portable",), measure=False),
+        ]
+        trainer(tmp_path, callbacks[::-1] if backwards else callbacks).fit(module, loader())
+        return weights(module)
+
+    assert_same(fit(False), fit(True))
+    assert not [t for t in load_weights(tmp_path / "model" / "weights.safetensors").values() if 77 in t.shape]
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+
+class Speech(AccelModule):
+    """A user's step, which gives labels to a transformers model."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.model(**batch).loss
+
+
+def speech() -> dict[str, torch.Tensor]:
+    labels = tiny.ids(2, 6)
+    labels[1, 4:] = -100
+    return {"input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)), "labels": labels}
+
+
+def test_an_encoder_decoder_is_distilled_teacher_forced_on_its_labels(tmp_path):
+    teacher = whisper()
+    student = student_from(teacher, layers={"decoder": 2})
+    batch = speech()
+    with torch.no_grad():
+        logits = [model(**batch).logits for model in (student, teacher)]
+        expected = distillation_loss(*logits, 2.0, batch["labels"] != -100)
+    config = DistillConfig(hidden={"model.decoder.layers.1": "model.decoder.layers.3"}, hidden_loss="mse")
+    fit = trainer(tmp_path, [Distillation(config, teacher=teacher, student="model")], max_steps=1)
+    fit.fit(Speech(student.train()), torch.utils.data.DataLoader([batch], batch_size=None))
+    found = fit.callback_metrics
+    assert float(found["accel/distillation/teacher_loss"]) == pytest.approx(expected.item(), rel=1e-4)
+    assert found["accel/distillation/hidden_loss"] > 0
+
+
+def test_pseudo_labels_are_what_the_teacher_generates_without_prompt_start_and_padding():
+    teacher = whisper()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = pseudo_labels(teacher, [speech()], max_new_tokens=5, do_sample=False)
+        ids = teacher.generate(input_features=speech()["input_features"], max_new_tokens=5, do_sample=False)
+    assert len(found) == 2
+    for row, whole in zip(found, ids, strict=True):
+        assert whole.tolist()[-len(row) :] == row.tolist() or 2 in whole.tolist()
+    causal = tiny.llama()
+    causal.train()
+    prompts = {"input_ids": tiny.ids(2, 4), "labels": tiny.ids(2, 4)}
+    prompts["attention_mask"] = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    found = pseudo_labels(causal, [prompts, prompts], max_new_tokens=5, do_sample=False)
+    assert causal.training and len(found) == 4
+    whole = causal.eval().generate(prompts["input_ids"], attention_mask=prompts["attention_mask"], max_new_tokens=5)
+    for row, ids in zip(found[:2], whole, strict=True):
+        assert row.tolist() == ids[4 : 4 + len(row)].tolist()
+        assert len(row) == 5 or row[-1] == 2
+
+
+def test_an_artifact_makes_pseudo_labels_too(decoder):
+    found = pseudo_labels(load(decoder), [{"input_ids": tiny.ids(2, 4)}], max_new_tokens=3)
+    assert [row.tolist() for row in found] == load(decoder).generate(tiny.ids(2, 4), 3).tolist()
+
+
+def test_what_cannot_generate_is_refused():
+    with pytest.raises(ValueError, match=r"a Sequential, has no generate\(\)"):
+        pseudo_labels(tiny.mlp(), [])
+    with pytest.raises(ValueError, match=r"tokenizer\.padding_side = 'left'"):
+        pseudo_labels(tiny.llama(), [{"input_ids": tiny.ids(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])}])
