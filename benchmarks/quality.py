@@ -95,14 +95,18 @@ def run(cell: Cell, task: Task, settings: Settings, data: Data, out: Path) -> di
 
 def fit(model: nn.Module, settings: Settings, data: Data, seed: int, *callbacks: pl.Callback) -> None:
     """Plain Lightning over the batches of the seed, with whatever callbacks are given; trains `model` itself."""
+    fit_on(model, settings, DataLoader(data.train(seed), batch_size=None), seed, *callbacks)
+
+
+def fit_on(model: nn.Module, settings: Settings, loader: DataLoader, seed: int, *callbacks: pl.Callback) -> None:
+    """The same over the batches of a loader."""
     pl.seed_everything(seed, verbose=False)
-    batches = data.train(seed)
     model.train()  # Lightning leaves the mode as it is
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", precision=settings.precision, gradient_clip_val=1.0,
                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
                          enable_model_summary=False, callbacks=list(callbacks))
-    trainer.fit(AccelModule(model, lr=settings.lr), DataLoader(batches, batch_size=None))
-    assert trainer.global_step == len(batches)
+    trainer.fit(AccelModule(model, lr=settings.lr), loader)
+    assert trainer.global_step == len(loader)
 
 
 def covered(model: nn.Module, scheme: str, settings: Settings, data: Data) -> dict[str, Any]:

@@ -96,31 +96,55 @@ LENGTH = 48  # tokens of a gloss at most
 POOL = 32  # batches that are sorted by length together, so that little is padding
 
 
-def load_glosses(settings: Settings) -> Data:
+Gloss = dict[str, Any]  # input_ids, a list, and its class as labels
+
+
+def gloss_examples(settings: Settings) -> list[list[Gloss]]:
+    """Training, validation and test examples."""
     from real_models import minilm_tokenizer
 
     texts, classes = real_data.glosses()
     tokenizer = minilm_tokenizer()
     tokenizer.enable_truncation(LENGTH)
-    train, validation, test = shuffled(len(texts), settings)
-    ids = {i: e.ids for part in (train, validation, test)
-           for i, e in zip(part, tokenizer.encode_batch([texts[i] for i in part]), strict=True)}
+    return [
+        [{"input_ids": e.ids, "labels": classes[i]}
+         for i, e in zip(part, tokenizer.encode_batch([texts[i] for i in part]), strict=True)]
+        for part in shuffled(len(texts), settings)
+    ]
 
-    def batches(part: list[int], size: int) -> list[Batch]:
-        return [pad([ids[i] for i in part[k : k + size]], [classes[i] for i in part[k : k + size]])
-                for k in range(0, len(part), size)]
+
+def pools(glosses: list[Gloss], seed: int, settings: Settings) -> list[list[int]]:
+    """Batches of indices for all epochs, in order: examples of about one length together."""
+    draw, found = random.Random(seed), []
+    for _ in range(settings.epochs):
+        order = draw.sample(range(len(glosses)), len(glosses))
+        size, many = settings.batch, POOL * settings.batch
+        sorted_ = [sorted(order[i : i + many], key=lambda i: len(glosses[i]["input_ids"]))
+                   for i in range(0, len(order), many)]
+        made = [pool[k : k + size] for pool in sorted_ for k in range(0, len(pool), size)]
+        found += draw.sample(made, len(made))
+    return found
+
+
+def collate(glosses: list[Gloss]) -> Batch:
+    """A padded batch, with the keys of the examples where they have some."""
+    batch = pad([g["input_ids"] for g in glosses], [g["labels"] for g in glosses])
+    if "sample_key" in glosses[0]:
+        batch["sample_key"] = torch.tensor([g["sample_key"] for g in glosses])
+    return batch
+
+
+def load_glosses(settings: Settings) -> Data:
+    train, *held_out = gloss_examples(settings)
+
+    def batches(part: list[Gloss]) -> list[Batch]:
+        part = sorted(part, key=lambda g: len(g["input_ids"]))
+        return [collate(part[k : k + 128]) for k in range(0, len(part), 128)]
 
     def epochs(seed: int) -> list[Batch]:
-        draw, found = random.Random(seed), []
-        for _ in range(settings.epochs):
-            order = draw.sample(train, len(train))
-            pools = [order[i : i + POOL * settings.batch] for i in range(0, len(order), POOL * settings.batch)]
-            made = [b for pool in pools for b in batches(sorted(pool, key=lambda i: len(ids[i])), settings.batch)]
-            found += draw.sample(made, len(made))
-        return found
+        return [collate([train[i] for i in some]) for some in pools(train, seed, settings)]
 
-    held_out = [batches(sorted(part, key=lambda i: len(ids[i])), 128) for part in (validation, test)]
-    return Data(epochs, *held_out)
+    return Data(epochs, *map(batches, held_out))
 
 
 def pad(rows: list[list[int]], labels: list[int]) -> dict[str, Tensor]:

@@ -128,6 +128,16 @@ def test_query_key_and_value_side_by_side_are_cut_each_on_its_own():
         assert torch.equal(own.bias[16 * i : 16 * (i + 1)], theirs.bias[32 * i : 32 * i + 16])
 
 
+def test_a_part_that_the_teacher_was_built_without_is_not_in_the_student():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    teacher = BertModel(config, add_pooling_layer=False)
+    student = student_from(teacher, layers=1)
+    assert student.pooler is None and student.config.num_hidden_layers == 1
+    assert student(torch.ones(1, 3, dtype=torch.long)).last_hidden_state.shape == (1, 3, 16)
+
+
 def test_the_dtype_the_mode_and_how_it_generates_are_the_teachers():
     teacher = tiny.llama().bfloat16().train()
     teacher.generation_config.max_new_tokens = 7

@@ -72,6 +72,9 @@ def student_from(teacher: Any, layers: Chosen | Mapping[str, Chosen] | None = No
         _scale_widths(config, width)
     with torch.random.fork_rng(devices=[]):
         student = type(teacher)._from_config(config, attn_implementation=config._attn_implementation)
+    for name, _ in list(student.named_children()):  # parts that were left out, as by add_pooling_layer=False
+        if getattr(teacher, name) is None:
+            setattr(student, name, None)
     student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
     _copy_weights(student, teacher, kept)
     if getattr(teacher, "generation_config", None) is not None:

@@ -113,8 +113,7 @@ class LiveTeacher:
 
     def _ask_artifact(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         assert isinstance(self.model, LoadedModel)
-        entry = self.model.entry
-        known = {"input_ids", "attention_mask"} if entry["cache"] else {spec["name"] for spec in entry["inputs"]}
+        known = self.model.input_names
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
         given = {name: value for name, value in kwargs.items() if name in known and value is not None}
