@@ -78,6 +78,11 @@ class Cache:
         self.lengths_B = self.lengths_B + valid_BT.sum(1)
         return logits_BKV
 
+    def reorder(self, rows: Tensor) -> None:
+        """Puts the keys and values of `rows` [B] in the place of the rows that were there; sources stay."""
+        self.tensors = [tensor.index_select(0, rows) for tensor in self.tensors]
+        self.ids_BS, self.mask_BS, self.lengths_B = self.ids_BS[rows], self.mask_BS[rows], self.lengths_B[rows]
+
     def check_room(self, new: int) -> None:
         """Raises ValueError unless `new` more tokens a row fit."""
         if self.filled + new > self.capacity:
@@ -210,6 +215,8 @@ def generate_seq2seq(
     stop: Sequence[int] | None = None,
     pad: int = 0,
     stream: bool = False,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Tensor | Iterator[Tensor]:
     """Answers to sources, such as translations; as `generate`, but for the prompt.
 
@@ -217,6 +224,8 @@ def generate_seq2seq(
         source: the encoder's inputs by name.
         decoder_input_ids: [batch, length], or one list for all rows: how each answer begins; by default the model's own
             first token.
+        num_beams: above 1, beam search: the likeliest whole answers that so many beams find.
+        length_penalty: of beam search; an answer's score is its log-probability over length ** length_penalty.
 
     Returns:
         [batch, new] the new token ids, without `decoder_input_ids`.
@@ -229,20 +238,35 @@ def generate_seq2seq(
         begin = torch.tensor(begin, dtype=torch.int64).expand(len(next(iter(source.values()))), -1)
     ids_BT, valid_BT = _prompt(model, begin, None)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    cache = read_source(model, source, ids_BT, ids_BT.shape[1] + max_new_tokens - 1)
+    if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
+        raise ValueError(f"num_beams={num_beams!r} must be an int of at least 1")
+    if num_beams > 1 and (stream or temperature > 0):
+        raise ValueError("beam search is neither drawn nor streamed; write num_beams=1 with temperature or stream")
+    cache = read_source(model, source, ids_BT, ids_BT.shape[1] + max_new_tokens - 1, num_beams)
+    if num_beams > 1:
+        from .beams import beam_search
+
+        return beam_search(
+            cache, ids_BT, max_new_tokens, num_beams, length_penalty, stops, pad,
+            lambda log_BV, index: _process(cache, log_BV, index, repetition_penalty),
+        )  # fmt: skip
     steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, stops, pad)
     return steps if stream else torch.stack(list(steps), 1)
 
 
-def read_source(model: LoadedSeq2Seq, source: Mapping[str, Tensor], ids_BT: Tensor, capacity: int) -> Cache:
-    """An empty cache with the keys and values that the encoder makes of the source."""
+def read_source(
+    model: LoadedSeq2Seq, source: Mapping[str, Tensor], ids_BT: Tensor, capacity: int, beams: int = 1
+) -> Cache:
+    """An empty cache with the keys and values that the encoder makes of the source, `beams` rows for each."""
     cross = list(model.encoder(**source))
     batch, length = cross[0].shape[:2]
     if batch != len(ids_BT):
         raise ValueError(f"decoder_input_ids has {len(ids_BT)} rows, the source {batch}")
     mask = source.get("attention_mask")
     seen = mask.bool() if mask is not None and mask.shape == (batch, length) else torch.ones(batch, length).bool()
-    return Cache(model, batch, capacity, cross, seen)
+    if beams > 1:
+        cross, seen = [tensor.repeat_interleave(beams, 0) for tensor in cross], seen.repeat_interleave(beams, 0)
+    return Cache(model, batch * beams, capacity, cross, seen)
 
 
 def _decode(
@@ -260,14 +284,8 @@ def _decode(
     logits_BV = cache.step(ids_BT, valid_BT, last_B1)[:, 0]
     cache.unread_BT = torch.zeros(batch, 1, dtype=torch.int64)
     stops = torch.tensor(stop, dtype=torch.int64)
-    never = torch.tensor(cache.model.entry["cache"].get("suppress", ()), dtype=torch.int64)
-    not_first = torch.tensor(cache.model.entry["cache"].get("suppress_first", ()), dtype=torch.int64)
     for index in range(count):
-        if sampling.repetition_penalty != 1.0:
-            logits_BV = _penalize(logits_BV, cache.ids_BS, cache.mask_BS, sampling.repetition_penalty)
-        barred = torch.cat([never, not_first]) if index == 0 else never
-        if len(barred):
-            logits_BV = logits_BV.index_fill(1, barred, -torch.inf)
+        logits_BV = _process(cache, logits_BV, index, sampling.repetition_penalty)
         chosen_B = _choose(logits_BV, sampling, generator)
         cache.unread_BT = torch.where(running_B[:, None], chosen_B[:, None], cache.unread_BT)
         yield torch.where(running_B, chosen_B, pad)
@@ -277,6 +295,15 @@ def _decode(
             return
         first_B1 = torch.zeros(batch, 1, dtype=torch.int64)
         logits_BV = cache.step(cache.unread_BT, running_B[:, None], first_B1)[:, 0]  # a stopped row reads padding
+
+
+def _process(cache: Cache, logits_BV: Tensor, index: int, penalty: float) -> Tensor:
+    """Logits of new token `index` after the repetition penalty, without the tokens that the model never writes."""
+    if penalty != 1.0:
+        logits_BV = _penalize(logits_BV, cache.ids_BS, cache.mask_BS, penalty)
+    spec = cache.model.entry["cache"]
+    barred = [*spec.get("suppress", ()), *(spec.get("suppress_first", ()) if index == 0 else ())]
+    return logits_BV.index_fill(1, torch.tensor(barred), -torch.inf) if barred else logits_BV
 
 
 def _penalize(logits_BV: Tensor, ids_BS: Tensor, mask_BS: Tensor, penalty: float) -> Tensor:

@@ -138,6 +138,26 @@ def test_an_answer_begins_as_told_and_is_streamed(pair: tuple[str, Any, LoadedSe
     assert ended[ended >= 0].tolist() == tokens[0, : tokens[0].tolist().index(stop) + 1].tolist()
 
 
+@pytest.mark.parametrize("length_penalty", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beam_search_finds_what_transformers_finds(
+    pair: tuple[str, Any, LoadedSeq2Seq], beams: int, length_penalty: float
+) -> None:
+    name, model, ours = pair
+    given, lengths = source(name), set()
+    for end in (int(theirs(model, given)[0, 3]), 2):  # a token that comes soon, and one that may not
+        model.generation_config.eos_token_id = end
+        options = {"num_beams": beams, "length_penalty": length_penalty, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            expected = model.generate(**given, max_new_tokens=20, **options)
+        begins = expected.shape[1] > 20 or bool((expected[:, 0] == 1).all())  # Whisper's own leaves the start out
+        tokens = ours.generate(**given, max_new_tokens=20, stop=(end,), num_beams=beams, length_penalty=length_penalty)
+        assert torch.equal(tokens, expected[:, 1:] if begins else expected)
+        lengths.add(tokens.shape[1])
+    model.generation_config.eos_token_id = None
+    assert 20 in lengths
+
+
 # --- smaller, and in integers -----------------------------------------------------------------------------------------
 
 
@@ -198,6 +218,9 @@ def test_bad_inputs_say_what_to_write(pair: tuple[str, Any, LoadedSeq2Seq]) -> N
         ours.generate(**given, decoder_input_ids=torch.ones(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="outside the vocabulary of 97"):
         ours.generate(**given, decoder_input_ids=[1, VOCABULARY])
+    for wrong, message in (({"num_beams": 0}, "num_beams=0 must"), ({"num_beams": 2, "stream": True}, "nor streamed")):
+        with pytest.raises(ValueError, match=message):
+            ours.generate(**given, **wrong)
     with pytest.raises(ValueError, match="answers one source at a time"):
         ours.new_cache(capacity=10)
     if name in ("bart", "marian"):
