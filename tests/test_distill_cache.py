@@ -14,11 +14,21 @@ import pytest
 import torch
 from helpers import Perceptron, Plain, assert_same, data, llama, seeded, trainer, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from test_distill_student import whisper
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_accel import AccelModule, AutoMixedPrecision, Distillation, DistillConfig, Export, Keyed, TeacherCache
+from lightning_accel import (
+    AccelModule,
+    AutoMixedPrecision,
+    Distillation,
+    DistillConfig,
+    Export,
+    Keyed,
+    TeacherCache,
+    student_from,
+)
 from lightning_accel.distill import split_key
 from lightning_accel.distill.keyed import is_key
 
@@ -106,6 +116,29 @@ def test_variable_lengths_padded_on_either_side_give_the_live_loss(tmp_path):
     with pytest.raises(ValueError, match="the DataLoader's collate_fn gives other inputs"):
         short = DataLoader(keyed, batch_size=4, collate_fn=lambda s: {**pad(s), "labels": pad(s)["input_ids"] + 1})
         left.fit(AccelModule(llama()), short)
+
+
+def test_an_encoder_decoder_is_cached_teacher_forced_on_its_labels(tmp_path):
+    class Speech(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.model(**batch).loss
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, 97, (4, 6), generator=generator)
+    labels[1, 4:] = labels[3, 2:] = -100
+    sounds = torch.randn(4, 8, 40, generator=generator)
+    samples = [{"input_features": x, "labels": y} for x, y in zip(sounds, labels, strict=True)]
+    config = DistillConfig(top_k=4, hidden={"model.decoder.layers.1": "model.decoder.layers.3"})
+    teacher = whisper()
+    cache, keyed = build(tmp_path / "cache", teacher, samples, config, batch_size=2)
+    found = []
+    for source in (teacher, cache):
+        module = Speech(student_from(teacher, layers={"decoder": 2}).train())
+        fit = trainer(tmp_path, [Distillation(config, teacher=source, student="model")])
+        fit.fit(module, DataLoader(keyed, batch_size=2))
+        found.append(weights(module))
+    assert_same(*found)
+    assert cache.read(torch.tensor([keyed[1]["sample_key"]])).lengths[""].tolist() == [4]
 
 
 def test_a_sample_is_read_by_its_key_whatever_its_place(tmp_path):
