@@ -14,11 +14,22 @@ import pytest
 import torch
 from helpers import Perceptron, Plain, assert_same, data, llama, seeded, trainer, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from test_distill_student import whisper
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from transformers import BatchEncoding
 
-from lightning_accel import AccelModule, AutoMixedPrecision, Distillation, DistillConfig, Export, Keyed, TeacherCache
+from lightning_accel import (
+    AccelModule,
+    AutoMixedPrecision,
+    Distillation,
+    DistillConfig,
+    Export,
+    Keyed,
+    TeacherCache,
+    student_from,
+)
 from lightning_accel.distill import split_key
 from lightning_accel.distill.keyed import is_key
 
@@ -108,6 +119,29 @@ def test_variable_lengths_padded_on_either_side_give_the_live_loss(tmp_path):
         left.fit(AccelModule(llama()), short)
 
 
+def test_an_encoder_decoder_is_cached_teacher_forced_on_its_labels(tmp_path):
+    class Speech(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.model(**batch).loss
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, 97, (4, 6), generator=generator)
+    labels[1, 4:] = labels[3, 2:] = -100
+    sounds = torch.randn(4, 8, 40, generator=generator)
+    samples = [{"input_features": x, "labels": y} for x, y in zip(sounds, labels, strict=True)]
+    config = DistillConfig(top_k=4, hidden={"model.decoder.layers.1": "model.decoder.layers.3"})
+    teacher = whisper()
+    cache, keyed = build(tmp_path / "cache", teacher, samples, config, batch_size=2)
+    found = []
+    for source in (teacher, cache):
+        module = Speech(student_from(teacher, layers={"decoder": 2}).train())
+        fit = trainer(tmp_path, [Distillation(config, teacher=source, student="model")])
+        fit.fit(module, DataLoader(keyed, batch_size=2))
+        found.append(weights(module))
+    assert_same(*found)
+    assert cache.read(torch.tensor([keyed[1]["sample_key"]])).lengths[""].tolist() == [4]
+
+
 def test_a_sample_is_read_by_its_key_whatever_its_place(tmp_path):
     teacher = seeded(Perceptron, 24, seed=3).eval()
     cache, keyed = build(tmp_path, teacher)
@@ -171,7 +205,13 @@ def test_keys_are_taken_for_nothing_else_and_nothing_else_for_them():
     (left, right), found = split_key([x, y, keys])
     assert left is x and right is y and torch.equal(found, keys)
     assert split_key([x, y]) == ([x, y], None)
+    times = torch.tensor([1_766_000_000_000_000_000, 1_766_000_000_000_000_001])  # a user's own, in nanoseconds
+    assert not is_key(times) and split_key((x, times)) == ((x, times), None)
     assert split_key({"a": 1}) == ({"a": 1}, None)
+    encoding = BatchEncoding({"input_ids": x, "sample_key": keys})
+    rest, found = split_key(encoding)
+    assert type(rest) is BatchEncoding and rest["input_ids"] is x and torch.equal(found, keys)
+    assert "sample_key" not in rest and "sample_key" in encoding
     assert Keyed(data(seed=2)).fingerprint != keyed.fingerprint == Keyed(data()).fingerprint
     assert Keyed(data(seed=2))[3][-1] != keyed[3][-1] == Keyed(data())[3][-1]
 
@@ -236,7 +276,7 @@ def test_data_that_has_no_index_is_refused():
 
     with pytest.raises(ValueError, match="a Stream has no length or no samples by index"):
         Keyed(Stream())
-    with pytest.raises(ValueError, match="the dataset is empty"):
+    with pytest.raises(ValueError, match="the dataset has 0 samples"):
         Keyed([])
     with pytest.raises(ValueError, match="views=0 must be at least 1"):
         Keyed(data(), views=0)
@@ -469,7 +509,7 @@ def test_the_cached_teacher_costs_no_forward_and_little_disk(tmp_path):
 
 def test_tensors_of_a_tensor_dataset_alone_get_a_key():
     x, key = Keyed(TensorDataset(torch.zeros(3, 2)))[2]
-    assert x.shape == (2,) and key & 0xFFFFFFFF == 2
+    assert x.shape == (2,) and key % 2**30 == 2
     x, key = Keyed([torch.zeros(2), torch.ones(2)])[1]
     assert x.tolist() == [1.0, 1.0]
     assert split_key([x.unsqueeze(0), torch.tensor([key])])[0].shape == (1, 2)

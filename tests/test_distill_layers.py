@@ -267,6 +267,14 @@ def test_equal_widths_need_no_projection(tmp_path):
     assert projections(fit) == {} and value(fit, "hidden_loss") > 0
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_projections_are_float32_beside_a_student_of_another_precision(tmp_path, precision):
+    distillation = Distillation(HIDDEN, teacher=seeded(Perceptron, 24, seed=3), student="model")
+    fit = trainer(tmp_path, [distillation], precision=precision, max_steps=3)
+    fit.fit(seeded(Plain), loader())
+    assert projections(fit)["second"].dtype == torch.float32 and 0 < value(fit, "hidden_loss") < 10
+
+
 def resumable(path: Any, seed: int, config: DistillConfig, resume: str | None = None) -> tuple[Any, Any]:
     teacher = seeded(Perceptron, 24, dropout=0.3, seed=5)
     keep = ModelCheckpoint(path, "{epoch}", save_top_k=-1)

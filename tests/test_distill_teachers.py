@@ -87,6 +87,8 @@ def test_an_artifact_teaches_what_its_model_teaches(tmp_path):
         assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
     with pytest.raises(ValueError, match=r"an artifact, .*, which has no modules to take \['first'\] from"):
         fitted(tmp_path, load(tmp_path / "artifact"), DistillConfig(hidden={"first": "first"}))
+    with pytest.raises(ValueError, match=r"which has no modules to take \['uniform'\] from"):
+        fitted(tmp_path, load(tmp_path / "artifact"), DistillConfig(hidden="uniform"))
 
 
 def test_an_artifact_of_a_causal_model_teaches_on_padded_batches(tmp_path, decoder):

@@ -144,6 +144,8 @@ class Distillation(AccelCallback):
             source.check(config)
             model = None
         self._terms = {"logits": {}}
+        if isinstance(source, LoadedModel) and (layers := config.hidden or config.attention):
+            LiveTeacher(source, layers.values() if isinstance(layers, Mapping) else [layers])  # it has none, and raises
         for name in ("hidden", "attention"):
             if (layers := getattr(config, name)) is not None:
                 self._terms[name] = dict(layers) if model is None else layer_map(student, model, layers)

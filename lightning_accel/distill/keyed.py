@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 KEY = "sample_key"  # in a batch that is a mapping; in a tuple it is the last item
 
 _PROBES = 8  # samples that stand for the data in its fingerprint
-_SHIFT = 32  # bits of a key below those of the sample's hash
+_INDEX, _HASH, _MARK = 30, 25, 0x5A  # bits of the index, of the sample's hash above it, and what stands on top
 
 _LINES = (
     "wrap the dataset before it is loaded:\n"
@@ -30,8 +31,9 @@ _LINES = (
 class Keyed(Dataset):
     """A dataset whose samples carry a key: a mapping gets an entry `sample_key`, a tuple one more item.
 
-    `Distillation` takes the key out before `training_step` sees the batch. A key is an int64: 31 bits of a hash of the
-    sample, and 32 of its index. So no label is taken for a key, and a sample that has changed since is noticed.
+    `Distillation` takes the key out before `training_step` sees the batch. A key is an int64: a mark by which it is
+    known (labels, times and other numbers lack it), 25 bits of a hash of the sample, by which a change is noticed, and
+    30 bits of its index.
 
     Args:
         dataset: samples by index, always the same ones.
@@ -44,7 +46,7 @@ class Keyed(Dataset):
 
     >>> data = Keyed([(torch.zeros(2), 0), (torch.ones(2), 1)])
     >>> x, label, key = data[1]
-    >>> label, key & 0xFFFFFFFF
+    >>> label, key % 2**30
     (1, 1)
     """
 
@@ -54,10 +56,10 @@ class Keyed(Dataset):
                 f"a {type(dataset).__name__} has no length or no samples by index, and a cache needs both: keys are "
                 "indices. Write the samples to a list or a map-style dataset first"
             )
-        if not len(dataset):
-            raise ValueError("the dataset is empty, so there is nothing to ask a teacher")
         if views is not None and (isinstance(views, bool) or views < 1):
             raise ValueError(f"views={views} must be at least 1; write views=4")
+        if not 0 < len(dataset) * (views or 1) < 2**_INDEX:
+            raise ValueError(f"the dataset has {len(dataset)} samples; a cache is of 1 to 2^{_INDEX}, views counted")
         self.dataset, self.views = dataset, views
         digests = [[digest(self._read(i)) for i in self.probes()] for _ in range(2)]
         if digests[0] != digests[1]:
@@ -92,7 +94,7 @@ class Keyed(Dataset):
 
 
 def _key(sample: Any, index: int) -> int:
-    return (int(digest(sample)[:8], 16) >> 1 or 1) << _SHIFT | index
+    return (_MARK << _HASH | int(digest(sample)[:16], 16) % 2**_HASH) << _INDEX | index
 
 
 @contextmanager
@@ -142,25 +144,26 @@ def digest(value: Any) -> str:
 
 
 def is_key(value: Any) -> bool:
-    """Whether `value` is what a collate function makes of keys: int64 [batch] or a list of ints, all with a hash."""
+    """Whether `value` is what a collate function makes of keys: int64 [batch] or a list of ints, all with the mark."""
     if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
         value = torch.tensor(value)
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or not len(value):
         return False
-    return bool((value >> _SHIFT > 0).all())
+    return bool((value >> _HASH + _INDEX == _MARK).all())
 
 
 def split_key(batch: Any) -> tuple[Any, Tensor | None]:
     """A batch without its keys, and the keys [batch], on the CPU; `None` where it has none.
 
-    >>> split_key({"x": torch.zeros(1), "sample_key": torch.tensor([7 << 32 | 3])})
-    ({'x': tensor([0.])}, tensor([30064771075]))
+    >>> split_key({"x": torch.zeros(1), "sample_key": torch.tensor([7])})
+    ({'x': tensor([0.])}, tensor([7]))
     """
     if isinstance(batch, Mapping) and KEY in batch:
         keys = batch[KEY]
         rest: Any = {name: value for name, value in batch.items() if name != KEY}
-        if type(batch) is not dict and hasattr(batch, "pop"):  # transformers' BatchEncoding keeps its methods
-            rest = type(batch)(rest)  # type: ignore[call-arg]
+        if isinstance(batch, MutableMapping) and type(batch) is not dict:  # transformers' BatchEncoding has methods
+            rest = copy.copy(batch)
+            del rest[KEY]
     elif isinstance(batch, tuple | list) and len(batch) > 1 and is_key(batch[-1]):
         keys, rest = batch[-1], type(batch)(batch[:-1])
         rest = rest[0] if len(rest) == 1 else rest
@@ -177,4 +180,4 @@ def indices_of(keys: Tensor | None) -> Tensor:
     """
     if keys is None or not is_key(keys):
         raise ValueError(f"the batch has no sample keys, so that nothing can be looked up in the cache; {_LINES}")
-    return keys & ((1 << _SHIFT) - 1)
+    return keys & 2**_INDEX - 1

@@ -195,7 +195,7 @@ class Projections:
     def _make(name: str, state: Tensor, width: int) -> nn.Parameter:
         shape = width, state.shape[-1]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {shape}".encode()))
-        weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        weight = torch.randn(shape, generator=generator, dtype=torch.float32) / shape[1] ** 0.5
         return nn.Parameter(weight.to(state.device))
 
     def state_dict(self) -> dict[str, Tensor]:
