@@ -1,6 +1,6 @@
 """Encoders at MiniLM and BERT-base shapes, random weights: int8 and int8-static against float and other engines.
 
-    lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
+lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decode at GPT-2-small shape, random weights: artifacts against `generate`, the float engine, other engines.
 
-    lightning-accel run benchmarks/gpt2_decode.py --threads 1 --out out/gpt2  # builds all once, then measures
+lightning-accel run benchmarks/gpt2_decode.py --threads 1 --out out/gpt2  # builds all once, then measures
 """
 
 from __future__ import annotations

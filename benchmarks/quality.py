@@ -98,9 +98,17 @@ def fit(model: nn.Module, settings: Settings, data: Data, seed: int, *callbacks:
     pl.seed_everything(seed, verbose=False)
     batches = data.train(seed)
     model.train()  # Lightning leaves the mode as it is
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", precision=settings.precision, gradient_clip_val=1.0,
-                         logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                         enable_model_summary=False, callbacks=list(callbacks))
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision=settings.precision,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
     trainer.fit(AccelModule(model, lr=settings.lr), DataLoader(batches, batch_size=None))
     assert trainer.global_step == len(batches)
 
@@ -111,8 +119,12 @@ def covered(model: nn.Module, scheme: str, settings: Settings, data: Data) -> di
         return {"unavailable": "scheme not available"}
     converted = quantize_model(model, QuantConfig(scheme), calibration=calibration(settings, data))
     coverage = quantization_coverage(converted, count_flops(model, *_arguments(data)))
-    found = {"share_of_flops": coverage.share_of_flops, "share_of_parameters": coverage.share_of_parameters,
-             "bytes": size(converted), "float_bytes": size(model)}
+    found = {
+        "share_of_flops": coverage.share_of_flops,
+        "share_of_parameters": coverage.share_of_parameters,
+        "bytes": size(converted),
+        "float_bytes": size(model),
+    }
     if (coverage.share_of_flops or 0) < LEAST:
         return {"unavailable": f"scheme reaches {coverage.share_of_flops or 0:.1%} of FLOPs", **found}
     return found
@@ -169,8 +181,12 @@ def run_all(tasks: list[str], seeds: list[int], out: Path, quick: bool) -> None:
         found = run(cell, task, settings, loaded[cell.task], out)
         said = found.get("unavailable") or f"{mean(found['scores']):.4f}, {found['seconds']:.0f} s"
         print(f"         {said}", flush=True)
-        about = {"settings": asdict(settings), "machine": machine(), "versions": versions(),
-                 "command": " ".join(sys.argv)}
+        about = {
+            "settings": asdict(settings),
+            "machine": machine(),
+            "versions": versions(),
+            "command": " ".join(sys.argv),
+        }
         path = cell.path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(json.dumps(asdict(cell) | found | about))

@@ -73,17 +73,31 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
             differences = ours - _scores({s: control[s] for s in done})
             apart[method] = (sorted(done), differences)
             mean, half = paired(differences)
-            row = [f"{scheme} {method.upper()}", f"{scale * ours.mean():{form}}",
-                   f"{scale * mean:+{form}} ± {scale * half:{form}}",
-                   ", ".join(f"{scale * d:+{form}}" for d in differences.mean(1).tolist())]
+            row = [
+                f"{scheme} {method.upper()}",
+                f"{scale * ours.mean():{form}}",
+                f"{scale * mean:+{form}} ± {scale * half:{form}}",
+                ", ".join(f"{scale * d:+{form}}" for d in differences.mean(1).tolist()),
+            ]
             cell = next(iter(done.values()))
             row += [_share(apart)] * task.loss
-            row += [f"{100 * cell['share_of_flops']:.1f} %", f"{100 * cell['share_of_parameters']:.1f} %",
-                    f"{cell['bytes'] / cell['float_bytes']:.3f}"]
+            row += [
+                f"{100 * cell['share_of_flops']:.1f} %",
+                f"{100 * cell['share_of_parameters']:.1f} %",
+                f"{cell['bytes'] / cell['float_bytes']:.3f}",
+            ]
             lines.append("| " + " | ".join(row) + " |")
     cell = next(iter(control.values()))
-    return "\n".join([*lines, "", *_notes(task, control), json.dumps(cell["settings"]), "",
-                      json.dumps({"machine": cell["machine"], "versions": cell["versions"]})])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_notes(task, control),
+            json.dumps(cell["settings"]),
+            "",
+            json.dumps({"machine": cell["machine"], "versions": cell["versions"]}),
+        ]
+    )
 
 
 def _notes(task: Task, control: Saved) -> list[str]:
@@ -91,8 +105,11 @@ def _notes(task: Task, control: Saved) -> list[str]:
     what = "blocks of text" if task.loss else "examples"
     cell = next(iter(control.values()))
     before, after = cell["before"], sum(cell["validation"]) / len(cell["validation"])
-    return [f"{n:,} held-out {what}, seeds {sorted(control)}; on the validation split the control went from "
-            f"{before:.4f} before training to {after:.4f} (seed {min(control)}).", ""]
+    return [
+        f"{n:,} held-out {what}, seeds {sorted(control)}; on the validation split the control went from "
+        f"{before:.4f} before training to {after:.4f} (seed {min(control)}).",
+        "",
+    ]
 
 
 def _share(apart: dict[str, tuple[list[int], Tensor]]) -> str:

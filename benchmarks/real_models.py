@@ -48,9 +48,15 @@ def minilm_tokenizer() -> Tokenizer:
 # --- SmolLM2 from GGUF -----------------------------------------------------------------------------------------------
 
 NAMES = {  # llama.cpp's name of a block's tensor -> that of transformers
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -104,7 +110,9 @@ def _smollm2() -> LlamaForCausalLM:
         rms_norm_eps=_field("llama.attention.layer_norm_rms_epsilon"),
         max_position_embeddings=_field("llama.context_length"),
         rope_parameters={"rope_type": "default", "rope_theta": _field("llama.rope.freq_base")},
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(_state(), strict=False)

@@ -1,6 +1,6 @@
 """Serves an artifact: torch, tokenizers and `lightning_accel.load`, nothing more.
 
-    python recipes/generate.py out/demo/model --prompt "The import statement" --tokens 60
+python recipes/generate.py out/demo/model --prompt "The import statement" --tokens 60
 """
 
 import argparse
@@ -23,8 +23,12 @@ def main() -> None:
     model = load(options.artifact)
     tokenizer = Tokenizer.from_file(str(model.asset("tokenizer.json")))
     ids = tokenizer.encode(options.prompt).ids
-    tokens = [int(token) for token in model.generate(ids, options.tokens, temperature=options.temperature, top_k=40,
-                                                     seed=options.seed, stream=True)]
+    tokens = [
+        int(token)
+        for token in model.generate(
+            ids, options.tokens, temperature=options.temperature, top_k=40, seed=options.seed, stream=True
+        )
+    ]
     print(options.prompt + tokenizer.decode(tokens))
     loaded = [name for name in ("transformers", "lightning", "torchao") if name in sys.modules]
     assert not loaded, loaded

@@ -76,8 +76,18 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(vocabulary=384, width=64, layers=2, inner=256, length=64, baseline_steps=400, further_steps=150,
-                 megabytes=2.0, prompt=64, new=32)
+QUICK = Settings(
+    vocabulary=384,
+    width=64,
+    layers=2,
+    inner=256,
+    length=64,
+    baseline_steps=400,
+    further_steps=150,
+    megabytes=2.0,
+    prompt=64,
+    new=32,
+)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -125,8 +135,12 @@ def train_tokenizer(train: list[str], vocabulary: int, path: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(train, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|end|>"],
-                                                             initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        train,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     tokenizer.save(str(path))
     return tokenizer
 
@@ -174,22 +188,46 @@ def bigram_loss(train: torch.Tensor, test: torch.Tensor, vocabulary: int) -> flo
 
 def build(settings: Settings) -> LlamaForCausalLM:
     """A Llama-style model with grouped-query attention and a tied head."""
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=settings.vocabulary, hidden_size=settings.width, intermediate_size=settings.inner,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.width // 32,
-        num_key_value_heads=settings.width // 64 or 1, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocabulary,
+            hidden_size=settings.width,
+            intermediate_size=settings.inner,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.width // 32,
+            num_key_value_heads=settings.width // 64 or 1,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
-def fit(model: LlamaForCausalLM, data: dict[str, DataLoader], steps: int, lr: float, seed: int,
-        callbacks: list[pl.Callback] | None = None) -> pl.Trainer:
+def fit(
+    model: LlamaForCausalLM,
+    data: dict[str, DataLoader],
+    steps: int,
+    lr: float,
+    seed: int,
+    callbacks: list[pl.Callback] | None = None,
+) -> pl.Trainer:
     """Plain Lightning, with whatever callbacks are given; trains `model` itself."""
     pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(max_steps=steps, max_epochs=1000, logger=False, enable_checkpointing=False, accelerator="cpu",
-                         gradient_clip_val=1.0, val_check_interval=steps, check_val_every_n_epoch=None,
-                         num_sanity_val_steps=0, limit_val_batches=20, enable_model_summary=False,
-                         callbacks=[RichProgressBar(leave=True), *(callbacks or [])])
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=1000,
+        logger=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        limit_val_batches=20,
+        enable_model_summary=False,
+        callbacks=[RichProgressBar(leave=True), *(callbacks or [])],
+    )
     trainer.fit(AccelModule(model, lr=lr, weight_decay=0.05), data["train"], data["validation"])
     return trainer
 
@@ -207,9 +245,13 @@ def test_loss(logits: Callable[[torch.Tensor], torch.Tensor], blocks: torch.Tens
 # --- the report ------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # key in report.json -> head, format and unit in the table
-    "loss": ("loss", "{:.4f}", 1), "perplexity": ("perplexity", "{:.2f}", 1), "prefill_ms": ("prefill ms", "{:.2f}", 1),
-    "decode_tokens_per_s": ("decode tokens/s", "{:,.0f}", 1), "size_bytes": ("disk MB", "{:.2f}", 1e6),
-    "peak_rss_bytes": ("peak RSS MB", "{:.0f}", 1e6), "load_s": ("load s", "{:.3f}", 1),
+    "loss": ("loss", "{:.4f}", 1),
+    "perplexity": ("perplexity", "{:.2f}", 1),
+    "prefill_ms": ("prefill ms", "{:.2f}", 1),
+    "decode_tokens_per_s": ("decode tokens/s", "{:,.0f}", 1),
+    "size_bytes": ("disk MB", "{:.2f}", 1e6),
+    "peak_rss_bytes": ("peak RSS MB", "{:.0f}", 1e6),
+    "load_s": ("load s", "{:.3f}", 1),
 }
 
 
@@ -217,9 +259,14 @@ def row(loss: float, measured: Measurement, size: int) -> dict[str, float]:
     """One row of the table; the spread of the timings beside their medians."""
     prefill, decode = measured.seconds["prefill"], measured.seconds["decode"]
     return {
-        "loss": loss, "perplexity": math.exp(loss), "prefill_ms": 1e3 * prefill.median,
-        "decode_tokens_per_s": 1 / decode.median, "size_bytes": size, "peak_rss_bytes": measured.peak_rss_bytes,
-        "load_s": measured.load_s, "prefill_ms_least_most": [1e3 * prefill.least, 1e3 * prefill.most],
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "prefill_ms": 1e3 * prefill.median,
+        "decode_tokens_per_s": 1 / decode.median,
+        "size_bytes": size,
+        "peak_rss_bytes": measured.peak_rss_bytes,
+        "load_s": measured.load_s,
+        "prefill_ms_least_most": [1e3 * prefill.least, 1e3 * prefill.most],
         "decode_tokens_per_s_least_most": [1 / decode.most, 1 / decode.least],
     }
 
@@ -227,8 +274,9 @@ def row(loss: float, measured: Measurement, size: int) -> dict[str, float]:
 def show(report: dict[str, Any], out: Path) -> None:
     """Prints the table and writes report.json and report.md."""
     names = ("eager_fp32", "engine_fp32", "artifact")
-    cells = [[name, *(form.format(report[name][key] / unit) for key, (_, form, unit) in COLUMNS.items())]
-             for name in names]
+    cells = [
+        [name, *(form.format(report[name][key] / unit) for key, (_, form, unit) in COLUMNS.items())] for name in names
+    ]
     heads = [head for head, _, _ in COLUMNS.values()]
     table = Table("", *heads, title="held-out test split", padding=0)
     for line in cells:
@@ -246,9 +294,13 @@ def show(report: dict[str, Any], out: Path) -> None:
 def summarize(report: dict[str, Any]) -> list[str]:
     """The comparison in words; what is slower comes first."""
     eager, engine, ours = report["eager_fp32"], report["engine_fp32"], report["artifact"]
-    gains = {which: {"prefill": a["prefill_ms"] / b["prefill_ms"],
-                     "decode": b["decode_tokens_per_s"] / a["decode_tokens_per_s"]}
-             for which, a, b in (("compile", eager, engine), ("compression", engine, ours), ("together", eager, ours))}
+    gains = {
+        which: {
+            "prefill": a["prefill_ms"] / b["prefill_ms"],
+            "decode": b["decode_tokens_per_s"] / a["decode_tokens_per_s"],
+        }
+        for which, a, b in (("compile", eager, engine), ("compression", engine, ours), ("together", eager, ours))
+    }
     report["gains"] = gains
     slower = [f"{w} {g:.2f} x" for w, g in gains["compression"].items() if g < 1]
     lines = [f"SLOWER than the same float model compiled: {', '.join(slower)}"] if slower else []
@@ -276,8 +328,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model, for CI")
     parser.add_argument("--text", type=Path, help="train on this file, not on Python's documentation and sources")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-                        help="of the compressed fit; auto times both, so write one where losses must repeat anywhere")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "bf16", "fp32"),
+        help="of the compressed fit; auto times both, so write one where losses must repeat anywhere",
+    )
     options = parser.parse_args()
     if options.text is not None and not options.text.is_file():
         parser.error(f"--text {options.text} is no file")
@@ -298,8 +354,10 @@ def main() -> None:
     require({name: len(stream) for name, stream in streams.items()}, settings)
     console.print({name: f"{len(parts[name])} documents, {len(stream):,} tokens" for name, stream in streams.items()})
     bigram = bigram_loss(streams["train"], streams["test"], tokenizer.get_vocab_size())
-    data = {name: DataLoader(Blocks(stream, settings.length), settings.batch, shuffle=name == "train", drop_last=True)
-            for name, stream in streams.items()}
+    data = {
+        name: DataLoader(Blocks(stream, settings.length), settings.batch, shuffle=name == "train", drop_last=True)
+        for name, stream in streams.items()
+    }
     test = Blocks(streams["test"], settings.length).blocks[:256]
 
     console.rule("2. baseline: plain Lightning")
@@ -314,19 +372,32 @@ def main() -> None:
     fit(control, data, settings.further_steps, settings.further_lr, options.seed + 1)
     control.save_pretrained(out / "control")
     with console.status("exporting the float model") as status:
-        export_model(control, out / "engine_fp32", data=list(data["validation"])[:4], measure=False,
-                     progress=status.update)
+        export_model(
+            control, out / "engine_fp32", data=list(data["validation"])[:4], measure=False, progress=status.update
+        )
 
     console.rule("3b. the compressed fit")
     precision = AutoMixedPrecision(options.precision)
-    fit(copy.deepcopy(baseline), data, settings.further_steps, settings.further_lr, options.seed + 1, [
-        precision,
-        Distillation(DistillConfig(temperature=2.0, alpha=0.5), teacher=baseline, student="model"),
-        Pruning(PruneConfig("neurons", amount=0.5), schedule=Cubic(begin=0.0, end=0.5), module="model"),
-        QuantizationAwareTraining(QuantConfig("int8"), begin=0.6, module="model"),
-        Export(out / "model", module="model", reference=out / "engine_fp32",
-               assets={"tokenizer.json": out / "tokenizer.json"}, measure=not options.quick),
-    ])
+    fit(
+        copy.deepcopy(baseline),
+        data,
+        settings.further_steps,
+        settings.further_lr,
+        options.seed + 1,
+        [
+            precision,
+            Distillation(DistillConfig(temperature=2.0, alpha=0.5), teacher=baseline, student="model"),
+            Pruning(PruneConfig("neurons", amount=0.5), schedule=Cubic(begin=0.0, end=0.5), module="model"),
+            QuantizationAwareTraining(QuantConfig("int8"), begin=0.6, module="model"),
+            Export(
+                out / "model",
+                module="model",
+                reference=out / "engine_fp32",
+                assets={"tokenizer.json": out / "tokenizer.json"},
+                measure=not options.quick,
+            ),
+        ],
+    )
 
     console.rule("4. a fresh process: torch, tokenizers, lightning_accel.load")
     subprocess.run([sys.executable, HERE / "generate.py", out / "model"], check=True)
@@ -345,14 +416,22 @@ def main() -> None:
     sizes = {model: size_on_disk(model.directory, model.manifest) for model in (engine, ours)}
     coverage = next(c for c in ours.manifest["coverage"] if "quantization" in c["technique"])
     report: dict[str, Any] = {
-        "eager_fp32": row(test_loss(lambda ids: control(input_ids=ids).logits, test), measured["eager_fp32"],
-                          (out / "control" / "model.safetensors").stat().st_size),
+        "eager_fp32": row(
+            test_loss(lambda ids: control(input_ids=ids).logits, test),
+            measured["eager_fp32"],
+            (out / "control" / "model.safetensors").stat().st_size,
+        ),
         "engine_fp32": row(test_loss(engine, test), measured["engine_fp32"], sizes[engine]["default_load_bytes"]),
         "artifact": row(test_loss(ours, test), measured["artifact"], sizes[ours]["default_load_bytes"]),
-        "portable_bytes": sizes[ours]["portable_bytes"], "baseline_loss": baseline_loss, "bigram_loss": bigram,
+        "portable_bytes": sizes[ours]["portable_bytes"],
+        "baseline_loss": baseline_loss,
+        "bigram_loss": bigram,
         "quantized_share_of_flops": coverage["share_of_flops"],
         "quantized_share_of_parameters": coverage["share_of_parameters"],
-        "precision": vars(precision.choice), "machine": machine(), "versions": versions(), "seed": options.seed,
+        "precision": vars(precision.choice),
+        "machine": machine(),
+        "versions": versions(),
+        "seed": options.seed,
         "quick": options.quick,
     }
     report["summary"] = summarize(report)

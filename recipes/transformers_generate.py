@@ -27,8 +27,15 @@ def workloads(checkpoint: str, prompt: int, new: int) -> dict[str, Callable[[], 
         clock = _Clock()
         start = time.perf_counter()
         with torch.inference_mode():
-            model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens,
-                           do_sample=False, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]))
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
         return start, clock.times
 
     def prefill() -> float:

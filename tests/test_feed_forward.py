@@ -242,9 +242,7 @@ def assert_static_bitwise(
     expected = int8_static_linear_reference(affine_codes(hidden, *between), *second)
     y, factor = torch.full((rows, sizes[2]), float("nan")), torch.tensor(1.0 / between[0])
     numbers = (rows, *sizes, list(ACTIVATIONS).index(activation), between[1])
-    assert call(
-        kernel.static.run, codes, tile(first[0]), *first[1:], tile(second[0]), *second[1:], y, *numbers, factor
-    )
+    assert call(kernel.static.run, codes, tile(first[0]), *first[1:], tile(second[0]), *second[1:], y, *numbers, factor)
     assert torch.equal(bits(y), bits(expected))
 
 

@@ -39,9 +39,7 @@ def _convert(model: Any, path: Path) -> None:
 
 
 def _generator(path: str | Path) -> ctranslate2.Generator:
-    return ctranslate2.Generator(
-        str(path), compute_type="int8", inter_threads=1, intra_threads=torch.get_num_threads()
-    )
+    return ctranslate2.Generator(str(path), compute_type="int8", inter_threads=1, intra_threads=torch.get_num_threads())
 
 
 def _generate(generator: ctranslate2.Generator, prompt: int, new: int, **options: Any) -> tuple[list[float], Any]:

@@ -91,9 +91,7 @@ class LlamaDecoder:
     def __init__(self, path: str | Path, context: int = 1024) -> None:
         _quiet()
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
         parameters = llama_cpp.llama_context_default_params()

@@ -155,9 +155,7 @@ def _compressed_causal(model: Any, name: str, group: int, path: Path) -> None:
     if name == "int8":
         compressed = nncf.compress_weights(converted, mode=mode.INT8_ASYM)
     else:
-        compressed = nncf.compress_weights(
-            converted, mode=mode.INT4_SYM, group_size=group, ratio=1.0, all_layers=True
-        )
+        compressed = nncf.compress_weights(converted, mode=mode.INT4_SYM, group_size=group, ratio=1.0, all_layers=True)
     openvino.save_model(compressed, path, compress_to_fp16=False)
 
 

@@ -142,4 +142,3 @@ def _gelu_by_hand(node: Node) -> tuple[str, Any, int] | None:
     if x is None or not (x is same is base) or (factor, addend, exponent, share) != (0.5, 1.0, 3.0, 0.044715):
         return None
     return ("gelu_tanh", x, 3) if root == math.sqrt(2.0 / math.pi) else None
-

@@ -155,9 +155,7 @@ def _ranges(model: nn.Module, batches: list[Any], loss: Loss, config: QuantConfi
     return state
 
 
-def allocate(
-    found: Sensitivity, *, size: float | None = None, loss: float | None = None
-) -> dict[str, str | None]:
+def allocate(found: Sensitivity, *, size: float | None = None, loss: float | None = None) -> dict[str, str | None]:
     """A scheme for each module, as `QuantConfig(overrides=...)` takes it; `None` leaves a module in float.
 
     Args:
