@@ -31,6 +31,7 @@ _WHERE = {
     "distillation_loss": "distill",
     "export_model": "export",
     "load": "artifact",
+    "load_checkpoint": "checkpoint",
     "prepare_": "quantize",
     "prune_model_": "prune",
     "quantize_model": "quantize",
@@ -59,6 +60,7 @@ __all__ = [
     "distillation_loss",
     "export_model",
     "load",
+    "load_checkpoint",
     "prepare_",
     "prune_model_",
     "quantize_model",
@@ -69,6 +71,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .artifact import ArtifactError, load
     from .callbacks import AutoMixedPrecision, Distillation, Export, Pruning, QuantizationAwareTraining
+    from .checkpoint import load_checkpoint
     from .distill import DistillConfig, distillation_loss
     from .export import ExportError, export_model
     from .module import AccelModule

@@ -140,6 +140,15 @@ def test_one_block_stays_and_data_are_asked_for() -> None:
         prune_model_(llama(), HALF, example_inputs=TOKENS)
 
 
+def test_the_width_of_the_residual_stream_is_in_a_plain_checkpoint_where_that_of_a_head_is(tmp_path: Path) -> None:
+    model = llama(2)
+    masks = prune_model_(model, PruneConfig("hidden", 0.5), example_inputs=TOKENS)
+    shrunk: Any = shrink_model(model, masks, example_inputs=TOKENS)
+    shrunk.save_pretrained(tmp_path)
+    again = type(shrunk).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, TOKENS), logits(shrunk, TOKENS)) and again.config.hidden_size == 16
+
+
 @pytest.mark.parametrize("case", ["llama", "gpt2", "bert"])
 def test_what_the_configuration_can_say_is_saved_as_a_plain_checkpoint(case: str, tmp_path: Path) -> None:
     model = {"llama": llama, "gpt2": lambda: tiny.gpt2(n_layer=4), "bert": tiny.bert}[case]()

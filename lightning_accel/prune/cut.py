@@ -83,6 +83,23 @@ def replay_(model: nn.Module, record: Record) -> None:
         record_widths(model, record["widths"], changed)
 
 
+def rebased(record: Record, at: str, below: str) -> Record:
+    """The record of a module called `at`, for a model whose names are those below the prefix `below`."""
+
+    def new(name: str) -> str | None:
+        full = f"{at}.{name}" if at and name else at or name
+        return full.removeprefix(below) if full.startswith(below) else None
+
+    widths = []
+    for width in record["widths"]:
+        members = [m for member in width["members"] if (m := new(member)) is not None]
+        if (name := new(width["name"])) is not None and members:
+            widths.append({**width, "name": name, "members": members})
+    layers = {n: blocks for name, blocks in record["layers"].items() if (n := new(name)) is not None}
+    tensors = [[n, *rest] for name, *rest in record["tensors"] if (n := new(name)) is not None]
+    return {"layers": layers, "tensors": tensors, "widths": widths}
+
+
 def is_done(model: nn.Module, record: Record) -> bool:
     """Whether `model` has the sizes that the record leaves."""
     for name, layers in record["layers"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from .. import select
 from ..capture import call_example, flatten_output
 from ..inputs import ExampleInputs
 from . import cut
+from .config import PruneConfig
 from .groups import all_groups
 from .layers import pass_through
-from .masks import Masks, apply_masks_
+from .masks import Masks, apply_masks_, prune_model_
 
 
 def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInputs) -> nn.Module:
@@ -61,6 +63,22 @@ def shrunk_with_record(
     dropped = {name: layers["gone"] for name, layers in record["layers"].items()}
     _check_outputs(masked, model, example_inputs, record, comparable and pass_through(masked, dropped, example_inputs))
     return model, record
+
+
+def plan_model(
+    model: nn.Module, config: PruneConfig, example_inputs: ExampleInputs, calibration: Iterable[Any] | None = None
+) -> dict[str, Any]:
+    """The record of what `prune_model_` and `shrink_model` would cut out of `model`, which stays as it is.
+
+    Raises:
+        ValueError: as those two.
+    """
+    model = copy.deepcopy(select.unwrap(model))
+    masks = prune_model_(model, config, example_inputs=example_inputs, calibration=calibration)
+    record = shrunk_with_record(model, masks, example_inputs)[1]
+    if cut.is_empty(record):
+        raise ValueError(f"{config!r} cuts nothing out of {type(model).__name__}; write a larger amount")
+    return record
 
 
 @torch.no_grad()
