@@ -106,6 +106,15 @@ def test_both_ranks_end_with_the_same_ranges(ranks):
     assert_same(one["static"]["weights"], other["static"]["weights"])
 
 
+def test_masks_that_each_rank_measures_and_cuts_of_networks_that_differ_are_those_of_both(ranks):
+    _, (one, other) = ranks
+    one, other = one["measured"], other["measured"]
+    assert_same(one["masks"], other["masks"])
+    assert_same(one["weights"], other["weights"])
+    assert one["record"] == other["record"] and one["record"]["tensors"]
+    assert_same(one["cut"], other["cut"])
+
+
 def state(path: Path) -> Any:
     return torch.load(path, weights_only=True)["lightning_accel_rng"]
 

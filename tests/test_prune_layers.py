@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_prune_units import TARGETS, logits, t5
+from test_prune_units import TARGETS, built, logits, t5
 from torch import Tensor, nn
 
 from lightning_accel import PruneConfig, export_model, load, prune_model_, shrink_model
@@ -64,6 +64,21 @@ def test_a_model_without_the_blocks_computes_what_it_did_with_them_masked(case: 
     assert not torch.allclose(masked, dense, atol=1e-3)
     again = prune_model_(model, config, example_inputs=inputs, calibration=[inputs])
     assert masks.keys() == again.keys() and torch.equal(masked, logits(model, inputs))
+
+
+@pytest.mark.parametrize(("case", "exact"), [("whisper", True), ("mobilenet", True), ("convnext", True), ("swin", True),
+                                             ("distilbert", False), ("wav2vec2", False), ("bart", False)])  # fmt: skip
+def test_layers_of_other_architectures_are_left_out(case: str, exact: bool) -> None:
+    model, inputs, _ = built(case)
+    groups = find_groups(model, inputs, "layers")
+    assert groups and {group.exact for group in groups} == {exact}
+    before = {group.name: len(model.get_submodule(group.name)) for group in groups}
+    masks = prune_model_(model, PruneConfig("layers", 0.5), example_inputs=inputs, calibration=[inputs])
+    shrunk = shrink_model(model, masks, example_inputs=inputs)
+    assert all(len(shrunk.get_submodule(g.name)) == before[g.name] - g.width // 2 for g in groups)
+    if exact:
+        masked = logits(model, inputs)
+        assert (logits(shrunk, inputs) - masked).abs().max() <= 1e-5 * max(1.0, masked.abs().max().item())
 
 
 def test_the_block_that_changes_its_input_least_goes() -> None:
