@@ -152,6 +152,19 @@ def test_what_no_configuration_says_is_replayed_from_the_record_beside_it(tmp_pa
         load_checkpoint(tmp_path, make())
 
 
+def test_heads_that_a_configuration_refuses_are_in_its_record(tmp_path):
+    model = tiny.llama(num_key_value_heads=4)
+    masks = prune_model_(model, PruneConfig("heads", 0.25), example_inputs=IDS)
+    shrunk: Any = shrink_model(model, masks, example_inputs=IDS)
+    assert shrunk.config.num_attention_heads == 4 and shrunk.config.pruned  # 32 is no multiple of 3
+    shrunk.save_pretrained(tmp_path)
+    again = load_checkpoint(tmp_path, tiny.llama(seed=1, num_key_value_heads=4))
+    assert torch.equal(again(**IDS).logits, shrunk(**IDS).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached = again.generate(IDS["input_ids"], **options)
+    assert torch.equal(cached, again.generate(IDS["input_ids"], use_cache=False, **options))
+
+
 def test_arguments_that_do_not_go_together_are_refused(tmp_path):
     config = PruneConfig("neurons")
     with pytest.raises(ValueError, match="has no schedule; leave out schedule="):
