@@ -37,6 +37,7 @@ _WHERE = {
     "hidden_loss": "distill",
     "layer_map": "distill",
     "load": "artifact",
+    "load_checkpoint": "checkpoint",
     "prepare_": "quantize",
     "prune_model_": "prune",
     "pseudo_labels": "distill",
@@ -73,6 +74,7 @@ __all__ = [
     "hidden_loss",
     "layer_map",
     "load",
+    "load_checkpoint",
     "prepare_",
     "prune_model_",
     "pseudo_labels",
@@ -85,6 +87,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .artifact import ArtifactError, load
     from .callbacks import AutoMixedPrecision, Distillation, Export, Pruning, QuantizationAwareTraining
+    from .checkpoint import load_checkpoint
     from .distill import (
         DistillConfig,
         Keyed,

@@ -255,9 +255,7 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
     for entry in artifact.answering(manifest):
         loaded = artifact.load(path, engine=entry["engine"])
         plain = caller(final.plain) if final.quantized else None
-        figures: Verification = verify(
-            held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy
-        )
+        figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy)
         entry["verification"] = figures.as_dict()
         if entry["cache"]:
             few = [first_rows(held_out[0], 2, length=32)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from . import select
 from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
+from .prune.cut import rebased, replay_
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
 from .quantize.converted import check_not_converted
 from .quantize.fake import Int4GroupFakeQuantizer, count_own, shapes_of
@@ -141,8 +143,14 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
         )
     weights = {select.canonical_name(name): tensor for name, tensor in saved["state_dict"].items()}
     own = {select.canonical_name(name): name for name in model.state_dict()}
+    states = [s for s in saved.get("callbacks", {}).values() if isinstance(s, dict)]
+    records = [(s["module"], s["record"]) for s in states if s.get("technique") == "pruning" and s.get("record")]
     candidates = [f"{module}."] if module else ["", *sorted({f"{name.partition('.')[0]}." for name in weights})]
-    prefixes = [p for p in candidates if own.keys() <= {n.removeprefix(p) for n in weights if n.startswith(p)}]
+    prefixes = [
+        p
+        for p in candidates
+        if _names_cut(model, records, p) <= {n.removeprefix(p) for n in weights if n.startswith(p)}
+    ]
     if len(prefixes) > 1 and prefixes[0]:
         raise ValueError(
             f"{checkpoint} holds the weights of several such models; give module={prefixes[0][:-1]!r}, or another of "
@@ -154,8 +162,10 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
             f"{checkpoint} does not hold the weights of this {type(model).__name__}; give module= as in "
             f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})"
         )
+    for at, record in records:
+        replay_(model, rebased(record, at, prefix))
+    own = {select.canonical_name(name): name for name in model.state_dict()}
     model.load_state_dict({real: weights[prefix + name] for name, real in own.items()})
-    states = [s for s in saved.get("callbacks", {}).values() if isinstance(s, dict)]
     masks: Masks = {}
     for state in (s for s in states if s.get("technique") == "pruning"):
         for name, mask in _below(prefix, {_join(state["module"], n): m for n, m in state["masks"].items()}).items():
@@ -168,6 +178,16 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
             load_static_state_(model, state["static"], prefix)
     calls = [s["call"] for s in states if s.get("technique") == "export" and _join(s["module"], "") == prefix]
     return Restored(model, masks or None, as_inputs(model, *calls[0]) if calls and calls[0] else None)
+
+
+def _names_cut(model: nn.Module, records: list[tuple[str, Any]], prefix: str) -> set[str]:
+    """The names of the model's state once it is cut as the records say."""
+    if records:
+        model = copy.deepcopy(model).to("meta")
+        for at, record in records:
+            with suppress(ValueError):  # it lies elsewhere
+                replay_(model, rebased(record, at, prefix))
+    return {select.canonical_name(name) for name in model.state_dict()}
 
 
 def _join(module: str, name: str) -> str:

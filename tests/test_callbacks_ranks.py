@@ -130,6 +130,15 @@ def test_a_cache_built_by_both_ranks_teaches_what_the_live_teacher_does_and_resu
             assert_same(rank["distilled again"][name], rank["distilled"][name])
 
 
+def test_masks_that_each_rank_measures_and_cuts_of_networks_that_differ_are_those_of_both(ranks):
+    _, (one, other) = ranks
+    one, other = one["measured"], other["measured"]
+    assert_same(one["masks"], other["masks"])
+    assert_same(one["weights"], other["weights"])
+    assert one["record"] == other["record"] and one["record"]["tensors"]
+    assert_same(one["cut"], other["cut"])
+
+
 def state(path: Path) -> Any:
     return torch.load(path, weights_only=True)["lightning_accel_rng"]
 

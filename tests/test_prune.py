@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from lightning_accel import PruneConfig, QuantConfig, apply_masks_, prepare_, prune_model_, shrink_model
 from lightning_accel.prune import compute_masks, find_groups, pruning_coverage
-from lightning_accel.prune.masks import find_targets, saliency
+from lightning_accel.prune.saliency import saliency
+from lightning_accel.prune.targets import find_targets
 from lightning_accel.select import count_parameters
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -77,7 +78,7 @@ def test_saliency_of_a_neuron_is_the_norm_of_all_that_belongs_to_it() -> None:
     set_weights(model[0], [[3.0, 0.0], [1.0, 1.0], [0.0, 0.0]], [4.0, 1.0, 0.0])
     set_weights(model[2], [[0.0, 0.0, 2.0], [12.0, 1.0, 0.0]], [9.0, 9.0])
     (group,) = find_groups(model, (torch.randn(2, 2),))
-    assert saliency(group, dict(model.named_parameters())).tolist() == [13.0, 2.0, 2.0]
+    assert saliency("l2", group, dict(model.named_parameters())).tolist() == [13.0, 2.0, 2.0]
 
 
 def test_ties_are_decided_by_position() -> None:
@@ -173,7 +174,7 @@ def test_convolutions_are_pruned_by_single_weights() -> None:
 def test_nothing_to_prune_raises() -> None:
     with pytest.raises(ValueError, match="found nothing to prune in LayerNorm"):
         prune_model_(nn.LayerNorm(8), PruneConfig())
-    with pytest.raises(ValueError, match="two with only activations between"):
+    with pytest.raises(ValueError, match="two linear layers with only activations between"):
         prune_model_(nn.Sequential(nn.Linear(8, 8)), PruneConfig("neurons"), example_inputs=(X,))
     with pytest.raises(ValueError, match=r"needs example_inputs=\(x,\)"):
         prune_model_(tiny.mlp(), PruneConfig("neurons"))

@@ -132,6 +132,19 @@ def distilled(path: Path, cached: bool, resume: str | None = None, in_order: boo
     return {"weights": weights(module), "projections": distillation.projections.state_dict()}
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """A saliency that each rank measures on its own half of the data, and a cut of networks that differ at first."""
+    pruning = Pruning(PruneConfig("neurons", saliency="wanda"), Cubic(0.1, 0.6), module="model", every=1)
+    module = seeded(Plain)
+    two_ranks(path, [pruning]).fit(module, loader())
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    first = Pruning(PruneConfig("neurons", scope="global"), module="model", cut_first=True, example_inputs=(x,))
+    fit = two_ranks(path, [first])
+    cut = seeded(Plain, seed=fit.global_rank)
+    fit.fit(cut, loader())
+    return {"masks": pruning.masks, "weights": weights(module), "record": first.record, "cut": weights(cut)}
+
+
 class FillsTheDisk(Callback):
     """No file of more than 1000 bytes, on the first rank."""
 
@@ -177,6 +190,7 @@ def main(path: Path) -> None:
     results["in order"] = distilled(path / "cache", cached=False, in_order=True)
     results["cached"] = distilled(path / "cache", cached=True)
     results["distilled again"] = distilled(path / "cache", True, str(path / "distilledTrue" / "epoch=0.ckpt"))
+    results["measured"] = measured(path / "measured")
     results["unsaved"] = unsaved(path / "fourth")
     torch.save(results, path / f"rank{results['whole']['rank']}.pt")
 

@@ -1,28 +1,43 @@
-"""When to prune: masks follow a schedule and are applied right after each optimizer step."""
+"""When to prune: masks that follow a schedule, applied right after each optimizer step, or a cut before training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import select
 from ..prune import Group, Masks, PruneConfig, apply_masks_, compute_masks
-from ..prune.masks import find_targets
+from ..prune.allocate import Costs
+from ..prune.cut import Record, is_done
+from ..prune.groups import KINDS
+from ..prune.masks import clear_state_, costs_of, needed
+from ..prune.saliency import Means, add_gradients, observe_blocks, observe_inputs
+from ..prune.shrink import plan_model
+from ..prune.targets import find_targets
 from ..quantize.adapters import adapted_layers
 from ..schedule import Constant, Schedule
 from .base import AccelCallback
-from .inputs import InputRecorder, calls_of, record_parts
+from .cutting import agreed, before_restore, cut_
+from .inputs import InputRecorder, calls_of, example_of, record_parts
 from .length import total_steps
+
+_CUT_FIRST = (
+    "{} cannot be masked in training: {}. Cut first, then train: Pruning(config, cut_first=True, example_inputs=x)"
+)
 
 
 class Pruning(AccelCallback):
     """Prunes while training: `amount` rises along `schedule`, and pruned weights stay zero.
 
     Masks are applied in a hook on the optimizer's step, so that overflowed fp16 steps are skipped, averaged weights
-    come after, and manual optimization works. Export cuts out what neuron masks dropped. Logs
+    come after, and manual optimization works. Optimizer state of pruned weights is zeroed. Saliencies that need data
+    take them from the training batches since the last update. Export cuts out what the masks dropped as a whole. Logs
     `accel/pruning/amount`, the share that is pruned now.
 
     Args:
@@ -32,6 +47,9 @@ class Pruning(AccelCallback):
         example_inputs: of that module, for all structures but `"unstructured"`; by default those of the first training
             batch.
         every: masks are computed anew every so many optimizer steps while the schedule rises, and at its end.
+        cut_first: cut the units out before training, when the network is built and no optimizer is yet, rather than
+            mask them; a resumed fit cuts the same before weights are restored. Needs `example_inputs`.
+        calibration: batches for a saliency that needs data, with `cut_first`; else the training batches serve.
 
     Example:
         >>> from lightning_accel import Cubic, PruneConfig, Pruning
@@ -47,41 +65,48 @@ class Pruning(AccelCallback):
         module: str | None = None,
         example_inputs: Any = None,
         every: int = 10,
+        cut_first: bool = False,
+        calibration: Iterable[Any] | None = None,
     ) -> None:
         super().__init__(config, module)
         if not isinstance(config, PruneConfig):
             raise ValueError(f"{config!r} is no PruneConfig; write Pruning(PruneConfig('neurons', amount=0.5))")
-        if config.structure == "hidden":
-            raise ValueError(
-                "structure='hidden' cannot be masked in training: a normalization over fewer values differs. Cut "
-                "first, then train: small = shrink_model(model, prune_model_(model, config, example_inputs=x), "
-                "example_inputs=x)"
-            )
+        _check_cut_first(config, schedule, cut_first, calibration)
+        if "hidden" in config.structures and not cut_first:
+            raise ValueError(_CUT_FIRST.format("structure='hidden'", "a normalization over fewer values differs"))
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(f"schedule={schedule!r} is no Schedule; write schedule=Cubic(begin=0.1, end=0.6)")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r} must be at least 1 optimizer step; write every=10")
         self.schedule = schedule if schedule is not None else Constant(0.0)
         self.example_inputs = example_inputs
-        self.every = every
+        self.every, self.cut_first, self.calibration = every, cut_first, calibration
+        self.record: Record | None = None  # of what was cut before training
+        self._bound: object | None = None
         self.masks: Masks = {}
         self.total: float | None = None
         self.share = 0.0  # of the configured amount, reached so far; never falls
         self._updated = 0
         self._targets: list[Group] | None = None
         self._recorders: dict[str, InputRecorder] = {}
+        self._costs: Costs | None = None
+        self._means = Means()  # over the batches since the last update of the masks
+        self._means.paused = True  # but in training steps
+        self._units: list[str] = []  # blocks that are observed
         self._handles: list[Any] = []
+        self._observers: list[Any] = []
         self._resumed = False
 
     @property
     def state_key(self) -> str:
         """Config, module and schedule."""
-        return f"{super().state_key[:-1]}, schedule={self.schedule!r})"
+        when = "cut_first=True" if self.cut_first else f"schedule={self.schedule!r}"
+        return f"{super().state_key[:-1]}, {when})"
 
     @property
     def complete(self) -> bool:
-        """Whether the schedule has ended."""
-        return self.share >= 1.0
+        """Whether the schedule has ended, or all was cut before training."""
+        return self.share >= 1.0 or self.record is not None
 
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds what unstructured masks reach; the other structures need the inputs of a batch first."""
@@ -94,20 +119,60 @@ class Pruning(AccelCallback):
                 "model = model.merge_and_unload() and train that"
             )
         self._targets = None
-        if self.config.structure == "unstructured" or self.example_inputs is not None:
-            self._targets = find_targets(module, self.config, self.example_inputs)
+        if any(pruning.cut_first for pruning in _prunings(trainer)):  # the others see what is left
+            return self._bind_cut(trainer, pl_module) if self.cut_first else None
+        self._find_or_record(module)
+
+    def _bind_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for other in _prunings(trainer):
+            names = sorted((f"{self.module}.", f"{other.module}."))
+            if other is not self and other.cut_first and (names[0] == "." or names[1].startswith(names[0])):
+                raise ValueError(
+                    f"two Pruning callbacks cut first in module={self.module!r}; write one, with several structures as "
+                    "PruneConfig(('neurons', 'heads'))"
+                )
+        if averaging := [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{type(averaging[0]).__name__} copies the network before it is cut; shrink it before the fit: "
+                "shrink_model(model, prune_model_(model, config, example_inputs=x), example_inputs=x)"
+            )
+        bound = self._bound = object()
+
+        def cut(checkpoint: dict[str, Any] | None) -> None:
+            module = self.target(pl_module)
+            if self._bound is not bound:
+                return
+            if checkpoint is not None:
+                self.record = _record_in(checkpoint, self.state_key)
+            elif self.record is None or not is_done(module, self.record):
+                inputs = example_of(None, pl_module, module, self.example_inputs)
+                self.record = agreed(trainer, lambda: plan_model(module, self.config, inputs, self.calibration))
+            cut_(module, self.record)
+
+        before_restore(trainer, cut)
+
+    def _find_or_record(self, module: nn.Module) -> None:
+        if self.example_inputs is not None or not (
+            self.config.of == "flops" or set(KINDS) & set(self.config.structures)
+        ):
+            self._set_targets(module, None if self.example_inputs is None else {"": self.example_inputs})
         else:
             self._recorders = record_parts(module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         self.masks = {name: torch.as_tensor(mask) for name, mask in state_dict["masks"].items()}
+        self.record = state_dict["record"]
         self.share, self._updated, self.total = state_dict["share"], state_dict["updated"], state_dict["total"]
+        means = {kind: {n: torch.as_tensor(t) for n, t in of.items()} for kind, of in state_dict["means"].items()}
+        self._means.sums, self._means.counts, self._units = means["sums"], means["counts"], state_dict["units"]
         self._resumed = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the schedule against the length of training and hooks the optimizers."""
         super().on_train_start(trainer, pl_module)
+        if any(pruning.cut_first for pruning in _prunings(trainer)) and not self.complete:
+            self._find_or_record(self.target(pl_module))
         if not (self._resumed or self.complete):
             self.total = total_steps(trainer, pl_module)
             self._updated = min(self._updated, trainer.global_step)
@@ -115,6 +180,7 @@ class Pruning(AccelCallback):
                 self.schedule.check(self.total)
         self._resumed = False
         self.masks = {name: mask.to(pl_module.device) for name, mask in self.masks.items()}
+        self._observe(pl_module)
         prunings = _prunings(trainer)
         if self is not prunings[-1]:
             return  # the last one hooks the optimizers for all, so that the order in the list does not matter
@@ -124,26 +190,69 @@ class Pruning(AccelCallback):
             for pruning in prunings:
                 apply_masks_(pruning.target(pl_module), pruning.masks, stepped)
             for pruning in sorted(prunings, key=lambda p: p.state_key):
-                pruning._follow_schedule(trainer.global_step + 1, pl_module)  # Lightning counts it after its hooks
+                pruning._follow_schedule(
+                    trainer.global_step + 1, trainer, pl_module
+                )  # Lightning counts it after its hooks
 
         self._handles = [o.register_step_post_hook(after_step) for o in trainer.optimizers]
 
-    def _follow_schedule(self, step: int, pl_module: pl.LightningModule) -> None:
+    def _observe(self, pl_module: pl.LightningModule) -> None:
+        """Hooks the layers whose inputs, and the blocks whose influence, the saliency needs to know."""
+        needs, module = needed(self.config) if not self.complete else set(), self.target(pl_module)
+        self._stop_observing()
+        if "inputs" in needs:
+            self._observers += observe_inputs(module, self._means)
+        if "blocks" in needs:
+            self._observers += observe_blocks(module, self._units, self._means)
+
+    def _stop_observing(self) -> None:
+        for hook in self._observers:
+            hook.remove()
+        self._observers = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Observes this batch, where the saliency needs data."""
+        self._means.paused = False
+
+    def _follow_schedule(self, step: int, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.record is not None:
+            return
         assert self.total is not None
         share = self.schedule.value(step, self.total)
         if share <= self.share or (share < 1.0 and step - self._updated < self.every):
             return
         module = self.target(pl_module)
-        if self._targets is None:
-            return  # manual optimization in its first batch
-        self.masks = compute_masks(module, self._targets, self.config, share)
+        needs = needed(self.config)
+        if self._targets is None or (needs and not self._means.sums):
+            return  # the first batch of manual optimization, or of a saliency that needs to see one
+        means = self._means
+        if needs and trainer.world_size > 1:
+            means = means.reduced(lambda t: trainer.strategy.reduce(t.to(pl_module.device), reduce_op="sum"))
+        self.masks = compute_masks(module, self._targets, self.config, share, means=means, costs=self._costs)
         self.share, self._updated = share, step
+        self._means.clear()
         apply_masks_(module, self.masks)
+        for optimizer in trainer.optimizers:
+            clear_state_(optimizer, module, self.masks)
+        if self.complete:
+            self._stop_observing()
+
+    def _set_targets(self, module: nn.Module, calls: dict[str, Any] | None) -> None:
+        paused, self._means.paused = self._means.paused, True  # what is traced is no batch
+        self._targets = find_targets(module, self.config, calls=calls)
+        if inexact := [target for target in self._targets if not target.exact]:
+            what = f"the {inexact[0].kind} of {inexact[0].name!r}"
+            raise ValueError(_CUT_FIRST.format(what, "a normalization behind them sees other values"))
+        self._costs = costs_of(module, self._targets, self.config, calls)
+        self._units = [unit for target in self._targets for unit in target.units]
+        self._means.paused = paused
 
     def _find_targets(self, pl_module: pl.LightningModule) -> None:
         if self._targets is None and not self.complete:
-            module = self.target(pl_module)
-            self._targets = find_targets(module, self.config, calls=calls_of(self._recorders, module))
+            module, before = self.target(pl_module), self._units
+            self._set_targets(module, calls_of(self._recorders, module))
+            if self._units != before:
+                self._observe(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -151,11 +260,16 @@ class Pruning(AccelCallback):
         """Finds the units from the first batch's inputs: what does not fit raises before the first step."""
         if pl_module.automatic_optimization:
             self._find_targets(pl_module)
+        if self._targets is not None and not self.complete and "gradients" in needed(self.config):
+            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            parameters = select.named_parameters(self.target(pl_module))
+            add_gradients(self._means, self._targets, {n: p for n, p in parameters.items() if id(p) in stepped})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs the share that is pruned."""
+        self._means.paused = True
         self._find_targets(pl_module)
-        self.log_value("amount", self.share * self.config.amount)
+        self.log_value("amount", (1.0 if self.complete else self.share) * self.config.amount)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the hooks off."""
@@ -169,7 +283,8 @@ class Pruning(AccelCallback):
         """Takes the hooks off."""
         for hook in (*self._handles, *self._recorders.values()):
             hook.remove()
-        self._handles = []
+        self._handles, self._bound = [], None
+        self._stop_observing()
 
     def full_masks(self) -> dict[str, Tensor]:
         """The masks under names relative to the LightningModule."""
@@ -179,9 +294,36 @@ class Pruning(AccelCallback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, progress and the length of training that fractions refer to."""
         masks = {name: mask.cpu() for name, mask in self.masks.items()}
-        return self.saved(
-            masks=masks, share=self.share, updated=self._updated, total=self.total, complete=self.complete
+        means = {
+            "sums": {name: total.cpu() for name, total in self._means.sums.items()},
+            "counts": {name: count.cpu() for name, count in self._means.counts.items()},
+        }
+        progress = {"share": self.share, "updated": self._updated, "total": self.total, "complete": self.complete}
+        return self.saved(masks=masks, means=means, units=self._units, record=self.record, **progress)
+
+
+def _check_cut_first(config: PruneConfig, schedule: Any, cut_first: bool, calibration: Any) -> None:
+    """Raises ValueError for arguments that do not go together."""
+    if not cut_first:
+        if calibration is not None:
+            raise ValueError("calibration= is for cut_first=True; else the training batches serve, leave it out")
+        return
+    if schedule is not None:
+        raise ValueError(f"cut_first=True cuts before training and has no schedule; leave out schedule={schedule!r}")
+    if zeros := [s for s in config.structures if s not in KINDS]:
+        raise ValueError(f"{zeros[0]} zeros have no physical form to cut; leave cut_first=True out, or write {KINDS}")
+    if needed(config) and calibration is None:
+        raise ValueError("the saliency is measured on data before training; write calibration=[batch, ...]")
+
+
+def _record_in(checkpoint: dict[str, Any], key: str) -> Record:
+    state = checkpoint.get("callbacks", {}).get(key)
+    if state is None or state["record"] is None:
+        raise ValueError(
+            "the checkpoint was not cut by this Pruning(cut_first=True), so its weights do not fit; resume with the "
+            f"callbacks that it was written with (it has {sorted(checkpoint.get('callbacks', {}))})"
         )
+    return state["record"]
 
 
 def _prunings(trainer: pl.Trainer) -> list[Pruning]:

@@ -7,13 +7,14 @@ same parameters are a group. Its kind says what it is:
     channels   the width between convolutions
     heads      what attention computes side by side: queries, keys and values of a head, or of a whole group of heads
     hidden     a width that a normalization runs over: the residual stream of transformers
+    layers     whole residual blocks, which are found by running the model (`layers`)
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .. import select
 from ..inputs import ExampleInputs, explain_export, split_inputs
 from .trace import Trace, trace
 
-KINDS = ("neurons", "heads", "channels", "hidden")
+KINDS = ("neurons", "heads", "channels", "layers", "hidden")
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Member:
         name: of the parameter or buffer.
         dim: along which it is cut.
         index: positions [width, n] of each unit.
+        unit: the one unit that has the whole parameter, for a layer's; `dim` and `index` say nothing then.
     """
 
     name: str
     dim: int
     index: Tensor = field(repr=False, compare=False)
+    unit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,23 +54,32 @@ class Group:
         width: number of units.
         members: every tensor that has them.
         kind: one of `KINDS`, or `"weights"` for the single weights of a tensor.
+        units: names of the blocks, for layers.
+        exact: whether the model computes with units masked what it computes without them.
     """
 
     name: str
     width: int
     members: tuple[Member, ...] = field(repr=False)
     kind: str = "neurons"
+    units: tuple[str, ...] = ()
+    exact: bool = True
 
 
-def find_groups(model: nn.Module, example_inputs: ExampleInputs, kind: str = "neurons") -> list[Group]:
-    """The groups of a kind in `model`, in the order of their parameters.
+def find_groups(model: nn.Module, example_inputs: ExampleInputs, *kinds: str) -> list[Group]:
+    """The groups of some kinds (default: neurons) in `model`, in the order of their parameters, layers last.
 
     The model is exported from a copy, in eval mode.
 
     Raises:
         ValueError: the model rejects the example inputs, or cannot be exported.
     """
-    return [group for group in all_groups(model, example_inputs) if group.kind == kind]
+    from .layers import find_layers
+
+    kinds = kinds or ("neurons",)
+    traced = [kind for kind in kinds if kind != "layers"]
+    groups = [g for g in all_groups(model, example_inputs) if g.kind in traced] if traced else []
+    return groups + (find_layers(model, example_inputs) if "layers" in kinds else [])
 
 
 def all_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
@@ -76,7 +88,7 @@ def all_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
     return _groups(trace(graph, names), names)
 
 
-def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs], kind: str = "neurons") -> list[Group]:
+def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs], *kinds: str) -> list[Group]:
     """The groups inside the submodules that `calls` names, for a model never called as a whole.
 
     Submodules that cannot be exported are left out where another can.
@@ -88,14 +100,15 @@ def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs], kind
     errors: list[ValueError] = []
     for name, inputs in calls.items():
         try:
-            found = find_groups(select.get_module(model, name), inputs, kind)
+            found = find_groups(select.get_module(model, name), inputs, *kinds)
         except ValueError as error:
             errors.append(error)
             continue
         at = f"{name}." if name else ""
         for group in found:
-            members = tuple(Member(at + m.name, m.dim, m.index) for m in group.members)
-            groups.append(Group(at + group.name, group.width, members, group.kind))
+            members = tuple(replace(m, name=at + m.name) for m in group.members)
+            units = tuple(at + unit for unit in group.units)
+            groups.append(replace(group, name=at + group.name, members=members, units=units))
     if errors and not groups:
         raise errors[0]
     return groups
@@ -128,12 +141,12 @@ def _groups(found: Trace, names: Mapping[Node, str]) -> list[Group]:
         parts = tuple(Member(name, dim, index) for (name, dim), index in zip(places, positions, strict=True))
         channels = any(name in convolutions for name, _ in places)
         kind = "heads" if heads else "hidden" if normalized else "channels" if channels else "neurons"
-        groups.append(Group(places[0][0].rpartition(".")[0], len(same), parts, kind))
+        groups.append(Group(places[0][0].rpartition(".")[0], len(same), parts, kind, exact=not normalized))
     return groups
 
 
-def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Graph, dict[Node, str]]:
-    """The exported graph, and the canonical name of the parameter or buffer behind each placeholder."""
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy to be looked at: on the CPU, in float32 and eval mode, without fake quantization and without caches."""
     from ..quantize import unprepare_
 
     model = unprepare_(copy.deepcopy(select.unwrap(model))).cpu().float().eval()
@@ -141,6 +154,12 @@ def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Gr
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
+    return model
+
+
+def _graph(model: nn.Module, example_inputs: ExampleInputs) -> tuple[torch.fx.Graph, dict[Node, str]]:
+    """The exported graph, and the canonical name of the parameter or buffer behind each placeholder."""
+    model = plain_copy(model)
     args, kwargs = split_inputs(example_inputs)
     args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))
     try:

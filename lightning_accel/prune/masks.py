@@ -6,83 +6,48 @@ model, so that its state_dict never changes (no `weight_orig`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import select
-from .._quiet import Conv1D
+from ..capture import call_example
+from ..inputs import ExampleInputs, inputs_of_batch
 from ..select import Coverage, Entry
-from .groups import KINDS, Group, Member, find_groups, find_groups_below
-
-if TYPE_CHECKING:
-    from ..inputs import ExampleInputs
+from .allocate import Costs, amount_for
+from .config import PruneConfig
+from .groups import Group, Member
+from .patterns import keep_n_of_m, pattern_of
+from .saliency import SALIENCIES, Means, add_gradients, observe_blocks, observe_inputs, saliency
+from .targets import find_targets
 
 Masks = dict[str, Tensor]  # parameter name -> bool, broadcastable to the parameter; True keeps
 
-STRUCTURES = ("unstructured", *KINDS)
-_PRUNABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """What is pruned and how much; the same object goes to the functions and to the callback.
+def prune_model_(
+    model: nn.Module,
+    config: PruneConfig,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Masks:
+    """Sets the least salient weights or units of `model` to zero, in place, and returns the masks.
 
     Args:
-        structure: `"unstructured"` (single weights, by |w|: zeros, no speed on a CPU), or what becomes physically
-            smaller: `"neurons"` (the inner width of feed-forward blocks), `"heads"` (whole groups of them where
-            keys are shared), `"channels"` of convolutions, `"hidden"` (the width of the residual stream).
-        amount: share in [0, 1) of the selected weights or neurons that is gone at the end, never a share of what
-            is left.
-        scope: `"uniform"` takes `amount` from each layer, `"global"` from all together.
-        overrides: glob pattern over module names -> the amount there, or `None` to leave the module alone; the
-            first pattern that matches wins. For neurons the name is that of the group's first layer.
+        example_inputs: needed for all structures but single weights and patterns: the model is traced to find what
+            belongs together.
+        calibration: batches for the saliencies that need data: mappings of keyword inputs, tensors, or tuples whose
+            first item is the input.
+        loss: (model, batch) -> scalar, for `"taylor"`; by default that which a transformers model puts out for a batch
+            with labels.
 
     Raises:
-        ValueError: unknown structure or scope, or an amount outside [0, 1).
-
-    >>> PruneConfig("neurons", amount=0.5, overrides={"head.*": None, "*.down_proj": 0.25}).scope
-    'uniform'
-    >>> PruneConfig(amount=50)
-    Traceback (most recent call last):
-    ValueError: amount=50 is outside [0, 1): it is a share, write amount=0.5 for half
-    """
-
-    structure: str = "unstructured"
-    amount: float = 0.5
-    scope: str = "uniform"
-    overrides: Mapping[str, float | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.structure not in STRUCTURES:
-            raise ValueError(f"unknown structure {self.structure!r}; write one of {STRUCTURES}")
-        if self.scope not in ("uniform", "global"):
-            raise ValueError(f"unknown scope {self.scope!r}; write 'uniform' or 'global'")
-        if not isinstance(self.overrides, Mapping):
-            raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'head.*': None}}")
-        _check_amount(self.amount)
-        for amount in self.overrides.values():
-            if amount is not None:
-                _check_amount(amount)
-
-
-def _check_amount(amount: float) -> None:
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise ValueError(f"amount={amount!r} is no number: it is a share, write amount=0.5 for half")
-    if not 0.0 <= amount < 1.0:
-        raise ValueError(f"amount={amount} is outside [0, 1): it is a share, write amount=0.5 for half")
-
-
-def prune_model_(model: nn.Module, config: PruneConfig, *, example_inputs: ExampleInputs | None = None) -> Masks:
-    """Sets the least salient weights or neurons of `model` to zero, in place, and returns the masks.
-
-    `example_inputs` are needed for `structure="neurons"`: the model is traced to find what belongs together.
-
-    Raises:
-        ValueError: nothing to prune, or `example_inputs` missing.
+        ValueError: nothing to prune, or `example_inputs`, `calibration` or `loss` missing.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> masks = prune_model_(model, PruneConfig("neurons", 0.75), example_inputs=(torch.randn(2, 8),))
@@ -90,115 +55,174 @@ def prune_model_(model: nn.Module, config: PruneConfig, *, example_inputs: Examp
     (8, 8)
     """
     targets = find_targets(model, config, example_inputs)
-    masks = compute_masks(model, targets, config)
+    means = measure(model, targets, config, calibration, loss)
+    calls = None if example_inputs is None else {"": example_inputs}
+    masks = compute_masks(model, targets, config, means=means, costs=costs_of(model, targets, config, calls))
     apply_masks_(model, masks)
     return masks
 
 
-def find_targets(
+def measure(
     model: nn.Module,
+    targets: Sequence[Group],
     config: PruneConfig,
-    example_inputs: ExampleInputs | None = None,
-    calls: Mapping[str, ExampleInputs] | None = None,
-) -> list[Group]:
-    """What `config` may prune in `model`: a group for each feed-forward width, or for each weight tensor.
-
-    Args:
-        calls: in place of `example_inputs`, those of submodules by name, where `model` is never called as a whole.
+    calibration: Iterable[Any] | None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Means:
+    """What the saliency of `config` needs to know of the calibration batches; nothing for those that need none.
 
     Raises:
-        ValueError: nothing to prune, or `example_inputs` missing.
+        ValueError: it needs some, and there are none.
     """
-    if config.structure == "unstructured":
-        parameters = select.named_parameters(model)
-        weights = {
-            name: f"{name}.weight".lstrip(".")
-            for name, module in select.named_modules(model)
-            if isinstance(module, _PRUNABLE)
-        }
-        found = [
-            Group(n, parameters[w].numel(), (Member(w, -1, torch.arange(0)),), "weights")
-            for n, w in weights.items()
-            if w in parameters
-        ]
-    elif calls is not None:
-        found = find_groups_below(model, calls, config.structure)
-    elif example_inputs is None:
-        raise ValueError(f"structure={config.structure!r} needs example_inputs=(x,) (or a dict of keyword inputs)")
-    else:
-        found = find_groups(model, example_inputs, config.structure)
-    if not found:
+    means, needs = Means(), needed(config)
+    if not needs:
+        return means
+    batches = list(calibration) if calibration is not None else []
+    if not batches:
+        names = sorted({config.saliency_of(s) for s in config.structures} - {"l1", "l2", "random"})
         raise ValueError(
-            f"{config.structure} pruning found nothing to prune in {type(model).__name__}; "
-            "it needs linear or convolution layers (for neurons: two with only activations between)"
+            f"saliency={names[0]!r} is measured on data; write calibration=[batch, ...], some batches of inputs, "
+            "or a saliency that needs none: saliency='l2'"
         )
-    amounts = select.assign([g.name for g in found], config.overrides, config.amount)
-    found = [g for g in found if amounts[g.name] is not None]
-    if not found:
-        raise ValueError("every module is excluded by overrides; remove one of the `None` patterns")
+    training = model.training
+    model.eval()
+    handles = observe_inputs(model, means) if "inputs" in needs else []
+    if "blocks" in needs:
+        handles += observe_blocks(model, [unit for target in targets for unit in target.units], means)
+    try:
+        for batch in batches:
+            if "gradients" in needs:
+                _measure_gradients(model, targets, batch, loss or _own_loss, means)
+            if needs - {"gradients"}:
+                call_example(model, inputs_of_batch(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return means
+
+
+def needed(config: PruneConfig) -> set[str]:
+    """What the saliencies of a config need beside the weights."""
+    return {SALIENCIES[config.saliency_of(structure)] for structure in config.structures} - {""}
+
+
+def _measure_gradients(
+    model: nn.Module, targets: Sequence[Group], batch: Any, loss: Callable[[nn.Module, Any], Tensor], means: Means
+) -> None:
+    before = {p: p.grad for p in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.grad = None
+        with torch.enable_grad():
+            loss(model, batch).backward()
+        add_gradients(means, targets, dict(_all_parameters(model)))
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    found = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
+    if found is None:
+        raise ValueError(
+            "saliency='taylor' needs the gradients of a loss; give batches with labels to a model that computes it, or "
+            "write loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+        )
     return found
 
 
-def compute_masks(model: nn.Module, targets: list[Group], config: PruneConfig, share: float = 1.0) -> Masks:
-    """Masks for `share` in [0, 1] of the amounts of `config`, from the magnitudes of the weights as they are now.
+def compute_masks(
+    model: nn.Module,
+    targets: list[Group],
+    config: PruneConfig,
+    share: float = 1.0,
+    *,
+    means: Means | None = None,
+    costs: Costs | None = None,
+) -> Masks:
+    """Masks for `share` in [0, 1] of the amounts of `config`, from the weights as they are now.
 
-    Saliency of a weight: |w|. Of a neuron: the L2 norm of every weight and bias that belongs to it, so that zeroed
-    neurons stay the least salient. Ties are decided by position; a layer keeps at least one neuron.
+    What is zero already is the least salient. Ties are decided by position; a width, a list of layers or a weight keeps
+    at least one unit.
+
+    Args:
+        means: of what the saliency needs to know of data.
+        costs: from `costs_of`, where the amount is a share of parameters or FLOPs.
+
+    Raises:
+        ValueError: an amount out of reach, or means missing.
     """
     parameters = dict(_all_parameters(model))
-    saliencies = [saliency(target, parameters) for target in targets]
-    amounts = [share * select.first_match(t.name, config.overrides, config.amount) for t in targets]
-    kept = _keep(saliencies, amounts, config.scope == "global")
+    saliencies = [saliency(config.saliency_of(t.kind), t, parameters, means, config.seed) for t in targets]
+    fixed = [select.first_match(t.name, config.overrides, math.nan) for t in targets]
+
+    def kept_at(amount: float) -> list[Tensor]:
+        return _keep(targets, saliencies, [amount if math.isnan(a) else share * a for a in fixed], config.scope)
+
+    amount = share * config.amount
+    if costs is not None:
+
+        def removed(units: float) -> float:
+            kept = kept_at(units)
+            return costs.removed(_masks(targets, kept, parameters), kept)
+
+        amount = amount_for(amount, removed, config.of)
+    return _masks(targets, kept_at(amount), parameters)
+
+
+def costs_of(
+    model: nn.Module, targets: list[Group], config: PruneConfig, calls: Mapping[str, ExampleInputs] | None
+) -> Costs | None:
+    """What `compute_masks` needs to reach a share of parameters or FLOPs; `None` for a share of units."""
+    return None if config.of == "units" else Costs(model, targets, config.of, calls)
+
+
+def _masks(targets: list[Group], kept: list[Tensor], parameters: Mapping[str, Tensor]) -> Masks:
     masks: Masks = {}
     for target, keep in zip(targets, kept, strict=True):
         for member in target.members:
             if (parameter := parameters.get(member.name)) is None:
                 continue  # a buffer
-            if member.dim < 0:
-                mask = keep.view(parameter.shape)
-            else:
-                shape = [1] * parameter.dim()
-                shape[member.dim] = parameter.shape[member.dim]
-                mask = torch.ones(shape[member.dim], dtype=torch.bool, device=keep.device)
-                mask[member.index.to(keep.device)[~keep]] = False
-                mask = mask.view(shape)
+            mask = _mask(member, keep, parameter)
             masks[member.name] = masks[member.name] & mask if member.name in masks else mask
     return masks
 
 
-def saliency(target: Group, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Saliency [width] of the weights or neurons of one target, in float32.
-
-    Weights: |w|. Neurons: sqrt(sum of w^2 over all of the neuron's weights and biases).
-    """
-    first = target.members[0]
-    if first.dim < 0:
-        return parameters[first.name].detach().float().abs().flatten()
-    squares = torch.zeros(target.width, device=parameters[first.name].device)
-    for member in target.members:
-        if member.name in parameters:
-            values = parameters[member.name].detach().float().square().movedim(member.dim, 0)
-            sums = values.flatten(1).sum(1) if values.dim() > 1 else values
-            squares += sums[member.index.to(sums.device)].sum(1)
-    return squares.sqrt()
+def _mask(member: Member, keep: Tensor, parameter: Tensor) -> Tensor:
+    if member.unit is not None:
+        return keep[member.unit].view([1] * parameter.dim())
+    if member.dim < 0 and not len(member.index):
+        return keep.view(parameter.shape)
+    shape = list(parameter.shape)
+    if member.dim >= 0:
+        shape = [1] * parameter.dim()
+        shape[member.dim] = parameter.shape[member.dim]
+    mask = torch.ones(math.prod(shape), dtype=torch.bool, device=keep.device)
+    mask[member.index.to(keep.device)[~keep]] = False
+    return mask.view(shape)
 
 
-def _keep(saliencies: list[Tensor], amounts: list[float], together: bool) -> list[Tensor]:
-    if together:
-        number = sum(round(a * len(s)) for a, s in zip(amounts, saliencies, strict=True))
-        order = torch.cat(saliencies).sort(stable=True).indices
+def _keep(targets: list[Group], saliencies: list[Tensor], amounts: list[float], scope: str) -> list[Tensor]:
+    """Boolean [width] of each target: units that stay. Units of different kinds are not compared."""
+    kept = [torch.ones_like(values, dtype=torch.bool) for values in saliencies]
+    sets: dict[Any, list[int]] = {}
+    for i, target in enumerate(targets):
+        sets.setdefault(target.kind if scope == "global" else i, []).append(i)
+    for same in sets.values():
+        if (pattern := pattern_of(targets[same[0]].kind)) is not None and pattern[0] == "n:m":
+            for i in same:
+                full = 1 - pattern[1] / pattern[2]
+                kept[i] = keep_n_of_m(saliencies[i], *pattern[1:], share=amounts[i] / full)
+            continue
+        number = sum(round(amounts[i] * len(saliencies[i])) for i in same)
+        order = torch.cat([saliencies[i] for i in same]).sort(stable=True).indices
         keep = torch.ones(len(order), dtype=torch.bool, device=order.device)
         keep[order[:number]] = False
-        kept = list(keep.split([len(s) for s in saliencies]))
-    else:
-        kept = []
-        for values, amount in zip(saliencies, amounts, strict=True):
-            keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
-            keep[values.sort(stable=True).indices[: round(amount * len(values))]] = False
-            kept.append(keep)
-    for keep, values in zip(kept, saliencies, strict=True):
-        if not keep.any():
-            keep[values.argmax()] = True
+        for i, part in zip(same, keep.split([len(saliencies[i]) for i in same]), strict=True):
+            if not part.any():
+                part[saliencies[i].argmax()] = True
+            kept[i] = part
     return kept
 
 
@@ -228,6 +252,16 @@ def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -
                 raise ValueError(
                     f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
                 ) from error
+
+
+@torch.no_grad()
+def clear_state_(optimizer: Optimizer, model: nn.Module, masks: Masks) -> None:
+    """Zeroes the optimizer's momentum and moments of weights that the masks drop, so that none regrows from them."""
+    parameters = dict(_all_parameters(model))
+    for name, mask in masks.items():
+        for key, value in optimizer.state.get(parameters[name], {}).items():
+            if key != "step" and isinstance(value, Tensor) and value.shape == parameters[name].shape:
+                value.mul_(mask.to(value.device))
 
 
 def pruning_coverage(model: nn.Module, masks: Masks) -> Coverage:

@@ -1,0 +1,192 @@
+"""What is cut out of a model, as a record in plain types, and cutting it: `replay_` does to a fresh model the same.
+
+    {"layers": {list of blocks: {"of": n, "gone": [i, ...]}},
+     "tensors": [[name, dimension, size, [[start, stop], ...] that stay], ...],
+     "widths": [{"kind", "name", "of", "left", "members"}, ...]}
+
+Names are those after the layers are gone. What has its new size already is left as it is, so that a record may be
+replayed on a model built from a configuration that says a part of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import select
+from .groups import Group
+from .layers import drop_layers_, dropped_layers, renamed
+from .widths import record_shape, record_widths
+
+Record = dict[str, Any]
+
+
+def plan(model: nn.Module, masks: Mapping[str, Tensor], groups: list[Group]) -> Record:
+    """The record of what `masks` drop as a whole: layers, and units of `groups`.
+
+    Raises:
+        ValueError: the masks drop units that cannot be cut out.
+    """
+    dropped = dropped_layers(model, masks)
+    parameters = select.named_parameters(model)
+    sizes = {select.canonical_name(n): t.shape for n, t in (*model.named_parameters(), *model.named_buffers())}
+    groups = [g for g in groups if any(renamed(m.name, dropped) is not None for m in g.members)]
+    kept = [_kept(group, masks, parameters) for group in groups]
+    left: dict[tuple[str, int], Tensor] = {}
+    for group, keep in zip(groups, kept, strict=True):
+        for member in group.members if not keep.all() else ():
+            place = member.name, member.dim
+            stays = left.setdefault(place, torch.ones(sizes[member.name][member.dim], dtype=torch.bool))
+            stays[member.index[~keep]] = False
+    rest = {name: mask for name, mask in masks.items() if renamed(name, dropped) is not None}
+    _check_all_cut(parameters, rest, left)
+    tensors = [
+        [new, dim, len(stays), _runs(stays)]
+        for (name, dim), stays in left.items()
+        if (new := renamed(name, dropped)) is not None
+    ]
+    widths = []
+    for group, keep in zip(groups, kept, strict=True):
+        members = [new for m in group.members if (new := renamed(m.name, dropped)) is not None]
+        name = (renamed(f"{group.name}.", dropped) or members[0].rpartition(".")[0]).rstrip(".")
+        widths.append(
+            {"kind": group.kind, "name": name, "of": group.width, "left": int(keep.sum()), "members": members}
+        )
+    blocks: Any = {name: {"of": len(select.get_module(model, name)), "gone": gone} for name, gone in dropped.items()}  # type: ignore[arg-type]
+    return {"layers": blocks, "tensors": tensors, "widths": widths}
+
+
+def replay_(model: nn.Module, record: Record) -> None:
+    """Cuts out of `model`, in place, what a record says.
+
+    Raises:
+        ValueError: the model does not have what the record names.
+    """
+    for name, layers in sorted(record["layers"].items(), reverse=True):
+        blocks: Any = select.get_module(model, name)
+        if len(blocks) == layers["of"]:
+            drop_layers_(model, name, layers["gone"])
+    changed = set()
+    for name, dim, size, runs in record["tensors"]:
+        layer, _, leaf = name.rpartition(".")
+        old: Tensor | None = getattr(select.get_module(model, layer), leaf, None)
+        if old is None:
+            raise ValueError(f"{type(model).__name__} has no {name!r}, which was cut; it is another model")
+        if old.shape[dim] == size:
+            _cut(model, old, dim, torch.cat([torch.arange(*run) for run in runs]))
+            changed.add(name)
+    if changed:
+        record_widths(model, record["widths"], changed)
+
+
+def rebased(record: Record, at: str, below: str) -> Record:
+    """The record of a module called `at`, for a model whose names are those below the prefix `below`."""
+
+    def new(name: str) -> str | None:
+        full = f"{at}.{name}" if at and name else at or name
+        return full.removeprefix(below) if full.startswith(below) else None
+
+    widths = []
+    for width in record["widths"]:
+        members = [m for member in width["members"] if (m := new(member)) is not None]
+        if (name := new(width["name"])) is not None and members:
+            widths.append({**width, "name": name, "members": members})
+    layers = {n: blocks for name, blocks in record["layers"].items() if (n := new(name)) is not None}
+    tensors = [[n, *rest] for name, *rest in record["tensors"] if (n := new(name)) is not None]
+    return {"layers": layers, "tensors": tensors, "widths": widths}
+
+
+def is_done(model: nn.Module, record: Record) -> bool:
+    """Whether `model` has the sizes that the record leaves."""
+    for name, layers in record["layers"].items():
+        if len(select.get_module(model, name)) != layers["of"] - len(layers["gone"]):  # type: ignore[arg-type]
+            return False
+    tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    sizes = {select.canonical_name(name): tensor.shape for name, tensor in tensors.items()}
+    left = {(name, dim): sum(stop - start for start, stop in runs) for name, dim, _, runs in record["tensors"]}
+    return all(name in sizes and sizes[name][dim] == size for (name, dim), size in left.items())
+
+
+def is_empty(record: Record) -> bool:
+    """Whether nothing is cut."""
+    return not record["layers"] and not record["tensors"]
+
+
+def note_in_config(model: nn.Module, record: Record) -> None:
+    """Puts the record into a transformers model's configuration, where that cannot say the new widths by itself."""
+    from .._quiet import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    config: Any = model.config
+    if not _says_all(model, config):
+        config.pruned = [*(getattr(config, "pruned", None) or []), record]
+
+
+def _says_all(model: nn.Module, config: Any) -> bool:
+    try:
+        with torch.device("meta"):
+            fresh = type(model)(copy.deepcopy(config))
+    except Exception:  # widths that the model refuses
+        return False
+    shapes = ({n: t.shape for n, t in m.state_dict().items()} for m in (fresh, model))
+    return next(shapes) == next(shapes)
+
+
+def _runs(keep: Tensor) -> list[list[int]]:
+    """Where it is true, as [start, stop) pairs."""
+    edges = torch.diff(keep.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
+    return torch.stack([(edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]], 1).tolist()
+
+
+def _dropped(mask: Tensor, dim: int) -> Tensor:
+    """Boolean [size of dim]: the positions of which the mask keeps nothing."""
+    return ~mask.cpu().movedim(dim, 0).flatten(1).any(1) if mask.dim() > 1 else ~mask.cpu()
+
+
+def cuts_widths(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
+    """Whether masks drop positions of parameters that stay."""
+    dropped = dropped_layers(model, masks)
+    rest = [mask for name, mask in masks.items() if renamed(name, dropped) is not None]
+    return any(_dropped(mask, dim).any() for mask in rest for dim in range(mask.dim()))
+
+
+def _kept(group: Group, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """Boolean [width] of the units that stay: those of which a mask keeps any weight."""
+    keep = torch.zeros(group.width, dtype=torch.bool)
+    for member in (m for m in group.members if m.name in parameters):  # masks say nothing of buffers
+        if member.name in masks and not masks[member.name].any():
+            continue  # of a block that is gone as a whole
+        if member.name not in masks or masks[member.name].shape[member.dim] <= int(member.index.max()):
+            return torch.ones_like(keep)
+        keep |= ~_dropped(masks[member.name], member.dim)[member.index].all(1)
+    return keep
+
+
+def _check_all_cut(
+    parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor], left: Mapping[tuple[str, int], Tensor]
+) -> None:
+    """Raises ValueError where a mask over one dimension drops a neuron that stays."""
+    for name, mask in masks.items():
+        for dim, size in enumerate(mask.shape):
+            structured = name in parameters and size == mask.numel() < parameters[name].numel()
+            if structured and (_dropped(mask, dim) & left.get((name, dim), torch.ones(size, dtype=torch.bool))).any():
+                raise ValueError(
+                    f"the masks drop neurons of {name!r} that cannot be cut out: masks of the same neurons are missing "
+                    "or disagree, or were made with other example inputs; use the masks that prune_model_ returned"
+                )
+
+
+def _cut(model: nn.Module, old: Tensor, dim: int, positions: Tensor) -> None:
+    cut = old.detach().index_select(dim, positions.to(old.device)).contiguous()
+    new = nn.Parameter(cut, old.requires_grad) if isinstance(old, nn.Parameter) else cut
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for tied in [key for key, tensor in tensors.items() if tensor is old]:
+                tensors[tied] = new
+                record_shape(module)

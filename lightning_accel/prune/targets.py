@@ -1,0 +1,97 @@
+"""What a config may prune in a model: its weights or groups, without those that `overrides` exclude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from .. import select
+from .._quiet import Conv1D
+from ..inputs import ExampleInputs
+from .config import PruneConfig
+from .groups import KINDS, Group, find_groups, find_groups_below
+from .patterns import check_divides, find_weights
+
+_NEEDS = {
+    "neurons": "two linear layers with only activations between",
+    "heads": "attention with heads that are computed side by side (not torch's nn.MultiheadAttention)",
+    "channels": "convolutions that feed others",
+    "layers": "a ModuleList or Sequential of residual blocks of one class that put out the shape they are given",
+    "hidden": "a width that a normalization runs over",
+}
+
+
+def find_targets(
+    model: nn.Module,
+    config: PruneConfig,
+    example_inputs: ExampleInputs | None = None,
+    calls: Mapping[str, ExampleInputs] | None = None,
+) -> list[Group]:
+    """A group for each weight tensor, width or list of blocks that `config` may prune in `model`.
+
+    Args:
+        calls: in place of `example_inputs`, those of submodules by name, where `model` is never called as a whole.
+
+    Raises:
+        ValueError: nothing to prune, `example_inputs` missing, or a model that is quantized already.
+    """
+    from ..quantize.converted import check_not_converted
+
+    check_not_converted(model)
+    found = [group for s in config.structures if s not in KINDS for group in find_weights(model, s)]
+    kinds = [s for s in config.structures if s in KINDS]
+    if kinds and calls is not None:
+        found += find_groups_below(model, calls, *kinds)
+    elif kinds and example_inputs is None:
+        raise ValueError(f"structure={config.structure!r} needs example_inputs=(x,) (or a dict of keyword inputs)")
+    elif kinds:
+        found += find_groups(model, example_inputs, *kinds)  # type: ignore[arg-type]
+    for structure in config.structures:
+        if not any(group.kind == structure for group in found):
+            raise ValueError(
+                f"{structure} pruning found nothing to prune in {type(model).__name__}; "
+                f"it needs {_NEEDS.get(structure, 'linear or convolution layers')}"
+            )
+    if any(value is None for value in config.overrides.values()):
+        _check_crossing(found, config)
+    units = [unit for group in found for unit in group.units]
+    amounts = select.assign([*(g.name for g in found), *units], config.overrides, config.amount)
+    found = [_without(g, {u for u in g.units if amounts[u] is None}) for g in found if amounts[g.name] is not None]
+    found = [group for group in found if group.width]
+    if not found:
+        raise ValueError("every module is excluded by overrides; remove one of the `None` patterns")
+    modules = dict(select.named_modules(model))
+    for group in found:
+        if group.kind not in KINDS:
+            module: nn.Module = modules[group.name]
+            check_divides(group, module.weight, isinstance(module, Conv1D))  # type: ignore[arg-type]
+    return found
+
+
+def _check_crossing(found: list[Group], config: PruneConfig) -> None:
+    """Raises ValueError where overrides exclude a layer whose weights are cut together with those of another."""
+    for group in found:
+        if group.kind == "layers" or select.first_match(group.name, config.overrides, config.amount) is None:
+            continue
+        for member in group.members:
+            layer = member.name.rpartition(".")[0]
+            if select.first_match(layer, config.overrides, config.amount) is None:
+                raise ValueError(
+                    f"overrides exclude {layer!r}, whose weights are cut together with those of {group.name!r} "
+                    f"({group.kind}); write overrides={{{group.name!r}: None}} to leave both alone"
+                )
+
+
+def _without(group: Group, gone: set[str]) -> Group:
+    """A group of layers without some of them."""
+    if not gone:
+        return group
+    units = tuple(unit for unit in group.units if unit not in gone)
+    members = tuple(
+        replace(m, unit=units.index(group.units[m.unit]))
+        for m in group.members
+        if m.unit is not None and group.units[m.unit] in units
+    )
+    return replace(group, width=len(units), units=units, members=members)
