@@ -151,8 +151,25 @@ def test_evaluating_without_ranges_raises_and_calibration_leaves_modes_alone() -
     with pytest.raises(ValueError, match=r"no range of activations yet: write calibrate_"):
         model(batches()[0])
     model[2].train()
+    modes = [m.training for m in model.modules()]
     calibrate_(model, batches())
-    assert not model.training and all(q.sample is None for q in affine_quantizers(model).values())
+    assert [m.training for m in model.modules()] == modes and any(modes) and not all(modes)
+    assert all(q.sample is None for q in affine_quantizers(model).values())
+
+
+@pytest.mark.parametrize("bad", ["nan", "shape", "module"])
+def test_calibration_that_fails_leaves_the_model_as_it_was(bad: str) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), tiny.mlp(), nn.Dropout())
+    prepare_(model.eval(), STATIC)
+    model[4].train()
+    modes = [m.training for m in model.modules()]
+    first = {"nan": torch.full((4, 2, 4), torch.nan), "shape": torch.zeros(4, 5, 4), "module": torch.zeros(4, 2, 3)}
+    with pytest.raises((ValueError, RuntimeError)):
+        calibrate_(model, [first[bad]])
+    assert [m.training for m in model.modules()] == modes
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
+    assert not any(getattr(m, kind) for m in model.modules() for kind in hooks)
+    assert not torch.overrides._get_current_function_mode()
 
 
 def test_infinite_activations_saturate_and_nan_is_zero_once_converted() -> None:

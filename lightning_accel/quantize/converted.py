@@ -262,7 +262,7 @@ def convert_(model: nn.Module) -> nn.Module:
     for m, linears in parts.items():
         converted[m] = ConvertedAttention(m, {part: _convert(x, fake[m], codes) for part, x in linears.items()})
     absorbed = [m.__dict__["norm"] for m in fake if m.__dict__.get("norm") is not None]
-    converted.update({norm: nn.Identity() for norm in absorbed})
+    converted.update({norm: _with_hooks(nn.Identity(), norm) for norm in absorbed})
     for parent in [*model.modules(), *(converted[m] for m in parts)]:
         for name, child in parent._modules.items():
             if child in converted:
@@ -308,9 +308,13 @@ def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], _Codes]) -> nn
         integer = Int4Embedding(codes[key], weight.shape[0], weight.shape[1])
     else:
         integer = Int4Linear(codes[key], module.bias, weight.shape[0], weight.shape[1], scheme)
-    integer.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("_forward_")})  # hooks
     integer.__dict__["fallback"] = module.__dict__.get("fallback")
-    return integer.train(module.training)
+    return _with_hooks(integer, module).train(module.training)
+
+
+def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
+    new.__dict__.update({k: v for k, v in vars(old).items() if k.startswith("_forward_")})
+    return new
 
 
 def _static(module: Any, name: str, codes: _Codes) -> nn.Module:

@@ -128,10 +128,11 @@ def calibrate_(
     if batches is None:
         raise ValueError("int8-static finds its ranges in data; write calibration=loader, some batches of inputs")
     run = run or _run
-    training, count = model.training, 0
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for name, quantizer in quantizers.items():
         quantizer.sample = Sample(name.rpartition(".")[0])
+    count = 0
     try:
         for batch in batches:
             watch = NormWatch(model) if count == 0 else None
@@ -139,14 +140,16 @@ def calibrate_(
                 run(model, batch)
             except NonFinite as error:
                 raise ValueError(f"batch {count} of the calibration data {error}; look at the batch") from error
-            if watch is not None:
-                fold_(model, watch.stop())
+            finally:
+                norms = {} if watch is None else watch.stop()
+            fold_(model, norms)
             count += 1
         _set_ranges(quantizers, count)
     finally:
         for quantizer in quantizers.values():
             quantizer.sample = None
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return model
 
 
