@@ -434,10 +434,66 @@ def test_quantizing_leaves_the_model_alone_and_gives_an_eval_copy() -> None:
     assert not any(m.training for m in converted.modules()) and not any(p.requires_grad for p in converted.parameters())
 
 
-def test_a_model_that_qat_prepared_keeps_its_exceptions() -> None:
-    model = tiny.mlp()
-    prepare_(model, QuantConfig(overrides={"4": None}))
-    assert type(quantize_model(model, INT8)[4]) is nn.Linear
+def test_a_model_that_qat_prepared_keeps_its_exceptions(tmp_path: Path) -> None:
+    model, config = tiny.mlp(), QuantConfig(overrides={"4": None})
+    prepare_(model, config)
+    assert type(quantize_model(model, config)[4]) is nn.Linear
+    options: Any = {"example_inputs": (torch.randn(2, 8),), "engines": ("portable",), "measure": False}
+    for refused in (
+        lambda: quantize_model(model, INT8),
+        lambda: export_model(model, tmp_path / "a", quantize=INT8, **options),
+    ):
+        with pytest.raises(ValueError, match=r"'4' is not prepared, as other modules are, and the config asks int8"):
+            refused()
+    export_model(model, tmp_path / "a", quantize=config, **options)
+
+
+OTHERS = {
+    "int4-int8": ("int8", "int4-int8 in groups of 32", INT8, QuantConfig("int4-int8")),
+    "in float": ("int8", "float", INT8, QuantConfig(overrides={"0": None})),
+    "group": (
+        "int4-weight in groups of 32", "int4-weight in groups of 64",
+        QuantConfig("int4-weight"), QuantConfig("int4-weight", group_size=64),
+    ),
+    "observer": (
+        "int8-static with observer='minmax'", "int8-static with observer='mse'",
+        QuantConfig("int8-static"), QuantConfig("int8-static", observer="mse"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_a_module_prepared_otherwise_is_refused_by_name(tmp_path: Path, how: str) -> None:
+    now, then, first, second = OTHERS[how]
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    prepare_(model, first)
+    said = rf"'0' is prepared as {now}, the config asks {then}; write unprepare_\(model\) first"
+    for refused in (
+        lambda: prepare_(model, second),
+        lambda: quantize_model(model, second),
+        lambda: export_model(model, tmp_path / "a", example_inputs=(torch.randn(2, 64),), quantize=second),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
+    prepare_(unprepare_(model), second)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_preparing_embeddings_and_attention_again_with_the_same_config_is_the_same(scheme: str) -> None:
+    model = nn.ModuleList([nn.Embedding(9, 32), nn.MultiheadAttention(32, 2), nn.Linear(32, 5)])
+    first = prepare_(model, QuantConfig(scheme))
+    assert prepare_(model, QuantConfig(scheme)).as_dict() == first.as_dict()
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    model = nn.Sequential(nn.Linear(48, 4))
+    for call in (
+        lambda: prepare_(copy.deepcopy(model), QuantConfig("int4-int8")),
+        lambda: quantize_model(model, QuantConfig("int4-int8")),
+    ):
+        with pytest.warns(UserWarning, match="groups of 32 do not divide") as caught:
+            call()
+        assert [Path(w.filename).name for w in caught] == ["test_quantize.py"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -15,7 +15,7 @@ from ..select import Coverage, Entry
 from .adapters import merge_adapters
 from .attention import ConvertedAttention, FakeQuantizedAttention
 from .config import QuantConfig
-from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of, shapes_of
+from .fake import FAKE_TYPES, check_prepared_as, is_prepared, prepare_, scheme_of, shapes_of
 from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack, unpack
 from .norms import folded_bias, folded_weight
 from .ops import int8_embedding, int8_linear, row_codes, row_scales, untile
@@ -353,20 +353,23 @@ def quantize_groups(weight: Tensor, group: int) -> _Codes:
 def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[Any] | None = None) -> nn.Module:
     """Post-training quantization: a converted copy of `model`, for inference on the CPU, in float32 where it is float.
 
-    A model that QAT has prepared is converted with the schemes it was trained with.
+    A model that QAT has prepared is converted, if `config` is what it was prepared with (`convert_` asks for none).
 
     Args:
         calibration: batches in which `int8-static` finds its ranges: mappings of keyword inputs, tensors, or tuples
             whose first item is the input. The other schemes find their scales in each input and need none.
 
     Raises:
-        ValueError: nothing can be quantized, the model is already converted, or `int8-static` finds no ranges.
+        ValueError: nothing can be quantized, the model is already converted, it was prepared with another config, or
+            `int8-static` finds no ranges.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> quantize_model(model, QuantConfig("int8"))[2]
     Int8Linear(in_features=8, out_features=2, bias=True)
     """
     check_not_converted(model)
+    if is_prepared(model):
+        check_prepared_as(model, config)
     model = copy.deepcopy(merge_adapters(model)).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)

@@ -7,7 +7,6 @@ nothing is rounded in training, and evaluation raises.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import select
 from .._quiet import FakeQuantizerBase
+from .._warn import warn
 from ..inputs import inputs_of_batch, split_inputs
 from .norms import NormWatch, fold_, freeze_norms_, norms_of
 from .observers import MOMENTUM, NonFinite, Sample, batch_range
@@ -162,10 +162,9 @@ def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int) -> None:
     if count == 0:
         raise ValueError("the calibration data is empty; write calibration=loader with some batches of inputs")
     if count < FEW_BATCHES:
-        warnings.warn(
+        warn(
             f"ranges from {count} batches of calibration data; values outside of them are cut off, {FEW_BATCHES} or "
-            "more batches are safer",
-            stacklevel=3,
+            "more batches are safer"
         )
     unseen = [name.rpartition(".")[0] for name, q in quantizers.items() if q.sample is not None and not q.sample.parts]
     if unseen:
