@@ -486,14 +486,11 @@ def test_preparing_embeddings_and_attention_again_with_the_same_config_is_the_sa
 
 
 def test_warnings_point_at_the_users_line() -> None:
-    model = nn.Sequential(nn.Linear(48, 4))
-    for call in (
-        lambda: prepare_(copy.deepcopy(model), QuantConfig("int4-int8")),
-        lambda: quantize_model(model, QuantConfig("int4-int8")),
-    ):
-        with pytest.warns(UserWarning, match="groups of 32 do not divide") as caught:
-            call()
-        assert [Path(w.filename).name for w in caught] == ["test_quantize.py"]
+    model, config = nn.Sequential(nn.Linear(48, 4)), QuantConfig("int4-int8")
+    with pytest.warns(UserWarning, match="groups of 32 do not divide") as caught:
+        quantize_model(model, config)
+        prepare_(model, config)
+    assert [Path(w.filename).name for w in caught] == ["test_quantize.py"] * 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

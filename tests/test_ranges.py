@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_accel import QuantConfig, prepare_, quantize_model, sensitivity
 from lightning_accel.quantize import (
@@ -242,6 +244,49 @@ def test_training_moves_ranges_until_they_are_frozen_and_evaluation_never() -> N
     freeze_(model)
     model.train()(data[3])
     torch.testing.assert_close(quantizer.range, expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.reentrant = tiny.mlp(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if self.reentrant is None else checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+def steps(model: nn.Module, data: list[Any]) -> tuple[list[list[float]], list[Tensor]]:
+    """Ranges, and gradients of all batches added up, of a prepared model in training."""
+    prepare_(model.train(), STATIC)
+    for batch in data:
+        model(batch)[0].square().sum().backward()
+    ranges = [q.range.tolist() for q in affine_quantizers(model).values()]
+    return ranges, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_moves_ranges_once_and_changes_no_gradient(reentrant: bool) -> None:
+    data = [x.requires_grad_() for x in batches(4)]
+    expected, found = steps(Checkpointed(None), data), steps(Checkpointed(reentrant), data)
+    assert found[0] == expected[0] and len(found[1]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers_moves_ranges_once(reentrant: bool) -> None:
+    data = [tiny.ids(4, 12, seed=s) for s in range(3)]
+    plain, checkpointed = tiny.bert(), tiny.bert()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected, found = steps(without_dropout(plain), data), steps(without_dropout(checkpointed), data)
+    assert found[0] == expected[0]
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def test_a_batch_that_is_not_finite_moves_no_range() -> None:

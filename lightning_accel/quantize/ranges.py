@@ -72,7 +72,7 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         if self.sample is not None:
             self.sample.add(x)
             return x
-        if self.training and not self.frozen:
+        if self.training and not self.frozen and not _recomputing():
             self._follow(x)
         elif not self.training and not self.found:
             raise ValueError(
@@ -95,6 +95,11 @@ class AffineFakeQuantizer(FakeQuantizerBase):
     def __repr__(self) -> str:
         low, high = self.range.tolist()
         return f"AffineFakeQuantizer(range=[{low:.4g}, {high:.4g}], observer={self.observer!r})"
+
+
+def _recomputing() -> bool:
+    """Whether this is called from a backward pass: activation checkpointing repeats the forward, with its range."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def affine_quantizers(model: nn.Module) -> dict[str, AffineFakeQuantizer]:
