@@ -74,7 +74,16 @@ def test_calibration_looks_at_every_batch_and_a_sample_thins_to_a_bound() -> Non
         sample.add(torch.full((100, 300), float(index)))
     assert sample.ends.tolist() == [0, 199] and sum(map(len, sample.parts)) <= 2**20
     assert sample.find_range("minmax").tolist() == [0, 199]
-    assert {0.0, 199.0} <= set(torch.cat(sample.parts).tolist())
+    counts = torch.cat(sample.parts).long().bincount()
+    assert len(counts) == 200 and counts.max() - counts.min() <= 1, "as many of each batch"
+
+
+def test_a_sample_of_small_batches_is_evenly_spaced_too() -> None:
+    sample, shown = Sample("layer"), torch.arange(2**21 + 700.0)
+    for some in shown.split(1999):
+        sample.add(some)
+    kept = torch.cat(sample.parts)
+    assert torch.equal(kept, shown[::4]) and len(kept) <= 2**20
 
 
 @settings(deadline=None, max_examples=100)
