@@ -183,14 +183,17 @@ def test_calibration_that_fails_leaves_the_model_as_it_was(bad: str) -> None:
     assert not torch.overrides._get_current_function_mode()
 
 
-def test_infinite_activations_saturate_and_nan_is_zero_once_converted() -> None:
-    model = quantize_model(nn.Sequential(nn.Linear(8, 4)), STATIC, batches())
+def test_infinite_activations_saturate_and_nan_is_zero_evaluated_and_converted() -> None:
+    fake = prepared(nn.Sequential(nn.Linear(8, 4)).eval())
+    model = convert_(copy.deepcopy(fake))
     x = batches(1, seed=9)[0][:3]
     low, high = min(b.min() for b in batches()), max(b.max() for b in batches())
     strange, plain = x.clone(), x.clone()
     strange[0, 1], strange[1, 2], strange[2, 3] = torch.inf, -torch.inf, torch.nan
     plain[0, 1], plain[1, 2], plain[2, 3] = high, low, 0.0
-    assert torch.equal(model(strange), model(plain))
+    assert torch.equal(model(strange), model(plain)) and torch.equal(fake(strange), fake(plain))
+    freeze_(fake)
+    assert fake.train()(strange).isnan().any(1).tolist() == [False, False, True], "the loss shows that it diverged"
 
 
 # --- fake-quantized, converted ----------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class AffineFakeQuantizer(FakeQuantizerBase):
             raise ValueError(
                 "int8-static has no range of activations yet: write calibrate_(model, batches), or train a step"
             )
-        return _RoundAffine.apply(x, self.range)
+        # in training the loss shows a NaN; evaluated, it is what the kernel makes of it
+        return _RoundAffine.apply(x if self.training else torch.where(x == x, x, 0.0), self.range)
 
     @property
     def found(self) -> bool:
