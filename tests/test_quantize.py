@@ -13,6 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import linear_bound
 from torch import Tensor, nn
 
 from lightning_accel import QuantConfig, export_model, prepare_, quantize_model
@@ -127,8 +128,25 @@ def test_fake_quantized_and_converted_layers_agree_to_float_rounding() -> None:
     model, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(128, 64)
     prepare_(model, INT8)
     fake, converted = model(x), convert_(copy.deepcopy(model))(x)
-    terms = 64 * 127.0**2 * row_scales(x).double() * row_scales(model[0].weight).double().T
-    assert ((fake.double() - converted.double()).abs() <= 66 * 2.0**-24 * (terms + 1)).all()
+    rounded, weight = model[0].activation_fake_quantizer(x), model[0].weight_fake_quantizer(model[0].weight)
+    assert ((fake.double() - converted.double()).abs() <= linear_bound(rounded, weight, model[0].bias)).all()
+
+
+def test_a_thousand_layers_have_the_same_codes_and_sums_fake_quantized_converted_and_in_tiles() -> None:
+    for seed in range(1000):
+        torch.manual_seed(seed)
+        n, out = 1 + seed % 67, 1 + seed % 20
+        x, model = kinds_of_rows(1 + seed % 5, n, KINDS[seed % 3], seed), nn.Sequential(nn.Linear(n, out))
+        prepare_(model, INT8)
+        fake, rounded = model[0], model[0].activation_fake_quantizer(x)
+        weight, y = fake.weight_fake_quantizer(fake.weight), fake(x)
+        layer = convert_(model)[0]
+        codes, scales = quantize_rows(x)
+        assert torch.equal(codes.float() * scales[:, None], rounded), seed
+        assert torch.equal(layer.weight, weight), seed
+        assert torch.equal(untile(tile(layer.codes), out, n), layer.codes), seed
+        assert torch.equal(layer(x), numpy_linear(x, fake.weight.detach(), fake.bias.detach())), seed
+        assert ((layer(x).double() - y.double()).abs() <= linear_bound(rounded, weight, fake.bias)).all(), seed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
