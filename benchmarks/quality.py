@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader
 from lightning_accel import AccelModule, QuantConfig, QuantizationAwareTraining, quantize_model
 from lightning_accel.measure import machine, versions
 from lightning_accel.quantize import quantization_coverage
-from lightning_accel.quantize.config import SCHEMES
 from lightning_accel.select import count_flops
 
 LEAST = 0.5  # share of FLOPs that a scheme must reach for its figures to say anything
@@ -111,8 +110,6 @@ def fit_on(model: nn.Module, settings: Settings, loader: DataLoader, seed: int, 
 
 def covered(model: nn.Module, scheme: str, settings: Settings, data: Data) -> dict[str, Any]:
     """What the scheme would quantize of the untrained model, or why the cell cannot be."""
-    if scheme not in SCHEMES:
-        return {"unavailable": "scheme not available"}
     converted = quantize_model(model, QuantConfig(scheme), calibration=calibration(settings, data))
     coverage = quantization_coverage(converted, count_flops(model, *_arguments(data)))
     found = {"share_of_flops": coverage.share_of_flops, "share_of_parameters": coverage.share_of_parameters,

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from quality_tasks import Task
+from scipy.stats import t
 from torch import Tensor
 
-NORMAL = 1.96  # two-sided 95 %
 Saved = dict[int, dict[str, Any]]  # seed -> cell as saved
 
 
@@ -21,16 +21,20 @@ def paired(differences: Tensor) -> tuple[float, float]:
     variance = var over examples of the mean over seeds / examples + var over seeds of the mean over examples / seeds
 
     The second term counts what training with another seed changes (some of the first again, so it is wide rather
-    than narrow); with one seed it is left out, and the interval is for that model only.
+    than narrow); with one seed it is left out, and the interval is for that model only. The interval is that many
+    standard errors wide as Student's t has it with Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2),
+    variance^2 / sum(term^2 / degrees of the term): with few seeds that differ, more than 1.96.
 
     >>> paired(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))[0]
     0.25
     """
     seeds, examples = differences.shape
-    variance = differences.mean(0).var() / examples
+    terms = [(differences.mean(0).var().item() / examples, examples - 1)]
     if seeds > 1:
-        variance = variance + differences.mean(1).var() / seeds
-    return differences.mean().item(), NORMAL * variance.sqrt().item()
+        terms.append((differences.mean(1).var().item() / seeds, seeds - 1))
+    variance, spread = sum(term for term, _ in terms), sum(term**2 / degrees for term, degrees in terms)
+    width = t.ppf(0.975, variance**2 / spread) if spread else 0.0
+    return differences.mean().item(), width * variance**0.5
 
 
 def recovered(ptq: Tensor, qat: Tensor, draws: int = 2000) -> tuple[float, float, float]:

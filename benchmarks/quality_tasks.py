@@ -252,7 +252,7 @@ FOUR_BITS = ("int4-weight", "int4-int8")
 TASKS = {
     "minilm": Task(
         "MiniLM-L6 (22.7 M), WordNet gloss -> 26 lexicographer files",
-        tuple(dict.fromkeys((*SCHEMES, "int8-static"))),
+        SCHEMES,
         Settings(train=11000, validation=1000, test=8000, epochs=1, batch=32, lr=3e-4, begin=0.0, precision=BF16),
         Settings(train=64, validation=32, test=64, epochs=1, batch=16, lr=3e-4, begin=0.0, precision=BF16),
         load_glosses, build_minilm,

@@ -20,7 +20,7 @@ from .prune import Masks, apply_masks_, shrink_model
 from .prune.cut import rebased, replay_
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
 from .quantize.converted import check_not_converted
-from .quantize.fake import Int4GroupFakeQuantizer, count_own, shapes_of
+from .quantize.fake import Int4GroupFakeQuantizer, check_prepared_as, plan, prepare_as_planned_, shapes_of
 from .quantize.ranges import load_static_state_
 
 
@@ -45,9 +45,12 @@ def finalize(
     """Copies of the model for deployment: masks applied, neurons cut out, fake quantization turned into integers.
 
     Raises:
-        ValueError: a weight is NaN or infinite, or the model holds integers already.
+        ValueError: a weight is NaN or infinite, or the model holds integers already, or it was prepared otherwise than
+            `quantize` says.
     """
     check_not_converted(model)  # what it gained and lost over the float model could not be said
+    if quantize is not None and is_prepared(model):
+        check_prepared_as(model, quantize)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(
@@ -168,15 +171,15 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
     model.load_state_dict({real: weights[prefix + name] for name, real in own.items()})
     masks: Masks = {}
     for state in (s for s in states if s.get("technique") == "pruning"):
-        for name, mask in _below(prefix, {_join(state["module"], n): m for n, m in state["masks"].items()}).items():
+        named = {select.join(state["module"], name): mask for name, mask in state["masks"].items()}
+        for name, mask in _below(prefix, named).items():
             masks[name] = masks[name] & mask if name in masks else mask
     for state in (s for s in states if s.get("technique") == "quantization" and s["prepared"]):
         if chosen := _below(prefix, state["quantized"]):
-            others = [n for n, m in select.named_modules(model) if count_own(m) and n not in chosen]
-            config = QuantConfig(**{**state["config"], "overrides": {**chosen, **dict.fromkeys(others)}})
-            prepare_(model, config)
+            config = QuantConfig(**state["config"])
+            prepare_as_planned_(model, config, plan(model, config, only=chosen))
             load_static_state_(model, state["static"], prefix)
-    calls = [s["call"] for s in states if s.get("technique") == "export" and _join(s["module"], "") == prefix]
+    calls = [s["call"] for s in states if s.get("technique") == "export" and s["module"] == prefix.rstrip(".")]
     return Restored(model, masks or None, as_inputs(model, *calls[0]) if calls and calls[0] else None)
 
 
@@ -190,9 +193,7 @@ def _names_cut(model: nn.Module, records: list[tuple[str, Any]], prefix: str) ->
     return {select.canonical_name(name) for name in model.state_dict()}
 
 
-def _join(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name
-
-
 def _below(prefix: str, named: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+    """What is named below a module, or is that module: names relative to it, "" for itself."""
+    inside = {name: value for name, value in named.items() if f"{name}.".startswith(prefix)}
+    return {name[len(prefix) :]: value for name, value in inside.items()}

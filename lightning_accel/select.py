@@ -77,6 +77,15 @@ def get_module(root: nn.Module, name: str | None) -> nn.Module:
     )
 
 
+def join(module: str, name: str) -> str:
+    """The name in its parent of what is called `name` in `module`; `""` is the parent, or the module itself.
+
+    >>> join("model", "head"), join("", "head"), join("model", "")
+    ('model.head', 'head', 'model')
+    """
+    return f"{module}.{name}".strip(".")
+
+
 def assign(names: list[str], overrides: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Value of each name: that of the first pattern of `overrides` that matches it, else `default`.
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightning_accel.engines import aoti
 
@@ -32,3 +33,12 @@ def compiled(code: str, path: str, directory: Path, name: str = "kernel") -> Pat
     flags = [*aoti.kernel_flags(), *PATHS[path]]
     subprocess.run([aoti._compiler(), *flags, str(source), *link, "-o", str(library)], check=True)
     return library
+
+
+def linear_bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of the difference of two float32 sums of the same exact terms: n additions round by 2^-24 of what is added up.
+
+    `x` [..., n] and `weight` [out, n] are the rounded ones.
+    """
+    terms = x.abs().double() @ weight.abs().double().T + (0.0 if bias is None else bias.abs().double())
+    return 2 * (x.shape[-1] + 2) * 2.0**-24 * terms + 1e-37

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from helpers import Plain, assert_same, seeded, trainer, weights
+from kernels import linear_bound
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_quantize import snapshot
 from torch import Tensor, nn
@@ -217,11 +218,10 @@ def test_what_it_cannot_take_is_refused() -> None:
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
-def bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of a linear layer, as in test_quantize.py: n + 2 roundings of the largest sum that a row can have."""
-    n = x.shape[-1]
-    terms = n * x.abs().amax(-1, keepdim=True).double() * weight.abs().amax(-1).double()
-    return (n + 2) * 2.0**-24 * (terms + (0.0 if bias is None else bias.abs().double()) + 1)
+def layer_bound(linear: Any, x: Tensor) -> Tensor:
+    """Of the difference between a fake-quantized layer and its integer form."""
+    x = x if linear.activation_fake_quantizer is None else linear.activation_fake_quantizer(x)
+    return linear_bound(x, linear.weight_fake_quantizer(linear.weight), linear.bias)
 
 
 @torch.no_grad()
@@ -243,9 +243,9 @@ def test_each_converted_projection_is_the_fake_quantized_one_within_the_bound_of
     for (name, linear), x, ours, theirs in zip(
         linears.items(), inputs, fake.project(*inputs), converted.project(*inputs), strict=True
     ):
-        assert ((ours - theirs).abs() <= bound(x, linear.weight, linear.bias)).all(), name
+        assert ((ours - theirs).abs() <= layer_bound(linear, x)).all(), name
     last = fake.out_proj
-    assert ((last(inputs[0]) - converted.out_proj(inputs[0])).abs() <= bound(inputs[0], last.weight, last.bias)).all()
+    assert ((last(inputs[0]) - converted.out_proj(inputs[0])).abs() <= layer_bound(last, inputs[0])).all()
     if scheme == "int8":
         whole = torch.cat([linear.weight for linear in linears.values()]) if layer != "three weights" else None
         codes = [getattr(converted, n).weight for n in names[:3]]
@@ -579,7 +579,7 @@ def test_a_packed_linear_layer_that_is_split_after_it_is_quantized(tmp_path, sch
     assert [e.done for e in prepare_(fake, QuantConfig(scheme)).entries] == [scheme, scheme]
     converted = convert_(copy.deepcopy(fake))
     linear = fake.qkv
-    assert ((linear(x) - converted.qkv(x)).abs() <= bound(x, linear.weight, linear.bias)).all()
+    assert ((linear(x) - converted.qkv(x)).abs() <= layer_bound(linear, x)).all()
     assert (converted(x) - fake(x)).norm() <= 0.1 * (fake(x) - model(x)).norm()
     options: dict[str, Any] = {"engines": ("portable",), "measure": False}
     export_model(model, tmp_path / "a", example_inputs=(x,), quantize=QuantConfig(scheme), **options)
@@ -598,6 +598,6 @@ def test_grouped_query_attention_is_converted_as_it_was_trained(scheme: str) -> 
     x = torch.randn(12, tiny.WIDTH)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         linear, integer = getattr(fake, name), getattr(converted.model.layers[0].self_attn, name)
-        assert integer.scheme == scheme and ((linear(x) - integer(x)).abs() <= bound(x, linear.weight, None)).all()
+        assert integer.scheme == scheme and ((linear(x) - integer(x)).abs() <= layer_bound(linear, x)).all()
     ours, theirs = model(input_ids=tokens).logits, converted(input_ids=tokens).logits
     assert (theirs - ours).norm() <= 0.1 * (ours - plain).norm()

@@ -18,6 +18,8 @@ from lightning_accel import (
     Pruning,
     QuantConfig,
     QuantizationAwareTraining,
+    export_model,
+    load,
 )
 from lightning_accel.quantize import is_prepared, prepare_, unprepare_
 
@@ -188,11 +190,12 @@ def test_overrides_are_relative_to_the_module_and_leave_it_alone(tmp_path):
     assert "excluded by overrides" in str(qat.coverage)
 
 
-def test_two_on_one_module_raise_and_on_two_modules_coexist(tmp_path):
-    two = [QuantizationAwareTraining(begin=1, module="model"), QuantizationAwareTraining(begin=0.5, module="model")]
-    with pytest.raises(ValueError, match=r"two QuantizationAwareTraining callbacks on module='model'; keep one, with"):
-        other = QuantConfig("int8", overrides={"head": None})
-        trainer(tmp_path, [two[0], QuantizationAwareTraining(other, module="model")]).fit(seeded(Plain), loader())
+def test_two_on_one_module_or_on_one_inside_of_the_other_raise_and_on_two_modules_coexist(tmp_path):
+    other = QuantConfig("int8", overrides={"head": None})
+    for nested in ("model", "model.head", ""):
+        with pytest.raises(ValueError, match=rf"callbacks, on module='model' and module='{nested}'; keep one, with"):
+            two = [QuantizationAwareTraining(other, module=nested), QuantizationAwareTraining(begin=1, module="model")]
+            trainer(tmp_path, two).fit(seeded(Plain), loader())
     module = seeded(Plain)
     apart = [QuantizationAwareTraining(begin=b, module=f"model.{name}") for b, name in ((1, "first"), (5, "head"))]
     trainer(tmp_path, apart).fit(module, loader())
@@ -239,3 +242,45 @@ def test_int4_and_neurons_in_one_fit_raise_before_training_unless_the_layers_aft
 def test_a_scheme_in_place_of_a_config_is_refused_when_it_is_written():
     with pytest.raises(ValueError, match=r"config is 'int8', expected a QuantConfig; write QuantConfig\('int8'\)"):
         QuantizationAwareTraining("int8")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
+@pytest.mark.parametrize("apart", [["model.first", "model.head"], ["model.head"]])
+def test_a_checkpoint_of_layers_quantized_alone_exports_them_from_their_parent(tmp_path, scheme, apart):
+    module, keep = seeded(Plain), ModelCheckpoint(tmp_path, "last")
+    qat = [QuantizationAwareTraining(QuantConfig(scheme), begin=1, module=name) for name in apart]
+    trainer(tmp_path, [*qat, keep]).fit(module, loader())
+    assert [c.state_dict()["quantized"] for c in qat] == [{name: scheme} for name in apart]
+    x = data(16)[:][0]
+    for part in ("model", *apart):
+        network, trained = (m.get_submodule(part) for m in (seeded(Plain, seed=5).eval(), module.eval()))
+        inputs = torch.randn(16, trained.in_features) if part == "model.head" else x
+        options = {"example_inputs": (inputs,), "engines": ("portable",), "measure": False, "module": part}
+        export_model(network, tmp_path / "out", checkpoint=tmp_path / "last.ckpt", **options)
+        exported = load(tmp_path / "out")
+        with torch.no_grad():
+            torch.testing.assert_close(exported(inputs), trained(inputs), atol=1e-6, rtol=1e-6)
+
+
+class NamedLikePatterns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a*": nn.Linear(8, 8), "ab": nn.Linear(8, 8), "c[0]": nn.Linear(8, 3)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            x = layer(x).tanh()
+        return x
+
+
+def test_a_checkpoint_of_names_that_read_like_patterns_is_exported(tmp_path):
+    module, keep = Plain(seeded(NamedLikePatterns)), ModelCheckpoint(tmp_path, "last")
+    config = QuantConfig("int8", overrides={"layers.ab": None})
+    trainer(tmp_path, [QuantizationAwareTraining(config, module="model"), keep]).fit(module, loader())
+    x = data(16)[:][0]
+    options = {"example_inputs": (x,), "engines": ("portable",), "measure": False, "module": "model"}
+    report = export_model(NamedLikePatterns(), tmp_path / "out", checkpoint=tmp_path / "last.ckpt", **options)
+    done = {entry["name"]: entry["done"] for entry in report.manifest["coverage"][0]["entries"]}
+    assert done == {"layers.a*": "int8", "layers.ab": None, "layers.c[0]": "int8"}
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "out")(x), module.eval().model(x), atol=1e-6, rtol=1e-6)

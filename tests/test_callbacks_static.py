@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import Export, QuantConfig, QuantizationAwareTraining, export_model, load
 from lightning_accel.quantize import freeze_, is_prepared
 from lightning_accel.quantize.norms import norms_of
+from lightning_accel.quantize.observers import MOMENTUM, batch_range
 from lightning_accel.quantize.ranges import affine_quantizers, static_state
 
 STATIC = QuantConfig("int8-static")
@@ -172,10 +173,13 @@ def test_it_commutes_with_itself_as_functions(tmp_path: Any) -> None:
 def test_a_second_fit_goes_on_with_the_ranges(tmp_path: Any) -> None:
     network, callback = module(), qat(0, 1.0)
     trainer(tmp_path, [callback]).fit(network, images())
-    before = static_state(network.model)
-    trainer(tmp_path, [callback], max_epochs=1).fit(network, images())
-    after = static_state(network.model)
-    assert before["norms"] == after["norms"] and before["ranges"] != after["ranges"]
-    for name, (low, high) in before["ranges"].items():
-        width = after["ranges"][name][1] - after["ranges"][name][0]
-        assert 0.5 < width / (high - low) < 2.0, "moved on, not begun anew"
+    far = torch.tensor([-100.0, 100.0])
+    for quantizer in affine_quantizers(network.model).values():
+        quantizer.range.copy_(far)
+    before = static_state(network.model)["norms"]
+    trainer(tmp_path, [callback], max_epochs=1, limit_train_batches=1).fit(network, images())
+    assert static_state(network.model)["norms"] == before
+    first, (x, _) = affine_quantizers(network.model)["features.0.activation_fake_quantizer"], next(iter(images()))
+    torch.testing.assert_close(first.range, far + MOMENTUM * (batch_range(x, "minmax") - far))
+    for quantizer in affine_quantizers(network.model).values():
+        assert (quantizer.range.abs() > 90).all(), "moved on, not begun anew"

@@ -10,7 +10,6 @@ import pytest
 
 from lightning_accel.artifact import read_manifest
 from lightning_accel.quantize.config import SCHEMES
-from lightning_accel.verify import KL_FRACTION, SMALL_KL
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LEAST_SHARE = {"mlp": 1.0, "cnn": 1.0, "vit": 0.97}  # of FLOPs; the others' attention is a larger part, in small models
@@ -29,7 +28,14 @@ def fidelity() -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [*(("mlp", scheme) for scheme in SCHEMES), *((n, "int8-static") for n in ("llama", "gpt2", "bert", "vit", "cnn"))],
+    [
+        *(("mlp", scheme) for scheme in SCHEMES),
+        ("llama", "int4-weight"),
+        ("gpt2", "int4-int8"),
+        ("bert", "int8"),
+        ("vit", "int8-static"),
+        ("cnn", "int8-static"),
+    ],
 )
 def test_what_was_trained_is_what_is_exported(fidelity: Any, tmp_path: Path, name: str, scheme: str) -> None:
     fidelity.run(name, scheme, 0, tmp_path / "model", 20, ("portable",))
@@ -37,8 +43,9 @@ def test_what_was_trained_is_what_is_exported(fidelity: Any, tmp_path: Path, nam
     (program,) = manifest["programs"]
     figures = program["verification"]
     print("\n".join(fidelity.rows(name, scheme, 0, tmp_path / "model")))
-    assert figures["kl_noise"] is None, "the first bound holds, noise need not be looked at"
-    assert figures["kl_trained"] <= max(KL_FRACTION * figures["kl_plain"], SMALL_KL)
+    assert figures["kl_noise"] is None, "noise need not be looked at"
+    rounding = 2e-8  # float32 tells divergences apart no finer
+    assert figures["kl_plain"] > 0 and figures["kl_trained"] <= 0.05 * figures["kl_plain"] + rounding
     assert figures["agreement_over_margin"] == 1.0 and figures["agreement"] > 0.99
     losses = {metric["name"]: metric["value"] for metric in manifest["metrics"]}
     assert losses["loss (artifact)"] == pytest.approx(losses["loss (trained)"], abs=1e-3)

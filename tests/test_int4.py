@@ -13,7 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import PATHS, compiled, source_of
+from kernels import PATHS, compiled, linear_bound, source_of
 from test_quantize import kinds_of_rows
 from torch import Tensor, nn
 
@@ -118,12 +118,6 @@ def test_a_thousand_layers_have_the_same_codes_fake_quantized_converted_and_pack
         assert torch.equal((codes * scales).flatten(1), rounded), seed
 
 
-def bound(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Of the difference of two float32 sums of the same exact terms: n additions round by 2^-24 of what is added up."""
-    n = x.shape[-1]
-    return 2 * (n + 2) * 2.0**-24 * (x.abs().double() @ weight.abs().double().T + bias.abs().double()) + 1e-37
-
-
 @settings(deadline=None, max_examples=60)
 @given(**cases, count=st.integers(1, 40))
 def test_kernels_are_the_references_within_the_bound_of_float_sums(
@@ -137,7 +131,7 @@ def test_kernels_are_the_references_within_the_bound_of_float_sums(
     for name, reference in REFERENCES.items():
         difference = (kernels[name](x, packed, scale, bias) - reference(x, packed, scale, bias)).abs().double()
         rounded = x if name == "int4_linear" else row_codes(x, row_scales(x)) * row_scales(x)
-        assert (difference <= bound(rounded, (codes * scales).flatten(1), bias)).all(), name
+        assert (difference <= linear_bound(rounded, (codes * scales).flatten(1), bias)).all(), name
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_accel import QuantConfig, prepare_, quantize_model
 from lightning_accel.quantize import Int8StaticConv, calibrate_, convert_, freeze_, quantization_coverage, unprepare_
@@ -92,6 +93,7 @@ GEOMETRY = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(deadline=None, max_examples=100)
 @given(**GEOMETRY)
 def test_a_converted_convolution_is_the_fake_quantized_one_with_its_norm(
@@ -154,6 +156,72 @@ def test_where_partners_are_not_one_to_one_no_norm_is_absorbed() -> None:
     converted = convert_(copy.deepcopy(model))
     assert all(isinstance(norm, nn.BatchNorm2d) for norm in converted.norms)
     torch.testing.assert_close(converted(images()[0]), model(images()[0]), atol=1e-4, rtol=1e-4)
+
+
+class Reused(nn.Module):
+    """A convolution whose output a BatchNorm takes, and something else too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(3, 3, 1), live(nn.BatchNorm2d(3)), how
+        if how == "hook":
+            self.conv.register_forward_hook(lambda module, args, y: 2 * y)
+        if how == "input":
+            self.norm.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        if how == "hook on the norm":
+            self.norm.register_forward_hook(lambda module, args, y: 2 * y)
+        if how == "taken":
+            self.norm.register_forward_hook(lambda module, args, y: y + args[0])
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        if self.how == "in place":
+            y.add_(1)
+        if self.how == "item":
+            y[:, 0] = 0
+        z = self.norm(y)
+        if self.how == "output":
+            return {"z": z, "y": y}
+        return z + y if self.how == "residual" else torch.cat([z, y]) if self.how == "list" else z
+
+
+REUSED = ["residual", "list", "output", "in place", "item", "hook", "input", "taken", "hook on the norm"]
+
+
+@pytest.mark.parametrize("how", REUSED)
+@torch.no_grad()
+def test_what_else_uses_a_convolutions_output_finds_it_there(how: str) -> None:
+    torch.manual_seed(0)
+    model = Reused(how).eval()
+    x = images()[0]
+    expected, found = model(x), quantize_model(model, STATIC, images())(x)
+    for a, b in zip(*(y.values() if isinstance(y, dict) else [y] for y in (expected, found)), strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
+
+
+@pytest.mark.parametrize("how", ["plain", "shape"])
+def test_asking_for_shapes_and_checkpointed_layers_use_nothing(how: str) -> None:
+    class Block(Reused):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            assert how == "plain" or (y.shape == x.shape and y.dim() == 4 and y.size(1) == 3 and y.dtype == x.dtype)
+            return self.norm(y)
+
+    model = Block("").train()
+    prepare_(model, STATIC)
+    watch = NormWatch(model)
+    for reentrant in (True, False):
+        checkpoint(model, images()[0].requires_grad_(), use_reentrant=reentrant).sum().backward()
+    assert watch.stop() == {"conv": "norm"} and not torch.overrides._get_current_function_mode()
+
+
+def test_norms_are_found_in_a_compiled_network_too() -> None:
+    torch.compiler.reset()
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    prepare_(compiled, STATIC)
+    calibrate_(compiled, images())
+    assert norms_of(model) == {"0": "1", "3.conv1": "3.norm1", "3.conv2": "3.norm2"}
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -247,6 +315,13 @@ def test_masked_weights_are_zero_codes() -> None:
         model[3].conv1.weight[:, ::2] = 0.0
     converted = quantize_model(model, STATIC, images())
     assert not converted[3].conv1.codes.view(8, 3, 3, 8)[..., ::2].any()
+
+
+def test_a_norm_with_statistics_that_cannot_be_is_named() -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), images())
+    model[1].running_var[2] = -1.0
+    with pytest.raises(ValueError, match="the BatchNorm after '0' makes its folded weight NaN or infinite"):
+        convert_(model)
 
 
 @pytest.mark.parametrize("dims", [1, 2])

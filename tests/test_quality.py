@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -42,7 +43,9 @@ def saved(out: Path, name: str) -> dict:
 
 @pytest.mark.slow
 def test_each_cell_scores_the_same_held_out_examples(quick: Path) -> None:
-    for task, schemes in (("minilm", ("int8", "int4-weight", "int4-int8")), ("smollm2", ("int4-weight", "int4-int8"))):
+    from quality_tasks import TASKS
+
+    for task, schemes in ((name, task.schemes) for name, task in TASKS.items()):
         control = saved(quick, f"{task}/seed0/float")
         assert control["settings"]["test"] == len(control["scores"])
         for scheme in schemes:
@@ -95,7 +98,7 @@ def test_the_interval_is_that_of_paired_differences_over_examples() -> None:
     differences = torch.randn(1, 400, dtype=torch.float64) * 0.1 + 1
     mean, half = paired(differences)
     assert mean == pytest.approx(differences.mean().item())
-    assert half == pytest.approx(1.96 * differences.std().item() / 20)
+    assert half == pytest.approx(1.9659 * differences.std().item() / 20, rel=1e-4)  # t of 399 degrees of freedom
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
@@ -104,7 +107,20 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     noise = torch.randn(3, 400, dtype=torch.float64)
     noise = noise - noise.mean(1, keepdim=True)
     alike, apart = paired(noise)[1], paired(noise + torch.tensor([[-1.0], [0.0], [1.0]]))[1]
-    assert apart**2 == pytest.approx(alike**2 + 1.96**2 / 3)
+    error = noise.mean(0).var().item() / 400
+    degrees = (error + 1 / 3) ** 2 / (error**2 / 399 + (1 / 3) ** 2 / 2)
+    assert 2 < degrees < 2.1 and alike == pytest.approx(1.966 * error**0.5, rel=1e-3)
+    assert apart**2 == pytest.approx(scipy.stats.t.ppf(0.975, degrees) ** 2 * (error + 1 / 3))
+
+
+def test_of_two_seeds_that_differ_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """Drawn 2,000 times: seeds differ by more than examples do, and 1.96 standard errors would cover 7 in 10."""
+    from quality_report import paired
+
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, 50, generator=draw) * 0.1 + torch.randn(2, 1, generator=draw) for _ in range(2000)]
+    covered = [abs(mean) <= half for mean, half in map(paired, drawn)]
+    assert 0.93 < sum(covered) / len(covered) < 0.97
 
 
 def test_recovery_is_the_share_of_ptqs_increase_that_qat_does_not_have() -> None:

@@ -13,6 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import linear_bound
 from torch import Tensor, nn
 
 from lightning_accel import QuantConfig, export_model, prepare_, quantize_model
@@ -127,8 +128,25 @@ def test_fake_quantized_and_converted_layers_agree_to_float_rounding() -> None:
     model, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(128, 64)
     prepare_(model, INT8)
     fake, converted = model(x), convert_(copy.deepcopy(model))(x)
-    terms = 64 * 127.0**2 * row_scales(x).double() * row_scales(model[0].weight).double().T
-    assert ((fake.double() - converted.double()).abs() <= 66 * 2.0**-24 * (terms + 1)).all()
+    rounded, weight = model[0].activation_fake_quantizer(x), model[0].weight_fake_quantizer(model[0].weight)
+    assert ((fake.double() - converted.double()).abs() <= linear_bound(rounded, weight, model[0].bias)).all()
+
+
+def test_a_thousand_layers_have_the_same_codes_and_sums_fake_quantized_converted_and_in_tiles() -> None:
+    for seed in range(1000):
+        torch.manual_seed(seed)
+        n, out = 1 + seed % 67, 1 + seed % 20
+        x, model = kinds_of_rows(1 + seed % 5, n, KINDS[seed % 3], seed), nn.Sequential(nn.Linear(n, out))
+        prepare_(model, INT8)
+        fake, rounded = model[0], model[0].activation_fake_quantizer(x)
+        weight, y = fake.weight_fake_quantizer(fake.weight), fake(x)
+        layer = convert_(model)[0]
+        codes, scales = quantize_rows(x)
+        assert torch.equal(codes.float() * scales[:, None], rounded), seed
+        assert torch.equal(layer.weight, weight), seed
+        assert torch.equal(untile(tile(layer.codes), out, n), layer.codes), seed
+        assert torch.equal(layer(x), numpy_linear(x, fake.weight.detach(), fake.bias.detach())), seed
+        assert ((layer(x).double() - y.double()).abs() <= linear_bound(rounded, weight, fake.bias)).all(), seed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -434,10 +452,75 @@ def test_quantizing_leaves_the_model_alone_and_gives_an_eval_copy() -> None:
     assert not any(m.training for m in converted.modules()) and not any(p.requires_grad for p in converted.parameters())
 
 
-def test_a_model_that_qat_prepared_keeps_its_exceptions() -> None:
-    model = tiny.mlp()
-    prepare_(model, QuantConfig(overrides={"4": None}))
-    assert type(quantize_model(model, INT8)[4]) is nn.Linear
+def test_a_model_that_qat_prepared_keeps_its_exceptions(tmp_path: Path) -> None:
+    model, config = tiny.mlp(), QuantConfig(overrides={"4": None})
+    prepare_(model, config)
+    assert type(quantize_model(model, config)[4]) is nn.Linear
+    options: Any = {"example_inputs": (torch.randn(2, 8),), "engines": ("portable",), "measure": False}
+    for refused in (
+        lambda: quantize_model(model, INT8),
+        lambda: export_model(model, tmp_path / "a", quantize=INT8, **options),
+    ):
+        with pytest.raises(ValueError, match=r"'4' is not prepared, as other modules are, and the config asks int8"):
+            refused()
+    export_model(model, tmp_path / "a", quantize=config, **options)
+
+
+OTHERS = {
+    "int4-int8": ("int8", "int4-int8 in groups of 32", INT8, QuantConfig("int4-int8")),
+    "in float": ("int8", "float", INT8, QuantConfig(overrides={"0": None})),
+    "group": (
+        "int4-weight in groups of 32", "int4-weight in groups of 64",
+        QuantConfig("int4-weight"), QuantConfig("int4-weight", group_size=64),
+    ),
+    "observer": (
+        "int8-static with observer='minmax'", "int8-static with observer='mse'",
+        QuantConfig("int8-static"), QuantConfig("int8-static", observer="mse"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_a_module_prepared_otherwise_is_refused_by_name(tmp_path: Path, how: str) -> None:
+    now, then, first, second = OTHERS[how]
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    prepare_(model, first)
+    said = rf"'0' is prepared as {now}, the config asks {then}; write unprepare_\(model\) first"
+    for refused in (
+        lambda: prepare_(model, second),
+        lambda: quantize_model(model, second),
+        lambda: export_model(model, tmp_path / "a", example_inputs=(torch.randn(2, 64),), quantize=second),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
+    prepare_(unprepare_(model), second)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_preparing_embeddings_and_attention_again_with_the_same_config_is_the_same(scheme: str) -> None:
+    model = nn.ModuleList([nn.Embedding(9, 32), nn.MultiheadAttention(32, 2), nn.Linear(32, 5)])
+    first = prepare_(model, QuantConfig(scheme))
+    assert prepare_(model, QuantConfig(scheme)).as_dict() == first.as_dict()
+
+
+def test_an_unknown_scheme_is_answered_with_the_line_to_write() -> None:
+    with pytest.raises(ValueError, match=r"unknown scheme 'int4'; write QuantConfig\('int4-weight'\)"):
+        QuantConfig("int4")
+    with pytest.raises(ValueError, match=r"unknown scheme 'int4'; write overrides=\{'lm_\{head': 'int4-weight'\}"):
+        QuantConfig("int8", overrides={"lm_{head": "int4"})
+
+
+def test_a_module_without_an_integer_form_is_named_with_the_scheme() -> None:
+    entries = prepare_(nn.Sequential(nn.Linear(32, 4), nn.LayerNorm(4)), QuantConfig("int4-int8")).entries
+    assert [entry.reason for entry in entries] == [None, "no int4-int8 form of this module"]
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    model, config = nn.Sequential(nn.Linear(48, 4)), QuantConfig("int4-int8")
+    with pytest.warns(UserWarning, match="groups of 32 do not divide") as caught:
+        quantize_model(model, config)
+        prepare_(model, config)
+    assert [Path(w.filename).name for w in caught] == ["test_quantize.py"] * 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_accel import QuantConfig, prepare_, quantize_model, sensitivity
 from lightning_accel.quantize import (
@@ -72,7 +74,16 @@ def test_calibration_looks_at_every_batch_and_a_sample_thins_to_a_bound() -> Non
         sample.add(torch.full((100, 300), float(index)))
     assert sample.ends.tolist() == [0, 199] and sum(map(len, sample.parts)) <= 2**20
     assert sample.find_range("minmax").tolist() == [0, 199]
-    assert {0.0, 199.0} <= set(torch.cat(sample.parts).tolist())
+    counts = torch.cat(sample.parts).long().bincount()
+    assert len(counts) == 200 and counts.max() - counts.min() <= 1, "as many of each batch"
+
+
+def test_a_sample_of_small_batches_is_evenly_spaced_too() -> None:
+    sample, shown = Sample("layer"), torch.arange(2**21 + 700.0)
+    for some in shown.split(1999):
+        sample.add(some)
+    kept = torch.cat(sample.parts)
+    assert torch.equal(kept, shown[::4]) and len(kept) <= 2**20
 
 
 @settings(deadline=None, max_examples=100)
@@ -148,21 +159,41 @@ def test_a_module_that_no_batch_reaches_is_named() -> None:
 def test_evaluating_without_ranges_raises_and_calibration_leaves_modes_alone() -> None:
     model = tiny.mlp()
     prepare_(model, STATIC)
-    with pytest.raises(ValueError, match=r"no range of activations yet: write calibrate_"):
+    with pytest.raises(ValueError, match=r"no range of activations yet for '0': write calibrate_"):
         model(batches()[0])
     model[2].train()
+    modes = [m.training for m in model.modules()]
     calibrate_(model, batches())
-    assert not model.training and all(q.sample is None for q in affine_quantizers(model).values())
+    assert [m.training for m in model.modules()] == modes and any(modes) and not all(modes)
+    assert all(q.sample is None for q in affine_quantizers(model).values())
 
 
-def test_infinite_activations_saturate_and_nan_is_zero_once_converted() -> None:
-    model = quantize_model(nn.Sequential(nn.Linear(8, 4)), STATIC, batches())
+@pytest.mark.parametrize("bad", ["nan", "shape", "module"])
+def test_calibration_that_fails_leaves_the_model_as_it_was(bad: str) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), tiny.mlp(), nn.Dropout())
+    prepare_(model.eval(), STATIC)
+    model[4].train()
+    modes = [m.training for m in model.modules()]
+    first = {"nan": torch.full((4, 2, 4), torch.nan), "shape": torch.zeros(4, 5, 4), "module": torch.zeros(4, 2, 3)}
+    with pytest.raises((ValueError, RuntimeError)):
+        calibrate_(model, [first[bad]])
+    assert [m.training for m in model.modules()] == modes
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
+    assert not any(getattr(m, kind) for m in model.modules() for kind in hooks)
+    assert not torch.overrides._get_current_function_mode()
+
+
+def test_infinite_activations_saturate_and_nan_is_zero_evaluated_and_converted() -> None:
+    fake = prepared(nn.Sequential(nn.Linear(8, 4)).eval())
+    model = convert_(copy.deepcopy(fake))
     x = batches(1, seed=9)[0][:3]
     low, high = min(b.min() for b in batches()), max(b.max() for b in batches())
     strange, plain = x.clone(), x.clone()
     strange[0, 1], strange[1, 2], strange[2, 3] = torch.inf, -torch.inf, torch.nan
     plain[0, 1], plain[1, 2], plain[2, 3] = high, low, 0.0
-    assert torch.equal(model(strange), model(plain))
+    assert torch.equal(model(strange), model(plain)) and torch.equal(fake(strange), fake(plain))
+    freeze_(fake)
+    assert fake.train()(strange).isnan().any(1).tolist() == [False, False, True], "the loss shows that it diverged"
 
 
 # --- fake-quantized, converted ----------------------------------------------------------------------------------------
@@ -225,6 +256,49 @@ def test_training_moves_ranges_until_they_are_frozen_and_evaluation_never() -> N
     freeze_(model)
     model.train()(data[3])
     torch.testing.assert_close(quantizer.range, expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.reentrant = tiny.mlp(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if self.reentrant is None else checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+def steps(model: nn.Module, data: list[Any]) -> tuple[list[list[float]], list[Tensor]]:
+    """Ranges, and gradients of all batches added up, of a prepared model in training."""
+    prepare_(model.train(), STATIC)
+    for batch in data:
+        model(batch)[0].square().sum().backward()
+    ranges = [q.range.tolist() for q in affine_quantizers(model).values()]
+    return ranges, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_moves_ranges_once_and_changes_no_gradient(reentrant: bool) -> None:
+    data = [x.requires_grad_() for x in batches(4)]
+    expected, found = steps(Checkpointed(None), data), steps(Checkpointed(reentrant), data)
+    assert found[0] == expected[0] and len(found[1]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers_moves_ranges_once(reentrant: bool) -> None:
+    data = [tiny.ids(4, 12, seed=s) for s in range(3)]
+    plain, checkpointed = tiny.bert(), tiny.bert()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected, found = steps(without_dropout(plain), data), steps(without_dropout(checkpointed), data)
+    assert found[0] == expected[0]
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def test_a_batch_that_is_not_finite_moves_no_range() -> None:

@@ -57,6 +57,27 @@ def test_a_tied_head_is_one_unit_with_its_embedding() -> None:
     quantize_model(model, QuantConfig("int8", overrides=overrides))
 
 
+class NamedLikePatterns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("a*", "ab", "c[0]")})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            x = layer(x).relu()
+        return x
+
+
+def test_names_that_read_like_patterns_are_names() -> None:
+    batches = [(torch.randn(4, 32), torch.randint(0, 32, (4,)))]
+    found = sensitivity(NamedLikePatterns(), batches, ("int8", "int4-int8"))
+    increase = {"layers.a*": {"int8": 1.0}, "layers.ab": {"int4-int8": 0.0}, "layers.c[0]": {"int8": 0.0}}
+    overrides = allocate(Sensitivity(found.loss, increase, found.size), loss=0.1)
+    converted = quantize_model(NamedLikePatterns(), QuantConfig("int8", overrides=overrides))
+    assert [type(m).__name__ for m in converted.layers.values()] == ["Linear", "Int4Linear", "Int8Linear"]
+
+
 def made_up(seed: int) -> Sensitivity:
     generator = torch.Generator().manual_seed(seed)
     sizes = {f"m{i}": 1000 * int(torch.randint(1, 9, (), generator=generator)) for i in range(5)}
@@ -85,7 +106,7 @@ def test_budgets_are_kept_and_no_change_of_one_module_is_better(seed: int) -> No
         chosen = allocate(found, size=share)
         loss, size = totals(found, chosen)
         best = min(other[0] for other in every if other[1] <= share * whole)
-        assert size <= share * whole and loss <= best + 0.05, "near the best of all 3^5"
+        assert size <= share * whole and loss <= best + 0.01, "near the best of all 3^5"
         for name, scheme in itertools.product(chosen, (None, "int8", "int4-int8")):
             other = totals(found, {**chosen, name: scheme})
             assert other[1] > share * whole or other[0] >= loss

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from .. import select
 from ..quantize import QuantConfig, freeze_, prepare_
 from ..quantize.norms import NormWatch, fold_
 from ..quantize.ranges import affine_quantizers, load_static_state_, static_state
@@ -66,12 +67,13 @@ class QuantizationAwareTraining(AccelCallback):
 
     def bind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fails now, not at `begin`, where nothing could be quantized."""
-        same = [c for c in self.siblings(trainer) if isinstance(c, QuantizationAwareTraining)]
-        if sum(c.module == self.module for c in same) > 1:
-            raise ValueError(
-                f"two QuantizationAwareTraining callbacks on module={self.module!r}; keep one, with "
-                "overrides={'pattern': scheme} for the exceptions"
-            )
+        same = [c for c in self.siblings(trainer) if isinstance(c, QuantizationAwareTraining) and c is not self]
+        for other in same:
+            if f"{self.module}.".startswith(other._prefix) or f"{other.module}.".startswith(self._prefix):
+                raise ValueError(
+                    f"two QuantizationAwareTraining callbacks, on module={other.module!r} and module={self.module!r}; "
+                    "keep one, with overrides={'pattern': scheme} for the exceptions"
+                )
         self._refuse_neurons(trainer)
         self.coverage = prepare_(copy.deepcopy(self.target(pl_module)), self.config)
         self._prepare_again(pl_module)  # a second fit with the same callback
@@ -147,7 +149,7 @@ class QuantizationAwareTraining(AccelCallback):
         assert self.total is not None
         if not self.prepared and trainer.global_step >= position(self.begin, self.total):
             self._prepare(pl_module)
-            self._watch = NormWatch(self.target(pl_module))
+            self._watch = NormWatch(self.target(pl_module)) if self._follows_ranges else None
         elif self.prepared and self._follows_ranges and trainer.global_step >= position(self.freeze, self.total):
             freeze_(self.target(pl_module))
 
@@ -176,7 +178,7 @@ class QuantizationAwareTraining(AccelCallback):
     def state_dict(self) -> dict[str, Any]:
         """Whether it has begun, what it reaches, its ranges, and the length of training that fractions refer to."""
         entries = self.coverage.entries if self.coverage else ()
-        schemes = {self._prefix + entry.name: entry.done for entry in entries if entry.done}
+        schemes = {select.join(self.module, entry.name): entry.done for entry in entries if entry.done}
         static = self._static if self._network is None else static_state(self._network, self._prefix)
         return self.saved(
             prepared=self.prepared, quantized=schemes, static=static, total=self.total, complete=self.complete

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Container
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import select
+from .._warn import warn
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -70,10 +70,9 @@ def check_adapters(model: nn.Module, quantized: Container[int]) -> None:
         if not _is_swapped(layer) and any(getattr(d, "p", 0.0) for d in layer.lora_dropout.values()):
             dropped.append(name)
     if dropped:
-        warnings.warn(
+        warn(
             f"lora_dropout is not applied in fake-quantized layers ({', '.join(dropped[:3])}"
-            f"{', ...' if len(dropped) > 3 else ''}), whose rounded weight holds the adapter; write lora_dropout=0.0",
-            stacklevel=3,
+            f"{', ...' if len(dropped) > 3 else ''}), whose rounded weight holds the adapter; write lora_dropout=0.0"
         )
 
 

@@ -15,7 +15,7 @@ from ..select import Coverage, Entry
 from .adapters import merge_adapters
 from .attention import ConvertedAttention, FakeQuantizedAttention
 from .config import QuantConfig
-from .fake import FAKE_TYPES, is_prepared, prepare_, scheme_of, shapes_of
+from .fake import FAKE_TYPES, check_prepared_as, is_prepared, prepare_, scheme_of, shapes_of
 from .int4 import group_codes, group_scales, int4_embedding_reference, int4_int8_linear, int4_linear, pack, unpack
 from .norms import folded_bias, folded_weight
 from .ops import int8_embedding, int8_linear, row_codes, row_scales, untile
@@ -262,7 +262,7 @@ def convert_(model: nn.Module) -> nn.Module:
     for m, linears in parts.items():
         converted[m] = ConvertedAttention(m, {part: _convert(x, fake[m], codes) for part, x in linears.items()})
     absorbed = [m.__dict__["norm"] for m in fake if m.__dict__.get("norm") is not None]
-    converted.update({norm: nn.Identity() for norm in absorbed})
+    converted.update({norm: _with_hooks(nn.Identity(), norm) for norm in absorbed})
     for parent in [*model.modules(), *(converted[m] for m in parts)]:
         for name, child in parent._modules.items():
             if child in converted:
@@ -293,8 +293,10 @@ def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], _Codes]) -> nn
     weight = folded_weight(module).detach() if conv else module.weight.detach()
     weight = weight.flatten(1) if conv else weight.t() if transposed else weight
     if key not in codes:
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}.weight holds NaN or infinite values; train again or exclude {name!r}")
+        if not torch.isfinite(weight).all():  # its own are finite
+            raise ValueError(
+                f"the BatchNorm after {name!r} makes its folded weight NaN or infinite; look at its running_var"
+            )
         group = getattr(module.weight_fake_quantizer, "group", None)
         codes[key] = quantize_rows(weight) if group is None else quantize_groups(weight, group)
         if not torch.isfinite(codes[key][1]).all():
@@ -308,9 +310,13 @@ def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], _Codes]) -> nn
         integer = Int4Embedding(codes[key], weight.shape[0], weight.shape[1])
     else:
         integer = Int4Linear(codes[key], module.bias, weight.shape[0], weight.shape[1], scheme)
-    integer.__dict__.update({k: v for k, v in vars(module).items() if k.startswith("_forward_")})  # hooks
     integer.__dict__["fallback"] = module.__dict__.get("fallback")
-    return integer.train(module.training)
+    return _with_hooks(integer, module).train(module.training)
+
+
+def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
+    new.__dict__.update({k: v for k, v in vars(old).items() if k.startswith("_forward_")})
+    return new
 
 
 def _static(module: Any, name: str, codes: _Codes) -> nn.Module:
@@ -349,20 +355,23 @@ def quantize_groups(weight: Tensor, group: int) -> _Codes:
 def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[Any] | None = None) -> nn.Module:
     """Post-training quantization: a converted copy of `model`, for inference on the CPU, in float32 where it is float.
 
-    A model that QAT has prepared is converted with the schemes it was trained with.
+    A model that QAT has prepared is converted, if `config` is what it was prepared with (`convert_` asks for none).
 
     Args:
         calibration: batches in which `int8-static` finds its ranges: mappings of keyword inputs, tensors, or tuples
             whose first item is the input. The other schemes find their scales in each input and need none.
 
     Raises:
-        ValueError: nothing can be quantized, the model is already converted, or `int8-static` finds no ranges.
+        ValueError: nothing can be quantized, the model is already converted, it was prepared with another config, or
+            `int8-static` finds no ranges.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> quantize_model(model, QuantConfig("int8"))[2]
     Int8Linear(in_features=8, out_features=2, bias=True)
     """
     check_not_converted(model)
+    if is_prepared(model):
+        check_prepared_as(model, config)
     model = copy.deepcopy(merge_adapters(model)).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)

@@ -8,7 +8,7 @@ that configuration), so ours is written under its base class.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import select
 from .._quiet import Conv1D, FakeQuantizedLinear, FakeQuantizerBase
+from .._warn import warn
 from ..select import Coverage, Entry
 from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
@@ -145,10 +146,11 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {  # names of the quantiz
 def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     """Fake-quantizes `model` in place and returns what was touched, what was skipped and why.
 
-    Preparing twice with the same exceptions changes nothing.
+    Preparing twice with the same config changes nothing.
 
     Raises:
-        ValueError: nothing in the model can be quantized, it holds integers already, or an override matches nothing.
+        ValueError: nothing in the model can be quantized, it holds integers already, a module is prepared otherwise, or
+            an override matches nothing.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(prepare_(model, QuantConfig("int8", overrides={"2": None})))
@@ -157,12 +159,16 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     """
     if not isinstance(config, QuantConfig):
         raise ValueError(f"config is {config!r}, expected a QuantConfig; write QuantConfig('int8')")
-    coverage = plan(model, config)
+    return prepare_as_planned_(model, config, plan(model, config))
+
+
+def prepare_as_planned_(model: nn.Module, config: QuantConfig, coverage: Coverage) -> Coverage:
+    """`prepare_`, of what `plan` has found."""
     modules = dict(select.named_modules(model))
     for entry in coverage.entries:
         module = modules[entry.name]
         if entry.done is not None and type(module) in _FAKE:
-            _swap_class(module, entry.done, config)
+            _swap_class(module, entry.name, entry.done, config)
         if entry.reason is not None:
             module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
     for module in model.modules():
@@ -174,17 +180,17 @@ def prepare_(model: nn.Module, config: QuantConfig) -> Coverage:
     )
 
 
-def plan(model: nn.Module, config: QuantConfig) -> Coverage:
-    """What `prepare_` would touch and skip, and why."""
+def plan(model: nn.Module, config: QuantConfig, only: Mapping[str, str] | None = None) -> Coverage:
+    """What `prepare_` would touch and skip, and why.
+
+    Args:
+        only: name -> scheme, of the modules to touch, in place of those that `config` says.
+    """
     from .converted import check_not_converted  # which imports this module
 
     check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
-    chosen = select.assign(list(modules), config.overrides, config.scheme)
-    for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention):  # what is said of it is said of its last layer too
-            last = f"{name}.out_proj".lstrip(".")
-            chosen[last] = select.first_match(last, config.overrides, chosen[name])
+    chosen = _schemes(modules, config) if only is None else {name: only.get(name) for name in modules}
     fused, parts = _in_fused_operators(model), parts_of_adapters(model)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
@@ -195,10 +201,22 @@ def plan(model: nn.Module, config: QuantConfig) -> Coverage:
             scheme = None
         if scheme == "int8" and _may_overflow(module):
             scheme, reason = None, f"int32 sums over more than {MOST_INT8_INPUTS:,} inputs could overflow"
+        if only is None or name in only:
+            _check_prepared(name, module, scheme, config)
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
     check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.done is not None})
     return coverage
+
+
+def _schemes(modules: dict[str, nn.Module], config: QuantConfig) -> dict[str, str | None]:
+    """The scheme that `config` has for each module."""
+    chosen = select.assign(list(modules), config.overrides, config.scheme)
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):  # what is said of it is said of its last layer too
+            last = f"{name}.out_proj".lstrip(".")
+            chosen[last] = select.first_match(last, config.overrides, chosen[name])
+    return chosen
 
 
 def unprepare_(model: nn.Module) -> nn.Module:
@@ -260,7 +278,7 @@ def _why_not(module: nn.Module, scheme: str | None, fused: dict[int, str]) -> st
         return f"{fused[id(module)]} calls a fused function with raw weights, so a quantized child would not run"
     if type(module) not in _FAKE and type(module) not in _PLAIN:
         parent = next((plain.__name__ for plain in _FAKE if isinstance(module, plain)), None)
-        return f"a subclass of {parent} may compute something else" if parent else "no int8 form of this module"
+        return f"a subclass of {parent} may compute something else" if parent else f"no {scheme} form of this module"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients is not supported"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and scheme != "int8-static":
@@ -283,12 +301,47 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
         return scheme, None
     divisors = [n for n in range(2, inputs + 1) if inputs % n == 0]
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
-    warnings.warn(f"{name}: {reason}", stacklevel=5)
+    warn(f"{name}: {reason}")
     return "int8", reason
 
 
 def _may_overflow(module: Any) -> bool:
     return _most_inputs(module) > MOST_INT8_INPUTS and not isinstance(module, nn.Embedding)
+
+
+def _check_prepared(name: str, module: Any, scheme: str | None, config: QuantConfig) -> None:
+    """Raises ValueError where a module is fake-quantized already, and not as it would be now."""
+    if type(module) not in _PLAIN:
+        return
+    group = getattr(module.weight_fake_quantizer, "group", config.group_size)
+    observer = getattr(getattr(module, "activation_fake_quantizer", None), "observer", config.observer)
+    found, asked = scheme_of(module), scheme
+    if isinstance(module, nn.Embedding) and asked == "int4-int8":
+        asked = found if str(found).startswith("int4") else asked  # the same: there are no activations
+    now, then = _spelled(found, group, observer), _spelled(asked, config.group_size, config.observer)
+    if now != then:
+        raise ValueError(
+            f"{name or '<root>'!r} is prepared as {now}, the config asks {then}; write unprepare_(model) first, or the "
+            "config with which it was prepared"
+        )
+
+
+def _spelled(scheme: str | None, group: int, observer: str) -> str:
+    if scheme is None:
+        return "float"
+    of = f" in groups of {group}" if scheme.startswith("int4") else ""
+    return scheme + (f" with observer={observer!r}" if scheme == "int8-static" else of)
+
+
+def check_prepared_as(model: nn.Module, config: QuantConfig) -> None:
+    """Raises ValueError unless a prepared model is what `prepare_(model, config)` makes of it."""
+    modules = dict(select.named_modules(model))
+    for entry in plan(model, config).entries:
+        if entry.done is not None and type(modules[entry.name]) not in _PLAIN:
+            raise ValueError(
+                f"{entry.name!r} is not prepared, as other modules are, and the config asks {entry.done}; write "
+                f"prepare_(model, config) and train on, or overrides={{{entry.name!r}: None}}"
+            )
 
 
 def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -> None:
@@ -306,12 +359,12 @@ def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -
             )
 
 
-def _swap_class(module: Any, scheme: str, config: QuantConfig) -> None:
+def _swap_class(module: Any, name: str, scheme: str, config: QuantConfig) -> None:
     module.__class__ = _FAKE[type(module)]
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         module.__dict__["norm"] = None
-    for name in _activations(module):
-        setattr(module, name, _activation_quantizer(scheme, config))
+    for attribute in _activations(module):
+        setattr(module, attribute, _activation_quantizer(name, scheme, config))
     module.weight_fake_quantizer = _weight_quantizer(scheme, config)
     device = next(module.parameters()).device
     for quantizer in module.children():
@@ -324,10 +377,10 @@ def _activations(module: nn.Module) -> tuple[str, ...]:
     return _ACTIVATIONS.get(type(module), ("activation_fake_quantizer",))
 
 
-def _activation_quantizer(scheme: str, config: QuantConfig) -> FakeQuantizerBase | None:
+def _activation_quantizer(name: str, scheme: str, config: QuantConfig) -> FakeQuantizerBase | None:
     if scheme == "int4-weight":
         return None
-    return AffineFakeQuantizer(config.observer) if scheme == "int8-static" else Int8RowFakeQuantizer()
+    return AffineFakeQuantizer(config.observer, name) if scheme == "int8-static" else Int8RowFakeQuantizer()
 
 
 def _weight_quantizer(scheme: str, config: QuantConfig) -> FakeQuantizerBase:

@@ -11,10 +11,11 @@ the best choice, not always the best (a knapsack). Measure the model that comes 
 from __future__ import annotations
 
 import copy
+import glob
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from .. import select
 from ..distill import logits_of
 from .config import SCHEMES, QuantConfig
-from .fake import plan, prepare_, shapes_of, unprepare_
+from .fake import plan, prepare_, prepare_as_planned_, shapes_of, unprepare_
 from .ranges import calibrate_, load_static_state_, static_state
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
@@ -123,8 +124,8 @@ def sensitivity(
         label = "+".join(unit)
         increase[label], size[label] = {}, {FLOAT: sum(4 * rows * inputs for rows, inputs in shapes)}
         for scheme in (s for s in schemes if reached[s].issuperset(unit)):
-            alone = {name: scheme if name in unit else None for name in everything}
-            prepare_(model, replace(configs[scheme], overrides=alone))
+            alone = plan(model, configs[scheme], only=dict.fromkeys(unit, scheme))
+            prepare_as_planned_(model, configs[scheme], alone)
             load_static_state_(model, ranges)
             increase[label][scheme] = measured() - base
             size[label][scheme] = sum(_bytes(scheme, *shape, group_size) for shape in shapes)
@@ -155,9 +156,7 @@ def _ranges(model: nn.Module, batches: list[Any], loss: Loss, config: QuantConfi
     return state
 
 
-def allocate(
-    found: Sensitivity, *, size: float | None = None, loss: float | None = None
-) -> dict[str, str | None]:
+def allocate(found: Sensitivity, *, size: float | None = None, loss: float | None = None) -> dict[str, str | None]:
     """A scheme for each module, as `QuantConfig(overrides=...)` takes it; `None` leaves a module in float.
 
     Args:
@@ -201,7 +200,7 @@ def allocate(
             raise ValueError(f"loss={loss} is below what any choice costs ({min(map(_loss, choices)):.4g}); raise it")
         best = _fill(min(within, key=_size), list(options.values()), lambda choice: _loss(choice) <= loss, _size)
     schemes = {name: None if row[0] == FLOAT else row[0] for name, row in zip(options, best, strict=True)}
-    return {part: scheme for name, scheme in schemes.items() for part in name.split("+")}
+    return {glob.escape(part): scheme for name, scheme in schemes.items() for part in name.split("+")}
 
 
 _Row = tuple[str, float, int]  # scheme, increase in loss, bytes

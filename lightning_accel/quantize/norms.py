@@ -10,6 +10,7 @@ running ones, as the deployed model does (Krishnamoorthi 2018, arXiv:1806.08342,
 arXiv:1712.05877, section 3.2).
 
 Which BatchNorm follows which convolution is seen in a forward pass: it is given the very tensor that the other put out.
+Where anything else is given that tensor too, as in norm(y) + y, the convolution must go on to put it out.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .. import select
 
@@ -116,32 +120,73 @@ _THAWED = {frozen: norm for norm, frozen in _FROZEN.items()}
 _CONVS = (FakeQuantizedConv1d, FakeQuantizedConv2d)
 
 
-class NormWatch:
-    """Sees, from now to `stop`, which BatchNorm takes the output of which fake-quantized convolution."""
+class _Output:
+    """What a convolution put out in one call, and whether anything but a BatchNorm took it."""
+
+    def __init__(self, conv: str, y: Tensor) -> None:
+        self.conv, self.tensor, self.used = conv, weakref.ref(y), False
+
+
+class NormWatch(TorchFunctionMode):
+    """Sees, from now to `stop`, which BatchNorm takes the output of which fake-quantized convolution, and alone.
+
+    What torch.compile compiled runs uncompiled in the meantime, as torch cannot look into it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        super().__init__()
+        self._outputs: list[_Output] = []
+        self._by_id: dict[int, _Output] = {}
         self._pairs: set[tuple[str | None, str]] = set()
-        self._hooks = []
+        self._in_norm = False
+        self._hooks = [model.register_forward_hook(lambda module, args, result: self._use(result))]
         for name, module in select.named_modules(model):
-            if type(module) in _CONVS:
-                self._hooks.append(module.register_forward_hook(partial(self._put_out, name)))
+            if type(module) in _CONVS:  # before hooks of the user, which may use what it puts out
+                self._hooks.append(module.register_forward_hook(partial(self._put_out, name), prepend=True))
             elif type(module) in _FROZEN and module.running_var is not None:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._taken, name)))
+                self._hooks.append(module.register_forward_hook(self._done, prepend=True, always_call=True))
+        self._contexts = ExitStack()
+        self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        self._contexts.enter_context(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        asks = result is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))  # for a shape
+        if not (self._in_norm or asks):
+            self._use((args, kwargs))
+        return result
+
+    def _use(self, tensors: Any) -> None:
+        for leaf in tree_leaves(tensors):
+            if (output := self._of(leaf)) is not None:
+                output.used = True
+
+    def _of(self, y: Any) -> _Output | None:
+        output = self._by_id.get(id(y))
+        return output if output is not None and output.tensor() is y else None
 
     def _put_out(self, conv: str, module: nn.Module, args: tuple, y: Tensor) -> None:
-        self._outputs[id(y)] = weakref.ref(y), conv
+        self._by_id[id(y)] = output = _Output(conv, y)
+        self._outputs.append(output)
 
     def _taken(self, norm: str, module: nn.Module, args: tuple) -> None:
-        reference, conv = self._outputs.get(id(args[0]), (None, None))
-        self._pairs.add((conv if reference is not None and reference() is args[0] else None, norm))
+        output = self._of(args[0])
+        self._pairs.add((None if output is None else output.conv, norm))
+        self._in_norm = True
+
+    def _done(self, *_: Any) -> None:
+        self._in_norm = False
 
     def stop(self) -> dict[str, str]:
-        """Convolution -> BatchNorm, by name, where each has no other partner."""
+        """Convolution -> BatchNorm, by name, where each has no other partner and nothing else uses what is between."""
+        self._contexts.close()
         for hook in self._hooks:
             hook.remove()
         convs, norms = (Counter(pair[i] for pair in self._pairs) for i in (0, 1))
-        return {c: n for c, n in sorted(self._pairs, key=str) if c is not None and convs[c] == norms[n] == 1}
+        used = {output.conv for output in self._outputs if output.used}
+        pairs = [(c, n) for c, n in sorted(self._pairs, key=str) if c is not None and c not in used]
+        return {c: n for c, n in pairs if convs[c] == norms[n] == 1}
 
 
 def fold_(model: nn.Module, norms: Mapping[str, str]) -> None:

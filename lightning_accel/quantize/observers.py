@@ -50,12 +50,16 @@ class NonFinite(ValueError):
 
 
 class Sample:
-    """What calibration keeps of the inputs of the module `name`: the least, the most, and some between."""
+    """What calibration keeps of the inputs of the module `name`: the least, the most, and some between.
+
+    Of all that it was shown, every `stride`-th value, in order; so many that they fit.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.ends = torch.tensor([torch.inf, -torch.inf])
         self.parts: list[Tensor] = []
+        self._stride, self._shown = 1, 0
 
     def add(self, x: Tensor) -> None:
         """Takes note of a batch.
@@ -67,9 +71,11 @@ class Sample:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise NonFinite(f"brings NaN or infinite values to {self.name!r}")
         self.ends = torch.stack([torch.minimum(self.ends[0], low), torch.maximum(self.ends[1], high)])
-        self.parts.append(_thinned(x, PER_BATCH).cpu())
+        some = _thinned(x, PER_BATCH).cpu()
+        self.parts.append(some[-self._shown % self._stride :: self._stride])
+        self._shown += len(some)
         if sum(map(len, self.parts)) > AT_MOST:
-            self.parts = [torch.cat(self.parts)[::2]]
+            self.parts, self._stride = [torch.cat(self.parts)[::2]], 2 * self._stride
 
     def find_range(self, observer: str) -> Tensor:
         """The range of all that was shown, float32 [2]."""

@@ -7,7 +7,6 @@ nothing is rounded in training, and evaluation raises.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import select
 from .._quiet import FakeQuantizerBase
+from .._warn import warn
 from ..inputs import inputs_of_batch, split_inputs
 from .norms import NormWatch, fold_, freeze_norms_, norms_of
 from .observers import MOMENTUM, NonFinite, Sample, batch_range
@@ -53,11 +53,12 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         range: float32 [2], the least and the most that is represented; empty is [inf, -inf].
         frozen: training no longer moves the range.
         sample: where calibration takes note of values; they then pass as they are.
+        name: of the module whose inputs they are.
     """
 
-    def __init__(self, observer: str) -> None:
+    def __init__(self, observer: str, name: str = "") -> None:
         super().__init__()
-        self.enabled, self.observer, self.frozen = True, observer, False
+        self.enabled, self.observer, self.frozen, self.name = True, observer, False, name
         self.sample: Sample | None = None
         self.range = torch.tensor([torch.inf, -torch.inf])
 
@@ -72,13 +73,15 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         if self.sample is not None:
             self.sample.add(x)
             return x
-        if self.training and not self.frozen:
+        if self.training and not self.frozen and not _recomputing():
             self._follow(x)
         elif not self.training and not self.found:
             raise ValueError(
-                "int8-static has no range of activations yet: write calibrate_(model, batches), or train a step"
+                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: write "
+                "calibrate_(model, batches), or train a step"
             )
-        return _RoundAffine.apply(x, self.range)
+        # in training the loss shows a NaN; evaluated, it is what the kernel makes of it
+        return _RoundAffine.apply(x if self.training else torch.where(x == x, x, 0.0), self.range)
 
     @property
     def found(self) -> bool:
@@ -95,6 +98,11 @@ class AffineFakeQuantizer(FakeQuantizerBase):
     def __repr__(self) -> str:
         low, high = self.range.tolist()
         return f"AffineFakeQuantizer(range=[{low:.4g}, {high:.4g}], observer={self.observer!r})"
+
+
+def _recomputing() -> bool:
+    """Whether this is called from a backward pass: activation checkpointing repeats the forward, with its range."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def affine_quantizers(model: nn.Module) -> dict[str, AffineFakeQuantizer]:
@@ -128,10 +136,11 @@ def calibrate_(
     if batches is None:
         raise ValueError("int8-static finds its ranges in data; write calibration=loader, some batches of inputs")
     run = run or _run
-    training, count = model.training, 0
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for name, quantizer in quantizers.items():
         quantizer.sample = Sample(name.rpartition(".")[0])
+    count = 0
     try:
         for batch in batches:
             watch = NormWatch(model) if count == 0 else None
@@ -139,14 +148,16 @@ def calibrate_(
                 run(model, batch)
             except NonFinite as error:
                 raise ValueError(f"batch {count} of the calibration data {error}; look at the batch") from error
-            if watch is not None:
-                fold_(model, watch.stop())
+            finally:
+                norms = {} if watch is None else watch.stop()
+            fold_(model, norms)
             count += 1
         _set_ranges(quantizers, count)
     finally:
         for quantizer in quantizers.values():
             quantizer.sample = None
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return model
 
 
@@ -159,10 +170,9 @@ def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int) -> None:
     if count == 0:
         raise ValueError("the calibration data is empty; write calibration=loader with some batches of inputs")
     if count < FEW_BATCHES:
-        warnings.warn(
+        warn(
             f"ranges from {count} batches of calibration data; values outside of them are cut off, {FEW_BATCHES} or "
-            "more batches are safer",
-            stacklevel=3,
+            "more batches are safer"
         )
     unseen = [name.rpartition(".")[0] for name, q in quantizers.items() if q.sample is not None and not q.sample.parts]
     if unseen:
