@@ -317,6 +317,13 @@ def test_masked_weights_are_zero_codes() -> None:
     assert not converted[3].conv1.codes.view(8, 3, 3, 8)[..., ::2].any()
 
 
+def test_a_norm_with_statistics_that_cannot_be_is_named() -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), images())
+    model[1].running_var[2] = -1.0
+    with pytest.raises(ValueError, match="the BatchNorm after '0' makes its folded weight NaN or infinite"):
+        convert_(model)
+
+
 @pytest.mark.parametrize("dims", [1, 2])
 def test_the_weight_of_a_converted_convolution_is_the_folded_one_in_float(dims: int) -> None:
     torch.manual_seed(0)

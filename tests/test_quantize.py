@@ -503,6 +503,18 @@ def test_preparing_embeddings_and_attention_again_with_the_same_config_is_the_sa
     assert prepare_(model, QuantConfig(scheme)).as_dict() == first.as_dict()
 
 
+def test_an_unknown_scheme_is_answered_with_the_line_to_write() -> None:
+    with pytest.raises(ValueError, match=r"unknown scheme 'int4'; write QuantConfig\('int4-weight'\)"):
+        QuantConfig("int4")
+    with pytest.raises(ValueError, match=r"unknown scheme 'int4'; write overrides=\{'lm_\{head': 'int4-weight'\}"):
+        QuantConfig("int8", overrides={"lm_{head": "int4"})
+
+
+def test_a_module_without_an_integer_form_is_named_with_the_scheme() -> None:
+    entries = prepare_(nn.Sequential(nn.Linear(32, 4), nn.LayerNorm(4)), QuantConfig("int4-int8")).entries
+    assert [entry.reason for entry in entries] == [None, "no int4-int8 form of this module"]
+
+
 def test_warnings_point_at_the_users_line() -> None:
     model, config = nn.Sequential(nn.Linear(48, 4)), QuantConfig("int4-int8")
     with pytest.warns(UserWarning, match="groups of 32 do not divide") as caught:

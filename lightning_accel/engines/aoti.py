@@ -2,8 +2,8 @@
 
 The package that AOTInductor writes is reduced to its shared library, which torch opens in about a millisecond
 without a compiler, an archive to unpack or further imports. Its constants are left out and given at load: tensors
-mapped from the folder's weights, not copied. Where float layers carry most of the work, Inductor's freezing packs
-their weights into the library instead (20 % faster fp32 decoding was measured), and they are stored there.
+mapped from the folder's weights, not copied. Where no layer is quantized, Inductor's freezing packs the weights into
+the library instead (20 % faster fp32 decoding was measured), and they are stored there.
 
 The file is named by its content: dlopen gives a path that it has open already the library which was there before, and
 an export that is repeated in one process would be verified, and served, through the older program.
@@ -264,7 +264,7 @@ def slow_kernels(entry: Mapping[str, Any]) -> str | None:
         return None
     why = f"as the CPU that compiled them has no {', '.join(missing)}"
     if any(name not in entry["isa"] for name in _AVX2):
-        return f"SLOW: quantized layers run in plain loops, {why}"
+        return f"SLOW: quantized layers run in plain loops, slower than a float32 export, {why}"
     path = "AVX-VNNI" if "avx_vnni" in entry["isa"] else "AVX2"
     return f"quantized layers run with {path}, slower than with AVX512-VNNI, {why}"
 

@@ -52,9 +52,15 @@ class QuantConfig:
             raise ValueError(f"observer={self.observer!r} is unknown; write one of {OBSERVERS}")
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'pattern': None}}")
-        for scheme in (self.scheme, *(s for s in self.overrides.values() if s is not None)):
-            if scheme not in SCHEMES:
-                near = [s for s in SCHEMES if s.startswith(str(scheme))] or difflib.get_close_matches(
-                    str(scheme), SCHEMES, 1, 0.0
-                )
-                raise ValueError(f"unknown scheme {scheme!r}; write QuantConfig({near[0]!r}) (known: {SCHEMES})")
+        _check_scheme(self.scheme, "QuantConfig(", ")")
+        for pattern, scheme in self.overrides.items():
+            if scheme is not None:
+                _check_scheme(scheme, f"overrides={{{pattern!r}: ", "}")
+
+
+def _check_scheme(scheme: str, before: str, after: str) -> None:
+    """Raises ValueError for an unknown scheme, with what to write: the nearest, between `before` and `after`."""
+    if scheme not in SCHEMES:
+        longer = [known for known in SCHEMES if known.startswith(str(scheme))]
+        near = (longer or difflib.get_close_matches(str(scheme), SCHEMES, 1, 0.0))[0]
+        raise ValueError(f"unknown scheme {scheme!r}; write {before}{near!r}{after} (known: {SCHEMES})")

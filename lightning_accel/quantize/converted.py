@@ -293,8 +293,10 @@ def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], _Codes]) -> nn
     weight = folded_weight(module).detach() if conv else module.weight.detach()
     weight = weight.flatten(1) if conv else weight.t() if transposed else weight
     if key not in codes:
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}.weight holds NaN or infinite values; train again or exclude {name!r}")
+        if not torch.isfinite(weight).all():  # its own are finite
+            raise ValueError(
+                f"the BatchNorm after {name!r} makes its folded weight NaN or infinite; look at its running_var"
+            )
         group = getattr(module.weight_fake_quantizer, "group", None)
         codes[key] = quantize_rows(weight) if group is None else quantize_groups(weight, group)
         if not torch.isfinite(codes[key][1]).all():

@@ -168,7 +168,7 @@ def prepare_as_planned_(model: nn.Module, config: QuantConfig, coverage: Coverag
     for entry in coverage.entries:
         module = modules[entry.name]
         if entry.done is not None and type(module) in _FAKE:
-            _swap_class(module, entry.done, config)
+            _swap_class(module, entry.name, entry.done, config)
         if entry.reason is not None:
             module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
     for module in model.modules():
@@ -359,12 +359,12 @@ def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -
             )
 
 
-def _swap_class(module: Any, scheme: str, config: QuantConfig) -> None:
+def _swap_class(module: Any, name: str, scheme: str, config: QuantConfig) -> None:
     module.__class__ = _FAKE[type(module)]
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         module.__dict__["norm"] = None
-    for name in _activations(module):
-        setattr(module, name, _activation_quantizer(scheme, config))
+    for attribute in _activations(module):
+        setattr(module, attribute, _activation_quantizer(name, scheme, config))
     module.weight_fake_quantizer = _weight_quantizer(scheme, config)
     device = next(module.parameters()).device
     for quantizer in module.children():
@@ -377,10 +377,10 @@ def _activations(module: nn.Module) -> tuple[str, ...]:
     return _ACTIVATIONS.get(type(module), ("activation_fake_quantizer",))
 
 
-def _activation_quantizer(scheme: str, config: QuantConfig) -> FakeQuantizerBase | None:
+def _activation_quantizer(name: str, scheme: str, config: QuantConfig) -> FakeQuantizerBase | None:
     if scheme == "int4-weight":
         return None
-    return AffineFakeQuantizer(config.observer) if scheme == "int8-static" else Int8RowFakeQuantizer()
+    return AffineFakeQuantizer(config.observer, name) if scheme == "int8-static" else Int8RowFakeQuantizer()
 
 
 def _weight_quantizer(scheme: str, config: QuantConfig) -> FakeQuantizerBase:

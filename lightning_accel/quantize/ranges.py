@@ -53,11 +53,12 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         range: float32 [2], the least and the most that is represented; empty is [inf, -inf].
         frozen: training no longer moves the range.
         sample: where calibration takes note of values; they then pass as they are.
+        name: of the module whose inputs they are.
     """
 
-    def __init__(self, observer: str) -> None:
+    def __init__(self, observer: str, name: str = "") -> None:
         super().__init__()
-        self.enabled, self.observer, self.frozen = True, observer, False
+        self.enabled, self.observer, self.frozen, self.name = True, observer, False, name
         self.sample: Sample | None = None
         self.range = torch.tensor([torch.inf, -torch.inf])
 
@@ -76,7 +77,8 @@ class AffineFakeQuantizer(FakeQuantizerBase):
             self._follow(x)
         elif not self.training and not self.found:
             raise ValueError(
-                "int8-static has no range of activations yet: write calibrate_(model, batches), or train a step"
+                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: write "
+                "calibrate_(model, batches), or train a step"
             )
         # in training the loss shows a NaN; evaluated, it is what the kernel makes of it
         return _RoundAffine.apply(x if self.training else torch.where(x == x, x, 0.0), self.range)
