@@ -17,8 +17,8 @@ from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
-from .quantize.converted import check_not_converted
 from .quantize.fake import Int4GroupFakeQuantizer, check_prepared_as, plan, prepare_as_planned_, shapes_of
+from .quantize.layers import check_not_converted
 from .quantize.ranges import load_static_state_
 
 
