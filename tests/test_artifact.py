@@ -321,7 +321,11 @@ def test_a_cpu_without_the_instructions_of_the_other_is_recognised(decoder, alte
 @pytest.mark.parametrize(
     ("has", "start", "missing"),
     [
-        (("avx2", "fma3"), "SLOW: quantized layers run in plain loops", "avx512_vnni, avx512_bw, avx512_dq, avx512_vl"),
+        (
+            ("avx2", "fma3"),
+            "SLOW: quantized layers run in plain loops, slower than a float32 export",
+            "avx512_vnni, avx512_bw, avx512_dq, avx512_vl",
+        ),
         (
             ("avx2", "fma3", "f16c"),
             "quantized layers run with AVX2, slower than with AVX512-VNNI",

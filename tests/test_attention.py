@@ -35,7 +35,7 @@ from lightning_accel.finalize import finalize, restore_
 from lightning_accel.prune import apply_masks_
 from lightning_accel.quantize import Int8Linear, calibrate_, convert_, is_prepared, quantization_coverage, unprepare_
 from lightning_accel.quantize.attention import ConvertedAttention, FakeQuantizedAttention, UnfusedAttention
-from lightning_accel.quantize.converted import Int4Linear
+from lightning_accel.quantize.layers import Int4Linear
 
 SCHEMES = ("int8", "int4-weight", "int4-int8")
 ALL_SCHEMES = (*SCHEMES, "int8-static")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from lightning_accel import QuantConfig, export_model, load, prepare_, quantize_model
 from lightning_accel._quiet import Conv1D
 from lightning_accel.quantize import convert_, int4, quantization_coverage
-from lightning_accel.quantize.converted import Int4Embedding, Int4Linear, Int8Linear, quantize_groups
+from lightning_accel.quantize.converted import quantize_groups
 from lightning_accel.quantize.fake import Int4GroupFakeQuantizer
+from lightning_accel.quantize.layers import Int4Embedding, Int4Linear, Int8Linear
 from lightning_accel.quantize.ops import row_codes, row_scales
 
 SCHEMES = ("int4-weight", "int4-int8")

@@ -84,7 +84,7 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
 
     An embedding is in tiles only where it is tied to a layer: gathering whole rows is faster.
     """
-    from ..quantize.converted import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
+    from ..quantize.layers import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
     from ..quantize.ops import int8_embedding_reference, int8_embedding_tiled, int8_linear_tiled, tile
     from ..quantize.static import int8_static_conv2d_tiled, int8_static_linear_tiled
 
@@ -117,7 +117,7 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
         CompilerMissing: no C++ compiler was found.
     """
     from ..artifact import sha256
-    from ..quantize.converted import LINEAR
+    from ..quantize.layers import LINEAR
     from .attention import replace_attention
     from .fuse import fuse
 
@@ -264,7 +264,7 @@ def slow_kernels(entry: Mapping[str, Any]) -> str | None:
         return None
     why = f"as the CPU that compiled them has no {', '.join(missing)}"
     if any(name not in entry["isa"] for name in _AVX2):
-        return f"SLOW: quantized layers run in plain loops, {why}; in every scheme, so a float32 export is faster there"
+        return f"SLOW: quantized layers run in plain loops, slower than a float32 export, {why}"
     path = "AVX-VNNI" if "avx_vnni" in entry["isa"] else "AVX2"
     return f"quantized layers run with {path}, slower than with AVX512-VNNI, {why}"
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 def lower(model: torch.nn.Module) -> torch.nn.Module:
     """Quantized layers as aten operators, in place."""
-    from ..quantize.converted import Int4Linear, Int8Embedding, Int8Linear
     from ..quantize.int4 import int4_int8_linear_reference, int4_linear_reference
+    from ..quantize.layers import Int4Linear, Int8Embedding, Int8Linear
     from ..quantize.ops import int8_embedding_reference, int8_linear_reference
 
     for module in model.modules():

@@ -1,16 +1,10 @@
 """Quantization: schemes, fake quantization for training (`prepare_`) and conversion to integers (`convert_`)."""
 
 from .config import QuantConfig
-from .converted import (
-    Int8Embedding,
-    Int8Linear,
-    Int8StaticConv,
-    Int8StaticLinear,
-    convert_,
-    quantization_coverage,
-    quantize_model,
-)
+from .converted import convert_, quantize_model
+from .coverage import quantization_coverage
 from .fake import is_prepared, prepare_, unprepare_
+from .layers import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
 from .mixed import Sensitivity, allocate, sensitivity
 from .ranges import calibrate_, freeze_
 

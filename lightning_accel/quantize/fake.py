@@ -24,6 +24,7 @@ from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_
 from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
 from .config import QuantConfig
 from .int4 import round_groups
+from .layers import check_not_converted
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
 from .ops import MOST_INT8_INPUTS, round_rows
 from .ranges import AffineFakeQuantizer
@@ -186,8 +187,6 @@ def plan(model: nn.Module, config: QuantConfig, only: Mapping[str, str] | None =
     Args:
         only: name -> scheme, of the modules to touch, in place of those that `config` says.
     """
-    from .converted import check_not_converted  # which imports this module
-
     check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = _schemes(modules, config) if only is None else {name: only.get(name) for name in modules}
