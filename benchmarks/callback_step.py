@@ -1,0 +1,119 @@
+"""What the callbacks cost in a training step: pruning's masks, a live teacher, a cached one, over plain Lightning.
+
+    lightning-accel run benchmarks/callback_step.py --threads 2
+
+MiniLM's shape with a classifier of 1,000 classes, 32 x 128 tokens, AdamW, random weights. Each turn is a fit of a few
+steps of `AccelModule`; the first, in which callbacks find what they work on, is not counted. The teacher has the
+student's shape; its cache is built beforehand. Goals: masks at most 1.02 x, a cached top-32 at most 1.05 x, and a live
+teacher no more than its own forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from encoders import SHAPES
+from tables import PAUSE, provenance
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification
+
+from lightning_accel import AccelModule, Distillation, DistillConfig, Keyed, PruneConfig, Pruning, TeacherCache
+from lightning_accel.distill import guest
+from lightning_accel.measure import Target, compare
+
+CLASSES, STEPS = 1000, 3
+ROWS = ("plain", "masks", "cached top-32", "live teacher")
+
+
+class Clock(pl.Callback):
+    """Seconds between the end of the first step and that of the last."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def network(seed: int) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(BertConfig(**SHAPES["minilm"], num_labels=CLASSES))
+
+
+def workloads(row: str, batch: int, length: int) -> dict[str, Callable[[], float]]:
+    """A step (seconds), and for the live teacher its forward alone; timed in a worker."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {"input_ids": torch.randint(0, 30522, (length,), generator=generator), "labels": torch.tensor(i % CLASSES)}
+        for i in range((STEPS + 1) * batch)
+    ]
+    mask = torch.ones(length, dtype=torch.long)
+    data: Any = [{**sample, "attention_mask": mask} for sample in samples]
+    teacher = network(1).eval()
+    if row == "cached top-32":
+        data = Keyed(data)
+        folder = tempfile.mkdtemp()
+        cache = TeacherCache.build(folder, teacher, data, DistillConfig(top_k=32), progress=False)
+    callbacks: dict[str, Callable[[], list[pl.Callback]]] = {
+        "plain": lambda: [],
+        "masks": lambda: [Pruning(PruneConfig("neurons", 0.5), module="model")],
+        "cached top-32": lambda: [Distillation(DistillConfig(top_k=32), teacher=cache, student="model")],
+        "live teacher": lambda: [Distillation(DistillConfig(), teacher=teacher, student="model")],
+    }
+    module, loader = AccelModule(network(0), lr=1e-5), DataLoader(data, batch_size=batch)
+
+    def step() -> float:
+        clock = Clock()
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[*callbacks[row](), clock],
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        return (clock.ends[-1] - clock.ends[0]) / STEPS
+
+    first = {name: tensor for name, tensor in next(iter(loader)).items() if name in ("input_ids", "attention_mask")}
+
+    def forward() -> float:
+        start = time.perf_counter()
+        with guest(teacher) as asked:
+            asked(**first)
+        return time.perf_counter() - start
+
+    return {"step": step, "forward": forward}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    shape = {"batch": options.batch, "length": options.length}
+    targets = {row: Target("callback_step:workloads", {"row": row, **shape}) for row in ROWS}
+    measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
+    plain = measured["plain"].seconds["step"].median
+    forward = measured["live teacher"].seconds["forward"].median
+    print(f"| minilm, {options.batch} x {options.length} | step ms (least-most) | x plain's time | peak RSS MB |")
+    print("|---|---|---|---|")
+    for name, m in measured.items():
+        s = m.seconds["step"]
+        spread = f"{1e3 * s.median:.0f} ({1e3 * s.least:.0f}-{1e3 * s.most:.0f})"
+        print(f"| {name} | {spread} | {s.median / plain:.3f} | {m.peak_rss_bytes / 1e6:.0f} |")
+    explained = (plain + forward) / plain
+    print(f"\nthe teacher's forward alone: {1e3 * forward:.0f} ms, which explains {explained:.3f} x\n")
+    print(provenance(options.threads))
+
+
+if __name__ == "__main__":
+    main()
