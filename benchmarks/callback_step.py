@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from encoders import SHAPES
-from tables import PAUSE, provenance
+from tables import PAUSE, provenance, steps
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -104,12 +104,7 @@ def main() -> None:
     measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
     plain = measured["plain"].seconds["step"].median
     forward = measured["live teacher"].seconds["forward"].median
-    print(f"| minilm, {options.batch} x {options.length} | step ms (least-most) | x plain's time | peak RSS MB |")
-    print("|---|---|---|---|")
-    for name, m in measured.items():
-        s = m.seconds["step"]
-        spread = f"{1e3 * s.median:.0f} ({1e3 * s.least:.0f}-{1e3 * s.most:.0f})"
-        print(f"| {name} | {spread} | {s.median / plain:.3f} | {m.peak_rss_bytes / 1e6:.0f} |")
+    print(steps(f"minilm, {options.batch} x {options.length}", measured))
     explained = (plain + forward) / plain
     print(f"\nthe teacher's forward alone: {1e3 * forward:.0f} ms, which explains {explained:.3f} x\n")
     print(provenance(options.threads))

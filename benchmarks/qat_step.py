@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from encoders import SHAPES
-from tables import PAUSE, provenance
+from tables import PAUSE, provenance, steps
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_accel import QuantConfig, prepare_
@@ -60,13 +60,7 @@ def main() -> None:
         for name, scheme in (("plain", None), *((f"QAT {scheme}", scheme) for scheme in SCHEMES))
     }
     measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
-    plain = measured["plain"].seconds["step"].median
-    print(f"| minilm, {options.batch} x {options.length} | step ms (least-most) | x plain's time | peak RSS MB |")
-    print("|---|---|---|---|")
-    for name, m in measured.items():
-        s = m.seconds["step"]
-        spread = f"{1e3 * s.median:.0f} ({1e3 * s.least:.0f}-{1e3 * s.most:.0f})"
-        print(f"| {name} | {spread} | {s.median / plain:.3f} | {m.peak_rss_bytes / 1e6:.0f} |")
+    print(steps(f"minilm, {options.batch} x {options.length}", measured))
     print(f"\ngoal {GOAL} x\n" + provenance(options.threads))
 
 

@@ -30,6 +30,17 @@ def table(title: str, measured: Mapping[str, Measurement], sizes: Mapping[str, i
     return "\n".join(lines)
 
 
+def steps(title: str, measured: Mapping[str, Measurement]) -> str:
+    """A row for each target: ms of a training step (least-most) and how many times as long as the first row's."""
+    first = next(iter(measured.values())).seconds["step"].median
+    lines = [f"| {title} | step ms (least-most) | x {next(iter(measured))}'s time | peak RSS MB |", "|---|---|---|---|"]
+    for name, m in measured.items():
+        s = m.seconds["step"]
+        spread = f"{1e3 * s.median:.0f} ({1e3 * s.least:.0f}-{1e3 * s.most:.0f})"
+        lines.append(f"| {name} | {spread} | {s.median / first:.3f} | {m.peak_rss_bytes / 1e6:.0f} |")
+    return "\n".join(lines)
+
+
 def default_load(folder: Path) -> int:
     """Bytes of all that the default load of an artifact needs."""
     return size_on_disk(folder, read_manifest(folder))["default_load_bytes"]
