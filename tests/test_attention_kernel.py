@@ -309,7 +309,7 @@ MASKED = {**TOKENS, "attention_mask": torch.ones(3, 12, dtype=torch.int64)}
     [(tiny.bert, MASKED), (tiny.bert, TOKENS), (tiny.vit, IMAGES), (tiny.gpt2, TOKENS), (tiny.llama, TOKENS)],
 )
 def test_the_attention_of_each_layer_is_replaced_and_means_the_same(make: Callable, inputs: dict | tuple) -> None:
-    captured = capture(make(), inputs)["forward"]
+    (captured,) = capture(make(), inputs).values()
     program = captured.export(captured.module)
     expected = program.module()(*captured.example)
     assert replace_attention(program) == tiny.LAYERS

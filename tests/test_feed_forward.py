@@ -285,7 +285,7 @@ def test_static_the_same_on_any_number_of_threads(kernel: Kernel, rows: int) -> 
 def program(model: nn.Module, inputs: Any, scheme: str = "int8") -> tuple[torch.export.ExportedProgram, tuple]:
     """What a compiled program is built from."""
     calibration = [inputs] * 8 if scheme == "int8-static" else None
-    captured = capture(aoti.lower(quantize_model(model, QuantConfig(scheme), calibration)), inputs)["forward"]
+    (captured,) = capture(aoti.lower(quantize_model(model, QuantConfig(scheme), calibration)), inputs).values()
     return captured.export(captured.module), captured.example
 
 
