@@ -127,6 +127,10 @@ class _Output:
         self.conv, self.tensor, self.used = conv, weakref.ref(y), False
 
 
+_watches: list[NormWatch] = []  # those that run; compiled code runs uncompiled while there is one
+_uncompiled = ExitStack()
+
+
 class NormWatch(TorchFunctionMode):
     """Sees, from now to `stop`, which BatchNorm takes the output of which fake-quantized convolution, and alone.
 
@@ -146,9 +150,10 @@ class NormWatch(TorchFunctionMode):
             elif type(module) in _FROZEN and module.running_var is not None:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._taken, name)))
                 self._hooks.append(module.register_forward_hook(self._done, prepend=True, always_call=True))
-        self._contexts = ExitStack()
-        self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
-        self._contexts.enter_context(self)
+        if not _watches:
+            _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        _watches.append(self)
+        self.__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -180,7 +185,11 @@ class NormWatch(TorchFunctionMode):
 
     def stop(self) -> dict[str, str]:
         """Convolution -> BatchNorm, by name, where each has no other partner and nothing else uses what is between."""
-        self._contexts.close()
+        if self in _watches:
+            _watches.remove(self)
+            self.__exit__(None, None, None)
+        if not _watches:  # whichever of several stops last
+            _uncompiled.close()
         for hook in self._hooks:
             hook.remove()
         convs, norms = (Counter(pair[i] for pair in self._pairs) for i in (0, 1))
