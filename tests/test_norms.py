@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_accel import QuantConfig, prepare_, quantize_model
@@ -179,13 +180,18 @@ class Reused(nn.Module):
             y.add_(1)
         if self.how == "item":
             y[:, 0] = 0
+        if self.how == "inplace=True":
+            F.relu(y, inplace=True)
+        if self.how == "+=":
+            y += x
         z = self.norm(y)
         if self.how == "output":
             return {"z": z, "y": y}
         return z + y if self.how == "residual" else torch.cat([z, y]) if self.how == "list" else z
 
 
-REUSED = ["residual", "list", "output", "in place", "item", "hook", "input", "taken", "hook on the norm"]
+REUSED = ["residual", "list", "output", "in place", "item", "hook", "input", "taken", "hook on the norm", "+="]
+REUSED += ["inplace=True"]
 
 
 @pytest.mark.parametrize("how", REUSED)

@@ -83,7 +83,22 @@ def test_a_sample_of_small_batches_is_evenly_spaced_too() -> None:
     for some in shown.split(1999):
         sample.add(some)
     kept = torch.cat(sample.parts)
-    assert torch.equal(kept, shown[::4]) and len(kept) <= 2**20
+    assert len(kept) == len(shown[::4]) <= 2**20 and len(kept.unique()) == len(kept)
+    counts = (kept // 1999).long().bincount()[:-1]
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("features", [256, 768, 1000])
+def test_no_feature_is_left_out_of_a_sample(features: int) -> None:
+    x = torch.arange(float(features)).repeat(512, 1)
+    sample = Sample("layer")
+    for _ in range(100):
+        sample.add(x)
+    counts = torch.cat(sample.parts).long().bincount(minlength=features)
+    assert sample._stride > 1 and counts.min() > 0.8 * counts.float().mean()
+    for column in range(8):  # training sees one batch at a time
+        outlier = torch.where(x == column, 99.0, 0.0)
+        assert batch_range(outlier, "percentile")[1] == 99
 
 
 @settings(deadline=None, max_examples=100)
