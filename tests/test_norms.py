@@ -339,3 +339,5 @@ def test_the_weight_of_a_converted_convolution_is_the_folded_one_in_float(dims: 
     converted = convert_(copy.deepcopy(model))[0]
     expected = conv.weight_fake_quantizer(folded_weight(conv).flatten(1)).view(conv.weight.shape)
     torch.testing.assert_close(converted.weight, expected, atol=1e-7, rtol=1e-6)
+    said = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    assert [getattr(converted, name) for name in said] == [getattr(conv, name) for name in said]

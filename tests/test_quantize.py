@@ -639,3 +639,11 @@ def test_a_recurrent_layer_is_named_with_its_share_of_flops(scheme: str) -> None
     assert lstm.done is None and lstm.reason and lstm.flops == 2 * 2 * 5 * (8 * 64 + 16 * 64)
     assert coverage.share_of_flops == pytest.approx(16 * 4 / (8 * 64 + 16 * 64 + 16 * 4))
     assert "lstm" in str(coverage)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "int4-weight", "int4-int8"])
+def test_integers_as_input_are_refused_as_by_a_float_layer(scheme: str) -> None:
+    model = quantize_model(nn.Sequential(nn.Linear(32, 4)), QuantConfig(scheme), [torch.randn(4, 32)] * 8)
+    with pytest.raises(ValueError, match=r"input of a quantized layer is torch.int64, .*write x.float\(\)"):
+        model(torch.ones(2, 32, dtype=torch.long))
+    assert model(torch.ones(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16

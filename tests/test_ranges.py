@@ -159,6 +159,18 @@ class Unused(nn.Module):
         return self.used(x)
 
 
+def test_a_state_dict_brings_the_scale_of_the_input_along() -> None:
+    wide = [5 * x + 1 for x in batches(seed=1)]
+    model, other = (quantize_model(tiny.mlp(), STATIC, data) for data in (batches(), wide))
+    x = batches(1, seed=2)[0]
+    assert not torch.equal(model(x), other(x))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other(x)) and repr(model) == repr(other)
+    state = other.state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\._extra_state"):
+        model.load_state_dict({name: tensor for name, tensor in state.items() if "extra" not in name})
+
+
 def test_a_module_that_no_batch_reaches_is_named() -> None:
     with pytest.raises(ValueError, match=r"no batch of the calibration data reaches 'idle'; write overrides="):
         quantize_model(Unused(), STATIC, batches())
