@@ -147,8 +147,8 @@ class Int8StaticLinear(_Static):
 class Int8StaticConv(_Static):
     """A convolution, one- or two-dimensional, with static uint8 activations, for inference.
 
-    Its weight is [out, height * width * in]: the channels of a pixel lie beside each other, in the codes too. It has the
-    attributes of a convolution, of which models ask for the length of their outputs (transformers' Whisper).
+    Its weight is [out, height * width * in]: the channels of a pixel lie beside each other, in the codes too. It has
+    the attributes of a convolution, of which models ask for the length of their outputs (transformers' Whisper).
     """
 
     function: Callable[..., Tensor] = staticmethod(int8_static_conv2d_reference)

@@ -17,7 +17,7 @@ from .. import select
 from .._quiet import FakeQuantizerBase
 from .._warn import warn
 from ..inputs import inputs_of_batch, split_inputs
-from .norms import NormWatch, fold_, freeze_norms_, norms_of
+from .norms import NormWatch, fold_, freeze_norms_, norms_of, thaw_norm_
 from .observers import MOMENTUM, NonFinite, Sample, batch_range
 from .ops import blocks
 from .static import CODES, affine_parameters, affine_round
@@ -189,6 +189,14 @@ def freeze_(model: nn.Module) -> None:
     for quantizer in affine_quantizers(model).values():
         quantizer.frozen = True
     freeze_norms_(model)
+
+
+def thaw_(model: nn.Module) -> None:
+    """Undoes `freeze_`."""
+    for quantizer in affine_quantizers(model).values():
+        quantizer.frozen = False
+    for norm in norms_of(model).values():
+        thaw_norm_(select.get_module(model, norm))
 
 
 def static_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
