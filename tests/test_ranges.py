@@ -130,6 +130,29 @@ def test_batches_are_tensors_tuples_or_mappings_with_labels() -> None:
     assert isinstance(model.classifier, Int8StaticLinear)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_calibration_data_of_other_dtypes_are_brought_into_the_models(dtype: torch.dtype) -> None:
+    model, data = tiny.mlp().to(dtype), [x.to(dtype) for x in batches()]
+    found = quantize_model(model, STATIC, data).state_dict()
+    expected = quantize_model(model.float(), STATIC, [x.float() for x in data]).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_batches_without_rows_say_nothing_and_those_without_tensors_are_named() -> None:
+    none = torch.zeros(0, 8)
+    expected = quantize_model(tiny.mlp(), STATIC, batches()).state_dict()
+    model = quantize_model(tiny.mlp(), STATIC, [none, *batches()])
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(ValueError, match=r"no batch of the calibration data reaches '0'"):
+        quantize_model(tiny.mlp(), STATIC, [none] * 8)
+    with pytest.raises(ValueError, match=r"is a ndarray without tensors; write torch.as_tensor"):
+        quantize_model(tiny.mlp(), STATIC, [x.numpy() for x in batches()])
+    trained = tiny.mlp().train()
+    prepare_(trained, STATIC)
+    trained(none).sum().backward()
+    assert not trained[0].activation_fake_quantizer.found
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_data_that_is_not_finite_is_named_by_batch_and_module(bad: float) -> None:
     data = batches()
@@ -186,7 +209,7 @@ def test_a_module_that_no_batch_reaches_is_named() -> None:
 def test_evaluating_without_ranges_raises_and_calibration_leaves_modes_alone() -> None:
     model = tiny.mlp()
     prepare_(model, STATIC)
-    with pytest.raises(ValueError, match=r"no range of activations yet for '0': write calibrate_"):
+    with pytest.raises(ValueError, match=r"yet for '0': train a step, or write calibrate_.*overrides=\{'0': 'int8'"):
         model(batches()[0])
     model[2].train()
     modes = [m.training for m in model.modules()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -78,7 +77,7 @@ class QuantizationAwareTraining(AccelCallback):
         self._refuse_neurons(trainer)
         if self._network is not None and self._network is not self.target(pl_module):  # begun for another network
             self.prepared, self._network, self._static = False, None, None
-        self.coverage = prepare_(copy.deepcopy(self.target(pl_module)), self.config)
+        self.coverage = prepare_(select.copy_model(self.target(pl_module)), self.config)
         self._prepare_again(pl_module)  # a second fit with the same callback
 
     def _refuse_neurons(self, trainer: pl.Trainer) -> None:
