@@ -230,6 +230,20 @@ def test_norms_are_found_in_a_compiled_network_too() -> None:
     assert norms_of(model) == {"0": "1", "3.conv1": "3.norm1", "3.conv2": "3.norm2"}
 
 
+@pytest.mark.aoti
+def test_a_network_that_inductor_compiled_before_is_watched_in_training() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), live(nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(400, 2))
+    compiled, x = torch.compile(model), images(6)[0]
+    compiled(x).sum().backward()
+    prepare_(compiled, STATIC)
+    watch = NormWatch(compiled)
+    compiled(x).sum().backward()
+    fold_(model, watch.stop())
+    assert norms_of(model) == {"0": "1"}
+    compiled(x).sum().backward()
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_without_rounding_a_folded_network_computes_what_it_was(train: bool) -> None:
     model, x = network().train(train), images()[0]
