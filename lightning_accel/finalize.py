@@ -102,7 +102,7 @@ def _check_groups(trained: nn.Module, deployed: nn.Module) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model = select.copy_model(model).cpu().float().eval().requires_grad_(False)
     for module in model.modules():  # a causal language model is asked for its cache where it is wanted
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):

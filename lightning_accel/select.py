@@ -8,6 +8,7 @@ the model is wrapped.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -94,9 +95,11 @@ def assign(names: list[str], overrides: Mapping[str, Any], default: Any) -> dict
     """
     unused = [p for p in overrides if not any(fnmatchcase(name, p) for name in names)]
     if unused:
+        inner = [p for p in (f"{unused[0]}.*", f"*.{unused[0]}") if any(fnmatchcase(name, p) for name in names)]
         raise ValueError(
-            f"the pattern {unused[0]!r} matches no module; names are relative to module=, "
-            f"for example {', '.join(repr(n) for n in names[:8])}"
+            f"the pattern {unused[0]!r} matches no module"
+            + (f"; write {inner[0]!r}" if inner else "")
+            + f"; names are relative to module=, for example {', '.join(repr(n) for n in names[:8])}"
         )
     return {name: first_match(name, overrides, default) for name in names}
 
@@ -170,6 +173,14 @@ class Coverage:
             if e.reason
         ]
         return "\n".join([head, *notes])
+
+
+def copy_model(model: nn.Module) -> Any:
+    """A deep copy. Weights that hooks make in each forward (weight_norm of torch.nn.utils) have a graph, which torch
+    does not copy: they are copied without.
+    """
+    made = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in made})
 
 
 def count_parameters(module: nn.Module, recurse: bool = True) -> int:

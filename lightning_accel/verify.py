@@ -34,6 +34,10 @@ ROUNDING = 1e-3  # relative L2 error that float reordering alone may cause
 SMALL_KL = 1e-6  # nats; below it a ratio of divergences means nothing
 NOISE = 1e-6  # relative; what another order of float operations does to sums of about a thousand products
 NOISE_FACTOR = 2.0
+READS = (
+    ". A likely cause is a model that uses the weight of a quantized module without calling it, as "
+    "F.linear(x, self.embedding.weight) does, which training does not round; write overrides={'embedding': None}"
+)
 
 Call = Callable[[Any], Any]  # inputs -> output
 
@@ -101,17 +105,27 @@ def verify(
     if plain is None:
         _check_error(result.error_trained, ROUNDING, f"float rounding explains {ROUNDING:g}", name)
         return result
+    try:
+        noises = (lambda: _noise_error(inputs, trained, noisy)), (lambda: _noise(inputs, trained, noisy))
+        _check_quantized(result, tally, name, *noises)
+    except DriftError as error:
+        raise DriftError(f"{error}{READS}") from None
+    return result
+
+
+def _check_quantized(
+    result: Verification, tally: _Tally, name: str, noise_error: Callable[[], float], noise: Callable[[], float]
+) -> None:
     allowed = max(ERROR_FRACTION * _error(tally.rest_plain), ROUNDING)
     explained = f"{allowed:.2g} allowed ({ERROR_FRACTION} of its error against the float model)"
     if not _error(tally.rest_trained) <= allowed:
-        result.error_noise = _noise_error(inputs, trained, noisy)
+        result.error_noise = noise_error()
         allowed = max(allowed, NOISE_FACTOR * result.error_noise)
         explained += f", noise of {NOISE:g} in the trained model makes {result.error_noise:.2g}"
     _check_error(_error(tally.rest_trained), allowed, explained, name)
     if tally.rows:
-        _check_divergence(result, tally, name, lambda: _noise(inputs, trained, noisy))
+        _check_divergence(result, tally, name, noise)
         _check_predictions(result, tally, name)
-    return result
 
 
 class _Tally:

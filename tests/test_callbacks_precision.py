@@ -235,6 +235,20 @@ def test_the_choice_of_auto_is_saved_and_taken_again_on_resume(tmp_path, monkeyp
     assert_same(weights(resumed), weights(module))
 
 
+def test_auto_times_another_module_anew_and_the_same_one_once(tmp_path, monkeypatch):
+    timed = []
+
+    def time(self, trainer, module, batch):
+        timed.append(module)
+        return PrecisionChoice("fp32", "as the test wants it")
+
+    monkeypatch.setattr(AutoMixedPrecision, "_time", time)
+    callback, first, second = AutoMixedPrecision("auto"), Plain(), Plain()
+    for module in (first, first, second):
+        trainer(tmp_path, [callback]).fit(module, loader())
+    assert timed == [first, second]
+
+
 def test_auto_says_what_it_measured(tmp_path):
     callback = AutoMixedPrecision("auto")
     trainer(tmp_path, [callback], max_steps=1).fit(seeded(Plain), loader())

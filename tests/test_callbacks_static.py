@@ -183,3 +183,30 @@ def test_a_second_fit_goes_on_with_the_ranges(tmp_path: Any) -> None:
     torch.testing.assert_close(first.range, far + MOMENTUM * (batch_range(x, "minmax") - far))
     for quantizer in affine_quantizers(network.model).values():
         assert (quantizer.range.abs() > 90).all(), "moved on, not begun anew"
+
+
+def test_a_later_fit_thaws_or_says_that_the_network_is_quantized_already(tmp_path: Any) -> None:
+    network, callback = module(), qat(0.25, 0.75)
+    for again in (callback, callback, qat(0, 0.75)):
+        watch = Watch()
+        trainer(tmp_path, [again, watch], max_epochs=2).fit(network, images())
+        states = [state for state, _ in watch.seen if state is not None]
+        assert [state["frozen"] for state in states[-2:]] == [False, True]
+        assert all(a["ranges"] != b["ranges"] for a, b in pairwise(states[:-1]))
+    with pytest.raises(ValueError, match=r"begin=0.25\) would begin with what is fake-quantized already.*begin=0 to"):
+        trainer(tmp_path, [qat(0.25, 0.75)], max_epochs=2).fit(network, images())
+
+
+def test_a_callback_begins_anew_for_another_network(tmp_path: Any) -> None:
+    def fit(callback: QuantizationAwareTraining) -> Any:
+        network, watch = module(seed=1), Watch()
+        torch.manual_seed(1)
+        trainer(tmp_path, [callback, watch], max_epochs=4).fit(network, images())
+        return network, watch.seen
+
+    used = qat()
+    trainer(tmp_path, [used], max_epochs=2).fit(module(), images())
+    (found, seen), (expected, states) = fit(used), fit(qat())
+    assert [state for state, _ in seen] == [state for state, _ in states]
+    assert_same(weights(found), weights(expected))
+    assert norms_of(found.model) == {"features.0": "features.1", "features.3": "features.4"}

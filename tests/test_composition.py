@@ -88,7 +88,8 @@ def export(path: Path) -> Export:
 
 def integers(model: nn.Module, scheme: str) -> dict[str, Tensor]:
     """Names and tensors of the converted form of a prepared model."""
-    return quantize_model(select.unwrap(model), QuantConfig(scheme)).state_dict()
+    model = quantize_model(select.unwrap(model), QuantConfig(scheme))
+    return dict(model.named_buffers()) | dict(model.named_parameters())
 
 
 def codes(layer: Any) -> Tensor:
@@ -297,7 +298,8 @@ def test_neurons_trained_away_then_quantized_are_the_quantized_model_of_the_shru
     shrunk = quantize_model(small, QuantConfig(scheme), calibration=[x] * 8)
     assert [codes(getattr(shrunk, name)).shape for name in LAYERS] == [(32, 32), (32, 32), (3, 32)]
     stored = {n.removeprefix("model."): t for n, t in load_weights(directory / "weights.safetensors").items()}
-    assert_same(shrunk.state_dict(), {name: stored[name] for name in shrunk.state_dict()})
+    tensors = dict(shrunk.named_buffers())
+    assert_same(tensors, {name: stored[name] for name in tensors})
     with torch.no_grad():
         assert (load(directory)(x) - shrunk(x)).abs().max() <= 1e-5
 

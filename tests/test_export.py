@@ -449,3 +449,20 @@ def test_slower_than_eager_is_said_first_too(tmp_path: Path) -> None:
     export(tiny.mlp(), tmp_path / "a")
     report = ExportReport(tmp_path / "a", manifest_of(tmp_path / "a"), {"forward": 2.0}, {"forward": 0.5})
     assert str(report).startswith("SLOWER than the float model run eagerly on this machine: forward 2.00 x its time")
+
+
+def test_a_weight_used_without_its_module_is_named_as_the_likely_cause_and_the_override_helps(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(50, 32), nn.Linear(32, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.linear(self.embedding(ids)), self.embedding.weight)
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 50, (8, 6))
+    options: dict[str, Any] = {"example_inputs": (ids,), "engines": ("portable",), "measure": False}
+    with pytest.raises(DriftError, match=r"drifted: .* uses the weight of a quantized module .* write overrides="):
+        export_model(model, tmp_path / "a", quantize=QuantConfig("int8"), **options)
+    export_model(model, tmp_path / "a", quantize=QuantConfig("int8", overrides={"embedding": None}), **options)

@@ -361,3 +361,19 @@ def test_a_wrong_cut_is_not_hidden_by_quantizing_after_it(tmp_path: Path, monkey
     with pytest.raises(ValueError, match="cutting pruned neurons out changes what the model computes"):
         export_model(model, tmp_path / "a", example_inputs=(x,), masks=masks, quantize=QuantConfig("int8"),
                      engines=("portable",), measure=False)  # fmt: skip
+
+
+def test_weights_below_float16_are_refused_and_small_ones_keep_their_codes() -> None:
+    model = nn.Sequential(nn.Linear(64, 8, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(8e-6 / model[0].weight.abs().max())
+    x = torch.randn(4, 64)
+    exact, found = model(x), quantize_model(model, QuantConfig("int4-weight"))(x)
+    assert (found - exact).norm() < 0.15 * exact.norm()
+    with torch.no_grad():
+        model[0].weight.mul_(0.1)
+    with pytest.raises(ValueError, match=r"0.weight holds values up to 8e-07, too small.*overrides=\{'0': 'int8'\}"):
+        quantize_model(model, QuantConfig("int4-weight"))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert not quantize_model(model, QuantConfig("int4-weight"))(x).any()

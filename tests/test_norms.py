@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_accel import QuantConfig, prepare_, quantize_model
@@ -179,13 +180,18 @@ class Reused(nn.Module):
             y.add_(1)
         if self.how == "item":
             y[:, 0] = 0
+        if self.how == "inplace=True":
+            F.relu(y, inplace=True)
+        if self.how == "+=":
+            y += x
         z = self.norm(y)
         if self.how == "output":
             return {"z": z, "y": y}
         return z + y if self.how == "residual" else torch.cat([z, y]) if self.how == "list" else z
 
 
-REUSED = ["residual", "list", "output", "in place", "item", "hook", "input", "taken", "hook on the norm"]
+REUSED = ["residual", "list", "output", "in place", "item", "hook", "input", "taken", "hook on the norm", "+="]
+REUSED += ["inplace=True"]
 
 
 @pytest.mark.parametrize("how", REUSED)
@@ -222,6 +228,20 @@ def test_norms_are_found_in_a_compiled_network_too() -> None:
     prepare_(compiled, STATIC)
     calibrate_(compiled, images())
     assert norms_of(model) == {"0": "1", "3.conv1": "3.norm1", "3.conv2": "3.norm2"}
+
+
+@pytest.mark.aoti
+def test_a_network_that_inductor_compiled_before_is_watched_in_training() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), live(nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(400, 2))
+    compiled, x = torch.compile(model), images(6)[0]
+    compiled(x).sum().backward()
+    prepare_(compiled, STATIC)
+    watch = NormWatch(compiled)
+    compiled(x).sum().backward()
+    fold_(model, watch.stop())
+    assert norms_of(model) == {"0": "1"}
+    compiled(x).sum().backward()
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -333,3 +353,5 @@ def test_the_weight_of_a_converted_convolution_is_the_folded_one_in_float(dims: 
     converted = convert_(copy.deepcopy(model))[0]
     expected = conv.weight_fake_quantizer(folded_weight(conv).flatten(1)).view(conv.weight.shape)
     torch.testing.assert_close(converted.weight, expected, atol=1e-7, rtol=1e-6)
+    said = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    assert [getattr(converted, name) for name in said] == [getattr(conv, name) for name in said]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import linear_bound
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_accel import QuantConfig, export_model, prepare_, quantize_model
 from lightning_accel._quiet import Conv1D
@@ -421,9 +422,23 @@ def test_a_tied_head_shares_one_integer_tensor(make: Any) -> None:
 
 
 def test_a_head_excluded_from_quantization_keeps_its_float_weight() -> None:
-    model = quantize_model(tiny.llama(), QuantConfig(overrides={"lm_head": None}))
+    model = quantize_model(tiny.llama(tie_word_embeddings=False), QuantConfig(overrides={"lm_head": None}))
     assert type(model.lm_head) is nn.Linear and isinstance(model.model.embed_tokens, Int8Embedding)
-    assert torch.equal(model.lm_head.weight, tiny.llama().lm_head.weight)
+    assert torch.equal(model.lm_head.weight, tiny.llama(tie_word_embeddings=False).lm_head.weight)
+
+
+@pytest.mark.parametrize("excluded", ["lm_head", "model.embed_tokens"])
+def test_a_tied_pair_is_excluded_together_and_the_coverage_says_why(excluded: str) -> None:
+    model = tiny.llama()
+    coverage = prepare_(model, QuantConfig(overrides={excluded: None}))
+    reasons = {e.name: e.reason for e in coverage.entries if e.done is None and "norm" not in e.name}
+    (other,) = {"lm_head", "model.embed_tokens"} - {excluded}
+    assert reasons == {
+        excluded: "excluded by overrides",
+        other: f"shares its weight with {excluded!r}, excluded by overrides",
+    }
+    converted = convert_(model)
+    assert converted.lm_head.weight is converted.model.embed_tokens.weight
 
 
 def test_an_embedding_row_is_its_codes_times_its_scale() -> None:
@@ -639,3 +654,37 @@ def test_a_recurrent_layer_is_named_with_its_share_of_flops(scheme: str) -> None
     assert lstm.done is None and lstm.reason and lstm.flops == 2 * 2 * 5 * (8 * 64 + 16 * 64)
     assert coverage.share_of_flops == pytest.approx(16 * 4 / (8 * 64 + 16 * 64 + 16 * 4))
     assert "lstm" in str(coverage)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "int4-weight", "int4-int8"])
+def test_integers_as_input_are_refused_as_by_a_float_layer(scheme: str) -> None:
+    model = quantize_model(nn.Sequential(nn.Linear(32, 4)), QuantConfig(scheme), [torch.randn(4, 32)] * 8)
+    with pytest.raises(ValueError, match=r"input of a quantized layer is torch.int64, .*write x.float\(\)"):
+        model(torch.ones(2, 32, dtype=torch.long))
+    assert model(torch.ones(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm, lambda module: prune.identity(module, "weight")],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_weights_that_a_hook_makes_are_left_out_by_name(hook: Any) -> None:
+    model = nn.Sequential(hook(nn.Linear(8, 8)), nn.Linear(8, 2)).eval()
+    coverage = prepare_(model, INT8)
+    assert [(e.done, str(e.reason)[:12]) for e in coverage.entries] == [(None, "a hook makes"), ("int8", "None")]
+    x = torch.randn(4, 8)
+    expected = model(x)
+    assert torch.allclose(quantize_model(model, INT8)(x), expected, atol=1e-5), "its weight has a graph"
+    assert torch.allclose(convert_(model)(x), expected, atol=1e-5) and type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("scheme", [None, False, "None", ""])
+def test_a_scheme_of_none_says_how_to_leave_modules_in_float(scheme: Any) -> None:
+    with pytest.raises(ValueError, match=r"the scheme .* is none; .*in overrides, or leave quantization out"):
+        QuantConfig(scheme)
+
+
+def test_a_number_is_no_pattern() -> None:
+    with pytest.raises(ValueError, match=r"overrides has the key 2, no pattern; write '2', in quotes"):
+        QuantConfig(overrides={2: None})  # type: ignore[dict-item]

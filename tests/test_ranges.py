@@ -83,7 +83,22 @@ def test_a_sample_of_small_batches_is_evenly_spaced_too() -> None:
     for some in shown.split(1999):
         sample.add(some)
     kept = torch.cat(sample.parts)
-    assert torch.equal(kept, shown[::4]) and len(kept) <= 2**20
+    assert len(kept) == len(shown[::4]) <= 2**20 and len(kept.unique()) == len(kept)
+    counts = (kept // 1999).long().bincount()[:-1]
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("features", [256, 768, 1000])
+def test_no_feature_is_left_out_of_a_sample(features: int) -> None:
+    x = torch.arange(float(features)).repeat(512, 1)
+    sample = Sample("layer")
+    for _ in range(100):
+        sample.add(x)
+    counts = torch.cat(sample.parts).long().bincount(minlength=features)
+    assert sample._stride > 1 and counts.min() > 0.8 * counts.float().mean()
+    for column in range(8):  # training sees one batch at a time
+        outlier = torch.where(x == column, 99.0, 0.0)
+        assert batch_range(outlier, "percentile")[1] == 99
 
 
 @settings(deadline=None, max_examples=100)
@@ -115,6 +130,29 @@ def test_batches_are_tensors_tuples_or_mappings_with_labels() -> None:
     assert isinstance(model.classifier, Int8StaticLinear)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_calibration_data_of_other_dtypes_are_brought_into_the_models(dtype: torch.dtype) -> None:
+    model, data = tiny.mlp().to(dtype), [x.to(dtype) for x in batches()]
+    found = quantize_model(model, STATIC, data).state_dict()
+    expected = quantize_model(model.float(), STATIC, [x.float() for x in data]).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_batches_without_rows_say_nothing_and_those_without_tensors_are_named() -> None:
+    none = torch.zeros(0, 8)
+    expected = quantize_model(tiny.mlp(), STATIC, batches()).state_dict()
+    model = quantize_model(tiny.mlp(), STATIC, [none, *batches()])
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(ValueError, match=r"no batch of the calibration data reaches '0'"):
+        quantize_model(tiny.mlp(), STATIC, [none] * 8)
+    with pytest.raises(ValueError, match=r"is a ndarray without tensors; write torch.as_tensor"):
+        quantize_model(tiny.mlp(), STATIC, [x.numpy() for x in batches()])
+    trained = tiny.mlp().train()
+    prepare_(trained, STATIC)
+    trained(none).sum().backward()
+    assert not trained[0].activation_fake_quantizer.found
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_data_that_is_not_finite_is_named_by_batch_and_module(bad: float) -> None:
     data = batches()
@@ -144,6 +182,18 @@ class Unused(nn.Module):
         return self.used(x)
 
 
+def test_a_state_dict_brings_the_scale_of_the_input_along() -> None:
+    wide = [5 * x + 1 for x in batches(seed=1)]
+    model, other = (quantize_model(tiny.mlp(), STATIC, data) for data in (batches(), wide))
+    x = batches(1, seed=2)[0]
+    assert not torch.equal(model(x), other(x))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other(x)) and repr(model) == repr(other)
+    state = other.state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\._extra_state"):
+        model.load_state_dict({name: tensor for name, tensor in state.items() if "extra" not in name})
+
+
 def test_a_module_that_no_batch_reaches_is_named() -> None:
     with pytest.raises(ValueError, match=r"no batch of the calibration data reaches 'idle'; write overrides="):
         quantize_model(Unused(), STATIC, batches())
@@ -159,7 +209,7 @@ def test_a_module_that_no_batch_reaches_is_named() -> None:
 def test_evaluating_without_ranges_raises_and_calibration_leaves_modes_alone() -> None:
     model = tiny.mlp()
     prepare_(model, STATIC)
-    with pytest.raises(ValueError, match=r"no range of activations yet for '0': write calibrate_"):
+    with pytest.raises(ValueError, match=r"yet for '0': train a step, or write calibrate_.*overrides=\{'0': 'int8'"):
         model(batches()[0])
     model[2].train()
     modes = [m.training for m in model.modules()]

@@ -64,7 +64,11 @@ def test_the_first_pattern_that_matches_wins_and_none_excludes() -> None:
 
 
 def test_a_pattern_that_matches_nothing_raises() -> None:
-    with pytest.raises(ValueError, match=r"'lm_head' matches no module.*'a', 'b'"):
+    with pytest.raises(ValueError, match=r"'encoder' matches no module; write 'encoder\.\*'; names are"):
+        select.assign(["encoder.0", "head"], {"encoder": None}, 1.0)
+    with pytest.raises(ValueError, match=r"'head' matches no module; write '\*\.head'; names are"):
+        select.assign(["model.head"], {"head": None}, 1.0)
+    with pytest.raises(ValueError, match=r"'lm_head' matches no module; names are.*'a', 'b'"):
         select.assign(["a", "b"], {"lm_head": None}, 1.0)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_accel import QuantConfig, allocate, prepare_, quantize_model, sensitivity
@@ -154,3 +155,29 @@ def test_wrong_calls_say_what_to_write() -> None:
         sensitivity(model, batches, ("int3",))
     with pytest.raises(ValueError, match=r"gives no loss for \['input_ids'\]"):
         default_loss(tiny.llama(), {"input_ids": tiny.ids()})
+
+
+def test_static_ranges_are_left_out_where_no_batch_comes() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    batches = [(torch.randn(16, 8), torch.zeros(16).long()) for _ in range(8)]
+    found = sensitivity(Idle(), batches, ("int8", "int8-static"))
+    assert {name: set(row) for name, row in found.increase.items()} == {
+        "used": {"int8", "int8-static"},
+        "idle": {"int8"},
+    }
+
+
+@pytest.mark.parametrize(
+    "budget", [{"size": 1.5}, {"size": 0.0}, {"size": -3}, {"size": "0.2"}, {"size": True}, {"loss": "x"}]
+)
+def test_budgets_that_are_none_are_refused(budget: dict[str, Any]) -> None:
+    found = Sensitivity(1.0, {"a": {"int8": 0.001}}, {"a": {"float": 400, "int8": 101}})
+    with pytest.raises(ValueError, match=r"write size=0.2"):
+        allocate(found, **budget)

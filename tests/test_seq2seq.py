@@ -237,3 +237,14 @@ def test_bad_inputs_say_what_to_write(pair: tuple[str, Any, LoadedSeq2Seq]) -> N
     if name != "t5":  # whose positions are relative
         with pytest.raises(ValueError, match="65 tokens are asked for, the model has 64 positions"):
             ours.generate(**given, max_new_tokens=65)
+
+
+def test_whisper_asks_its_quantized_convolutions_for_their_stride() -> None:
+    from lightning_accel import quantize_model
+
+    model, ids = made("whisper"), torch.randint(3, VOCABULARY, (3, 5))
+    data = [source("whisper", seed=seed) | {"decoder_input_ids": ids} for seed in range(8)]
+    quantized = quantize_model(model, QuantConfig("int8-static"), data)
+    encode = (m.get_encoder()(data[0]["input_features"]).last_hidden_state for m in (quantized, model))
+    found, expected = encode
+    assert (found - expected).norm() < 0.1 * expected.norm()

@@ -46,6 +46,7 @@ class AutoMixedPrecision(AccelCallback):
             raise ValueError(f"unknown precision {precision!r}; write one of {PRECISIONS}")
         self.precision, self.patience = precision, patience
         self.choice: PrecisionChoice | None = None
+        self._timed: pl.LightningModule | None = None  # what "auto" chose for
         self.skipped = 0
         self._in_a_row = 0
         self._nonfinite: str | None = None
@@ -66,6 +67,8 @@ class AutoMixedPrecision(AccelCallback):
                 f"Trainer(precision={plugin.precision!r}) and AutoMixedPrecision({self.precision!r}) both set the "
                 "precision; leave one out" + " (on a CPU, Lightning turns '16-mixed' into 'bf16-mixed')" * renamed
             )
+        if self._timed is not None and self._timed is not pl_module:
+            self.choice, self._timed = None, None
         if self.precision != "auto":
             self.choice = PrecisionChoice(self.precision, f"trains in {self.precision}, as asked for")
             self._set(trainer, self.precision)
@@ -108,6 +111,7 @@ class AutoMixedPrecision(AccelCallback):
         """
         if self.choice is None:
             self.choice = trainer.strategy.broadcast(self._time(trainer, pl_module, batch))
+            self._timed = pl_module
             self._set(trainer, self.choice.precision)
             rank_zero_info(f"AutoMixedPrecision: {self.choice.reason}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,9 +9,9 @@ import torch
 from torch import nn
 
 from .. import select
-from ..quantize import QuantConfig, freeze_, prepare_
+from ..quantize import QuantConfig, freeze_, is_prepared, prepare_
 from ..quantize.norms import NormWatch, fold_
-from ..quantize.ranges import affine_quantizers, load_static_state_, static_state
+from ..quantize.ranges import affine_quantizers, load_static_state_, static_state, thaw_
 from ..schedule import check_position, position
 from ..select import Coverage
 from .base import AccelCallback
@@ -24,6 +23,7 @@ class QuantizationAwareTraining(AccelCallback):
 
     Parameters and state_dict keys stay what they were. `int8-static` follows the ranges of activations from `begin` to
     `freeze`, and its convolutions see the BatchNorm that they will absorb; the other schemes have nothing to freeze.
+    A second fit with the same object and network goes on quantized, and follows ranges until its own `freeze`.
     Logs `accel/quantization/active`, 0 or 1.
 
     Args:
@@ -75,7 +75,9 @@ class QuantizationAwareTraining(AccelCallback):
                     "keep one, with overrides={'pattern': scheme} for the exceptions"
                 )
         self._refuse_neurons(trainer)
-        self.coverage = prepare_(copy.deepcopy(self.target(pl_module)), self.config)
+        if self._network is not None and self._network is not self.target(pl_module):  # begun for another network
+            self.prepared, self._network, self._static = False, None, None
+        self.coverage = prepare_(select.copy_model(self.target(pl_module)), self.config)
         self._prepare_again(pl_module)  # a second fit with the same callback
 
     def _refuse_neurons(self, trainer: pl.Trainer) -> None:
@@ -130,19 +132,31 @@ class QuantizationAwareTraining(AccelCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks `begin` against the length of training."""
         super().on_train_start(trainer, pl_module)
-        if not (self._resumed or self.prepared):
+        if not self._resumed:
             self.total = total_steps(trainer, pl_module)
-            if position(self.begin, self.total) >= self.total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise ValueError(
-                    f"QuantizationAwareTraining(begin={self.begin}) is past the end of training "
-                    f"({self.total:g} optimizer steps); write begin=0.6, or train longer"
-                )
-            if self._follows_ranges and position(self.freeze, self.total) <= position(self.begin, self.total):
-                raise ValueError(
-                    f"QuantizationAwareTraining(begin={self.begin}, freeze={self.freeze}) freezes ranges before there "
-                    f"are any; in a training of {self.total:g} optimizer steps, write for example begin=0.5, freeze=0.9"
-                )
+            thaw_(self.target(pl_module))  # a fit before may have frozen it
+            if not self.prepared:
+                self._check_begin(self.total, self.target(pl_module), trainer.fast_dev_run)  # type: ignore[attr-defined]
         self._resumed = False
+
+    def _check_begin(self, total: float, network: nn.Module, short: bool) -> None:
+        """Raises where `begin` would not come, comes after `freeze`, or has come in another fit."""
+        begin = position(self.begin, total)
+        if begin >= total and not short:
+            raise ValueError(
+                f"QuantizationAwareTraining(begin={self.begin}) is past the end of training "
+                f"({total:g} optimizer steps); write begin=0.6, or train longer"
+            )
+        if self._follows_ranges and position(self.freeze, total) <= begin:
+            raise ValueError(
+                f"QuantizationAwareTraining(begin={self.begin}, freeze={self.freeze}) freezes ranges before there "
+                f"are any; in a training of {total:g} optimizer steps, write for example begin=0.5, freeze=0.9"
+            )
+        if begin > 0 and is_prepared(network):
+            raise ValueError(
+                f"QuantizationAwareTraining(begin={self.begin}) would begin with what is fake-quantized already, by a "
+                "fit before; write begin=0 to go on, or unprepare_(network) first, to train in float until then"
+            )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Swaps the classes when `begin` is reached, and freezes at `freeze`."""
@@ -187,5 +201,5 @@ class QuantizationAwareTraining(AccelCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         self.prepared, self.total = state_dict["prepared"], state_dict["total"]
-        self._static = state_dict["static"]
+        self._static, self._network = state_dict["static"], None
         self._resumed = True

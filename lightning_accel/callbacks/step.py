@@ -3,7 +3,6 @@ reaches a module."""
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +73,7 @@ def _call(host: pl.LightningModule, name: str, batch: Any) -> Any:
 
 def _copy(pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy on the CPU in float32, as the exported copies of the network are."""
-    return copy.deepcopy(pl_module).cpu().float().eval()
+    return select.copy_model(pl_module).cpu().float().eval()
 
 
 def reaching(pl_module: pl.LightningModule, name: str, batches: Sequence[Any]) -> list[ExampleInputs]:

@@ -22,7 +22,8 @@ class QuantConfig:
     | `int4-weight` | float | int4, symmetric, one scale a group of inputs |
     | `int4-int8` | int8 as in `int8` | int4 as in `int4-weight` |
 
-    Embeddings are quantized too, as weights are (in int8 one scale a row); a tied head shares its embedding's codes.
+    Embeddings are quantized too, as weights are (in int8 one scale a row); a tied head shares its embedding's codes,
+    and where one of the two is excluded, both are.
     Convolutions have `int8-static` only, and absorb the BatchNorm that follows.
     A module whose inputs are no multiple of the group falls back to `int8`, and the coverage says so.
 
@@ -54,12 +55,17 @@ class QuantConfig:
             raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'pattern': None}}")
         _check_scheme(self.scheme, "QuantConfig(", ")")
         for pattern, scheme in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"overrides has the key {pattern!r}, no pattern; write {str(pattern)!r}, in quotes")
             if scheme is not None:
                 _check_scheme(scheme, f"overrides={{{pattern!r}: ", "}")
 
 
 def _check_scheme(scheme: str, before: str, after: str) -> None:
     """Raises ValueError for an unknown scheme, with what to write: the nearest, between `before` and `after`."""
+    if not scheme or scheme in ("None", "none", "null"):
+        leave = "None (null in YAML), without quotes, in overrides, or leave quantization out"
+        raise ValueError(f"the scheme {scheme!r} is none; write one of {SCHEMES}, or to leave modules in float {leave}")
     if scheme not in SCHEMES:
         longer = [known for known in SCHEMES if known.startswith(str(scheme))]
         near = (longer or difflib.get_close_matches(str(scheme), SCHEMES, 1, 0.0))[0]

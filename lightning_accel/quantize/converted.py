@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ from .adapters import merge_adapters
 from .attention import ConvertedAttention, FakeQuantizedAttention
 from .config import QuantConfig
 from .fake import FAKE_TYPES, check_prepared_as, is_prepared, prepare_, scheme_of
-from .int4 import group_codes, group_scales, pack
+from .int4 import SMALLEST, group_codes, group_scales, pack
 from .layers import (
     Codes,
     Int4Embedding,
@@ -84,6 +83,11 @@ def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], Codes]) -> nn.
         codes[key] = quantize_rows(weight) if group is None else quantize_groups(weight, group)
         if not torch.isfinite(codes[key][1]).all():
             raise ValueError(f"{name}.weight holds values past 5e5, too large for a float16 scale; exclude {name!r}")
+        if group is not None and 0 < (largest := float(weight.abs().max())) < SMALLEST:
+            raise ValueError(
+                f"{name}.weight holds values up to {largest:.2g}, too small for a float16 scale; write "
+                f"overrides={{{name!r}: 'int8'}}"
+            )
     integer: nn.Module
     if scheme == "int8-static":
         integer = _static(module, name, codes[key])
@@ -149,7 +153,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, calibration: Iterable[
     check_not_converted(model)
     if is_prepared(model):
         check_prepared_as(model, config)
-    model = copy.deepcopy(merge_adapters(model)).float().eval().requires_grad_(False)
+    model = select.copy_model(merge_adapters(model)).float().eval().requires_grad_(False)
     if not is_prepared(model):
         prepare_(model, config)
         _check_finite(model)  # or calibration would say that its data are not

@@ -190,10 +190,12 @@ def plan(model: nn.Module, config: QuantConfig, only: Mapping[str, str] | None =
     check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
     chosen = _schemes(modules, config) if only is None else {name: only.get(name) for name in modules}
-    fused, parts = _in_fused_operators(model), parts_of_adapters(model)
+    reasons = _in_fused_operators(model) | parts_of_adapters(model)
+    if only is None:
+        reasons |= _tied_to_excluded(modules, chosen)
     coverage = Coverage(f"{config.scheme} fake quantization")
     for name, module in modules.items():
-        scheme, reason = chosen[name], parts.get(id(module)) or _why_not(module, chosen[name], fused)
+        scheme, reason = chosen[name], _why_not(module, chosen[name], reasons.get(id(module)))
         if reason is None:
             scheme, reason = _fitting(name, module, chosen[name], config.group_size)
         else:
@@ -261,23 +263,40 @@ def _kind(module: nn.Module) -> str:
 
 
 def _in_fused_operators(model: nn.Module) -> dict[int, str]:
-    """id of each module whose parent takes its weights without calling it -> the parent's kind."""
+    """id of each module whose parent takes its weights without calling it -> why it is not quantized."""
     found = {}
     for parent in model.modules():
         fused = isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention)
         if fused and type(parent) not in (*_UNFUSED, *_FUSED, *_PLAIN):
-            found.update({id(child): type(parent).__name__ for child in parent.modules()})
+            kind = type(parent).__name__
+            reason = f"{kind} calls a fused function with raw weights, so a quantized child would not run"
+            found.update({id(child): reason for child in parent.modules()})
     return found
 
 
-def _why_not(module: nn.Module, scheme: str | None, fused: dict[int, str]) -> str | None:
-    if scheme is None:
-        return "excluded by overrides"
-    if id(module) in fused:
-        return f"{fused[id(module)]} calls a fused function with raw weights, so a quantized child would not run"
+def _tied_to_excluded(modules: dict[str, nn.Module], chosen: dict[str, str | None]) -> dict[int, str]:
+    """id of each module that shares its weight with one that overrides exclude -> why it is not quantized.
+
+    With the float weight and its codes, a model would be larger than it was.
+    """
+    weights = {name: module._parameters.get("weight") for name, module in modules.items()}
+    excluded = {id(weight): name for name, weight in weights.items() if weight is not None and chosen[name] is None}
+    return {
+        id(modules[name]): f"shares its weight with {excluded[id(weight)]!r}, excluded by overrides"
+        for name, weight in weights.items()
+        if id(weight) in excluded
+    }
+
+
+def _why_not(module: nn.Module, scheme: str | None, known: str | None) -> str | None:
+    """Why a module is not quantized; `known` is what its place in the model says."""
+    if scheme is None or known is not None:
+        return known if scheme is not None else "excluded by overrides"
     if type(module) not in _FAKE and type(module) not in _PLAIN:
         parent = next((plain.__name__ for plain in _FAKE if isinstance(module, plain)), None)
         return f"a subclass of {parent} may compute something else" if parent else f"no {scheme} form of this module"
+    if any(isinstance(value, Tensor) and name.endswith(("weight", "bias")) for name, value in vars(module).items()):
+        return "a hook makes its weight (weight_norm, spectral_norm, prune of torch.nn.utils); remove it before"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients is not supported"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and scheme != "int8-static":

@@ -24,6 +24,7 @@ from torch import Tensor
 from .ops import blocks, row_codes, row_scales
 
 ROWS, INPUTS = 16, 8  # of a packed register
+SMALLEST = 8 * 2.0**-20  # largest weight of a layer: float16 keeps 4 bits of a scale of 2^-20, as int4 of a weight
 
 
 def group_scales(weight: Tensor, group: int) -> Tensor:

@@ -31,6 +31,13 @@ class _Converted(nn.Module):
         return self.codes if self.codes.dim() == 2 else untile(self.codes, rows, n)
 
 
+def _activations(x: Tensor) -> Tensor:
+    """`x`, which must be of floating point, as a float layer's: the output, of its dtype, would be cut to integers."""
+    if not x.is_floating_point():
+        raise ValueError(f"the input of a quantized layer is {x.dtype}, expected floating point; write x.float()")
+    return x
+
+
 class Int8Linear(_Converted):
     """A linear layer with int8 weights [out, in], float32 scales [out] and dynamic int8 activations, for inference."""
 
@@ -45,7 +52,7 @@ class Int8Linear(_Converted):
         self.function: Callable[..., Tensor] = int8_linear  # engines put their own form in its place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.codes, self.scale, self.bias)
+        return self.function(_activations(x), self.codes, self.scale, self.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -106,7 +113,15 @@ class _Static(_Converted):
 
     def quantize(self, x: Tensor) -> Tensor:
         """uint8 codes of activations."""
-        return affine_codes(x, self.input_scale, self.zero_point)
+        return affine_codes(_activations(x), self.input_scale, self.zero_point)
+
+    def get_extra_state(self) -> Tensor:
+        """Scale and zero point of the input, float64 [2]: `start` and `scale` hold for no others."""
+        return torch.tensor([self.input_scale, self.zero_point], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over those of another state_dict."""
+        self.input_scale, self.zero_point = float(state[0]), int(state[1])
 
     @property
     def weight(self) -> Tensor:
@@ -132,7 +147,8 @@ class Int8StaticLinear(_Static):
 class Int8StaticConv(_Static):
     """A convolution, one- or two-dimensional, with static uint8 activations, for inference.
 
-    Its weight is [out, height * width * in]: the channels of a pixel lie beside each other, in the codes too.
+    Its weight is [out, height * width * in]: the channels of a pixel lie beside each other, in the codes too. It has
+    the attributes of a convolution, of which models ask for the length of their outputs (transformers' Whisper).
     """
 
     function: Callable[..., Tensor] = staticmethod(int8_static_conv2d_reference)
@@ -140,7 +156,10 @@ class Int8StaticConv(_Static):
     def __init__(self, codes: Codes, bias: Tensor, range_: Tensor, gain: Tensor, conv: Any) -> None:
         super().__init__(codes, bias, range_, gain)
         self.dims = conv.weight.dim() - 2
-        self.padding_mode, self._around = conv.padding_mode, list(conv._reversed_padding_repeated_twice)
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self._around = list(conv._reversed_padding_repeated_twice)
         self.geometry = tuple(
             (*(1,) * (2 - self.dims), *sizes) for sizes in (conv.kernel_size, conv.stride, conv.dilation)
         )
@@ -192,7 +211,7 @@ class Int4Linear(_Converted):
         self.function: Callable[..., Tensor] = int4_linear if scheme == "int4-weight" else int4_int8_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.codes, self.scale, self.bias)
+        return self.function(_activations(x), self.codes, self.scale, self.bias)
 
     @property
     def weight(self) -> Tensor:

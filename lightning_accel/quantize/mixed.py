@@ -26,7 +26,7 @@ from .. import select
 from ..distill import logits_of
 from .config import SCHEMES, QuantConfig
 from .fake import plan, prepare_, prepare_as_planned_, shapes_of, unprepare_
-from .ranges import calibrate_, load_static_state_, static_state
+from .ranges import affine_quantizers, calibrate_, load_static_state_, static_state
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
 FLOAT = "float"
@@ -116,7 +116,9 @@ def sensitivity(
     base = measured()
     if not math.isfinite(base):
         raise ValueError(f"the loss of the float model is {base}; look at the batches and the weights")
-    ranges = _ranges(model, batches, loss, configs.get("int8-static"))
+    ranges, unreached = _ranges(model, batches, loss, configs.get("int8-static"))
+    if "int8-static" in reached:
+        reached["int8-static"] -= unreached
     increase: dict[str, dict[str, float]] = {}
     size: dict[str, dict[str, int]] = {}
     for unit in _units(model, [name for name in everything if any(name in names for names in reached.values())]):
@@ -146,14 +148,17 @@ def _reached(model: nn.Module, configs: Mapping[str, QuantConfig]) -> tuple[list
     return [entry.name for entry in next(iter(plans.values()))], reached
 
 
-def _ranges(model: nn.Module, batches: list[Any], loss: Loss, config: QuantConfig | None) -> dict[str, Any]:
-    """Ranges of static activations of all modules."""
+def _ranges(
+    model: nn.Module, batches: list[Any], loss: Loss, config: QuantConfig | None
+) -> tuple[dict[str, Any], set[str]]:
+    """Ranges of static activations of all modules, and the names of those that no batch reaches."""
     if config is not None and any(entry.done == config.scheme for entry in plan(model, config).entries):
         prepare_(model, config)
-        calibrate_(model, batches, run=loss)
+        calibrate_(model, batches, run=loss, all_reached=False)
+    unreached = {name.rpartition(".")[0] for name, q in affine_quantizers(model).items() if not q.found}
     state = static_state(model)
     unprepare_(model)
-    return state
+    return state, unreached
 
 
 def allocate(found: Sensitivity, *, size: float | None = None, loss: float | None = None) -> dict[str, str | None]:
@@ -164,7 +169,7 @@ def allocate(found: Sensitivity, *, size: float | None = None, loss: float | Non
         loss: at most such an increase in loss, added up over modules, at a small size.
 
     Raises:
-        ValueError: neither or both given, or even the smallest schemes are larger than `size`.
+        ValueError: neither or both given, a budget that is none, or the smallest schemes are larger than `size`.
 
     >>> found = Sensitivity(1.0, {"a": {"int8": 0.001}, "b": {"int8": 0.1}},
     ...                     {"a": {"float": 400, "int8": 101}, "b": {"float": 400, "int8": 101}})
@@ -173,6 +178,10 @@ def allocate(found: Sensitivity, *, size: float | None = None, loss: float | Non
     """
     if (size is None) == (loss is None):
         raise ValueError("give one budget: allocate(found, size=0.2), or allocate(found, loss=0.05)")
+    if isinstance(budget := loss if size is None else size, bool) or not isinstance(budget, int | float):
+        raise ValueError(f"the budget is {budget!r}, expected a number; write size=0.2, size=1_000_000 or loss=0.05")
+    if size is not None and (size <= 0 or (isinstance(size, float) and not size <= 1)):
+        raise ValueError(f"size={size} is neither bytes (an int) nor a share in (0, 1] (a float); write size=0.2")
     options = {
         name: [(FLOAT, 0.0, found.size[name][FLOAT])]
         + [(scheme, more, found.size[name][scheme]) for scheme, more in row.items()]

@@ -12,6 +12,8 @@ weight MOMENTUM for the newest (Jacob et al. 2018, arXiv:1712.05877, section 3.1
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,8 @@ class NonFinite(ValueError):
 class Sample:
     """What calibration keeps of the inputs of the module `name`: the least, the most, and some between.
 
-    Of all that it was shown, every `stride`-th value, in order; so many that they fit.
+    Of all that it was shown, every `stride`-th value, so many that they fit. Each batch is shuffled before: a stride
+    that shares a factor with the number of features would never see some of them.
     """
 
     def __init__(self, name: str) -> None:
@@ -60,6 +63,7 @@ class Sample:
         self.ends = torch.tensor([torch.inf, -torch.inf])
         self.parts: list[Tensor] = []
         self._stride, self._shown = 1, 0
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, x: Tensor) -> None:
         """Takes note of a batch.
@@ -72,6 +76,7 @@ class Sample:
             raise NonFinite(f"brings NaN or infinite values to {self.name!r}")
         self.ends = torch.stack([torch.minimum(self.ends[0], low), torch.maximum(self.ends[1], high)])
         some = _thinned(x, PER_BATCH).cpu()
+        some = some[torch.randperm(len(some), generator=self._generator)]
         self.parts.append(some[-self._shown % self._stride :: self._stride])
         self._shown += len(some)
         if sum(map(len, self.parts)) > AT_MOST:
@@ -87,6 +92,9 @@ def _ends(x: Tensor) -> Tensor:
 
 
 def _thinned(x: Tensor, most: int) -> Tensor:
-    """At most `most` values of `x`, evenly spaced, flat."""
+    """At most `most` values of `x`, evenly spaced, flat; every feature is among them as often as the others."""
     x = x.detach().flatten()
-    return x[:: -(-x.numel() // most)].float()
+    stride = -(-x.numel() // most)
+    while math.gcd(stride, x.numel()) > 1:
+        stride += 1
+    return x[::stride].float()

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import select
 from .._quiet import FakeQuantizerBase
 from .._warn import warn
 from ..inputs import inputs_of_batch, split_inputs
-from .norms import NormWatch, fold_, freeze_norms_, norms_of
+from .norms import NormWatch, fold_, freeze_norms_, norms_of, thaw_norm_
 from .observers import MOMENTUM, NonFinite, Sample, batch_range
 from .ops import blocks
 from .static import CODES, affine_parameters, affine_round
@@ -68,7 +69,7 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
+        if not self.enabled or not x.numel():  # an expert without tokens
             return x
         if self.sample is not None:
             self.sample.add(x)
@@ -77,8 +78,9 @@ class AffineFakeQuantizer(FakeQuantizerBase):
             self._follow(x)
         elif not self.training and not self.found:
             raise ValueError(
-                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: write "
-                "calibrate_(model, batches), or train a step"
+                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: train a step, or write "
+                "calibrate_(model, batches); if training never runs it, "
+                f"overrides={{{self.name!r}: 'int8'}}"
             )
         # in training the loss shows a NaN; evaluated, it is what the kernel makes of it
         return _RoundAffine.apply(x if self.training else torch.where(x == x, x, 0.0), self.range)
@@ -112,13 +114,19 @@ def affine_quantizers(model: nn.Module) -> dict[str, AffineFakeQuantizer]:
 
 @torch.no_grad()
 def calibrate_(
-    model: nn.Module, batches: Iterable[Any] | None, run: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    run: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    all_reached: bool = True,
 ) -> nn.Module:
     """Finds the ranges of static activations of a prepared model, and which BatchNorm follows which convolution.
 
     Args:
-        batches: mappings of keyword inputs (labels are left out), tensors, or tuples whose first item is the input.
+        batches: mappings of keyword inputs (labels are left out), tensors, or tuples whose first item is the input; in
+            the dtype of the model, or are brought into it.
         run: calls the model with a batch, if it takes other batches than these.
+        all_reached: raise where no batch reaches a module; else it stays without a range.
 
     Raises:
         ValueError: no batches, NaN or infinite values, or a module that no batch reaches.
@@ -152,7 +160,7 @@ def calibrate_(
                 norms = {} if watch is None else watch.stop()
             fold_(model, norms)
             count += 1
-        _set_ranges(quantizers, count)
+        _set_ranges(quantizers, count, all_reached)
     finally:
         for quantizer in quantizers.values():
             quantizer.sample = None
@@ -162,11 +170,17 @@ def calibrate_(
 
 
 def _run(model: nn.Module, batch: Any) -> None:
-    args, kwargs = split_inputs(inputs_of_batch(model, batch))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs = inputs_of_batch(model, batch)
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
+        kind = type(batch).__name__
+        raise ValueError(f"a batch of the calibration data is a {kind} without tensors; write torch.as_tensor(...)")
+    inputs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    args, kwargs = split_inputs(inputs)
     model(*args, **kwargs)
 
 
-def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int) -> None:
+def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int, all_reached: bool) -> None:
     if count == 0:
         raise ValueError("the calibration data is empty; write calibration=loader with some batches of inputs")
     if count < FEW_BATCHES:
@@ -175,13 +189,13 @@ def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int) -> None:
             "more batches are safer"
         )
     unseen = [name.rpartition(".")[0] for name, q in quantizers.items() if q.sample is not None and not q.sample.parts]
-    if unseen:
+    if unseen and all_reached:
         raise ValueError(
             f"no batch of the calibration data reaches {unseen[0]!r}; write overrides={{{unseen[0]!r}: None}} or 'int8'"
         )
     for quantizer in quantizers.values():
-        assert quantizer.sample is not None
-        quantizer.range.copy_(quantizer.sample.find_range(quantizer.observer))
+        if quantizer.sample is not None and quantizer.sample.parts:
+            quantizer.range.copy_(quantizer.sample.find_range(quantizer.observer))
 
 
 def freeze_(model: nn.Module) -> None:
@@ -189,6 +203,14 @@ def freeze_(model: nn.Module) -> None:
     for quantizer in affine_quantizers(model).values():
         quantizer.frozen = True
     freeze_norms_(model)
+
+
+def thaw_(model: nn.Module) -> None:
+    """Undoes `freeze_`."""
+    for quantizer in affine_quantizers(model).values():
+        quantizer.frozen = False
+    for norm in norms_of(model).values():
+        thaw_norm_(select.get_module(model, norm))
 
 
 def static_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
