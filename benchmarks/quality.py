@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -84,7 +84,8 @@ def run(cell: Cell, task: Task, settings: Settings, data: Data, out: Path) -> di
         if cell.method == "ptq":
             model.load_state_dict(torch.load(control))
         else:
-            fit(model, settings, data, cell.seed, QuantizationAwareTraining(config, settings.begin, module="model"))
+            qat = QuantizationAwareTraining(config, settings.begin, module="model")
+            fit(model, replace(settings, lr=settings.qat_lr or settings.lr), data, cell.seed, qat)
         ranges = calibration(settings, data) if cell.method == "ptq" else None  # QAT has found its own
         model = quantize_model(model, config, calibration=ranges)
     for part, batches in (("validation", data.validation), ("scores", data.test)):
@@ -162,6 +163,7 @@ def run_all(tasks: list[str], seeds: list[int], out: Path, quick: bool) -> None:
     for cell in cells(tasks, seeds):
         task = TASKS[cell.task]
         settings = task.quick if quick else task.settings
+        settings = settings if cell.method == "qat" else replace(settings, qat_lr=None)
         if _finished(cell, settings, out):
             continue
         if cell.task not in loaded:
@@ -186,7 +188,7 @@ def _finished(cell: Cell, settings: Settings, out: Path) -> bool:
     saved = json.loads(path.read_text())
     if "unavailable" in saved:
         return False
-    if (before := saved["settings"]) != asdict(settings):
+    if Settings(**(before := saved["settings"])) != settings:
         raise SystemExit(f"{path} was made with other settings ({before}); write another --out, or remove it")
     return True
 
