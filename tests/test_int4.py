@@ -339,7 +339,7 @@ def test_the_coverage_of_an_artifact_says_which_modules_fell_back(tmp_path: Path
 def test_a_scheme_by_the_start_of_its_name_is_suggested() -> None:
     with pytest.raises(ValueError, match=r"unknown scheme 'int4'; write QuantConfig\('int4-weight'\)"):
         QuantConfig("int4")
-    with pytest.raises(ValueError, match="unknown scheme None"):
+    with pytest.raises(ValueError, match="the scheme None names none"):
         QuantConfig(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"overrides=\['0'\] is no mapping"):
         QuantConfig(overrides=["0"])  # type: ignore[arg-type]

@@ -64,8 +64,10 @@ class QuantConfig:
 def _check_scheme(scheme: str, before: str, after: str) -> None:
     """Raises ValueError for an unknown scheme, with what to write: the nearest, between `before` and `after`."""
     if not scheme or scheme in ("None", "none", "null"):
-        leave = "None (null in YAML), without quotes, in overrides, or leave quantization out"
-        raise ValueError(f"the scheme {scheme!r} is none; write one of {SCHEMES}, or to leave modules in float {leave}")
+        raise ValueError(
+            f"the scheme {scheme!r} names none; write one of {SCHEMES}, or to leave modules in float "
+            "overrides={'pattern': None} (null in YAML, without quotes)"
+        )
     if scheme not in SCHEMES:
         longer = [known for known in SCHEMES if known.startswith(str(scheme))]
         near = (longer or difflib.get_close_matches(str(scheme), SCHEMES, 1, 0.0))[0]
