@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from encoders import float_model, inputs
-from tables import PAUSE, default_load, provenance, table
+from tables import PAUSE, coverage, default_load, provenance, table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_accel import PruneConfig, QuantConfig, export_model, prune_model_, shrink_model
@@ -71,7 +71,8 @@ def main() -> None:
         targets = {name: Target(str(folder), lengths) for name, folder in folders.items()}
         measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
         print(table(f"{title}, int8", measured, {name: default_load(folder) for name, folder in folders.items()}))
-        print("\n" + "; ".join(f"{name}: {said}" for name, said in left.items()) + "\n")
+        said = (f"{name}: {left[name]} ({coverage(folder)})" for name, folder in folders.items())
+        print("\n" + "; ".join(said) + "\n")
     print("random weights: no quality is claimed\n" + provenance(options.threads))
 
 

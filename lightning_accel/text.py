@@ -71,6 +71,13 @@ def generate_text(
     Raises:
         ValueError: the artifact has no tokenizer, a prompt is empty, or more tokens than the model has positions.
     """
+    from .loaded import LoadedSeq2Seq
+
+    if isinstance(model, LoadedSeq2Seq):
+        raise ValueError(
+            "an encoder-decoder model answers sources: give model.generate(...) its inputs "
+            f"{', '.join(model.encoder.input_names)}, encoded by model.tokenizer; recordings go to model.transcribe"
+        )
     prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompt={prompt!r} is no text and no list of texts; token ids go to model.generate")
