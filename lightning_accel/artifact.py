@@ -213,6 +213,11 @@ def answering(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in manifest["programs"] if entry["role"] != "encoder"]
 
 
+def program_files(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The files of a program, each with `file` and `sha256`: its own first."""
+    return [entry, *(entry[name] for name in ("nodes", "data") if name in entry)]
+
+
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raises unless all that `load` and `verify` need is there; `manifest.schema.json` describes the whole."""
     if not manifest["programs"]:
@@ -258,7 +263,9 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
 
     Args:
         directory: what Export or export_model wrote.
-        engine: `"aoti"` or `"portable"`; `None` takes the first that runs here.
+        engine: `None` takes the first of `"aoti"` and `"portable"` that runs here. Others, where they were built, are
+            taken by name only (`"onnx"`, `"openvino"`), with their own packages, or by `"fastest"`: the one that was
+            fastest when the artifact was exported, of those that run here and answer the golden inputs as they should.
 
     Returns:
         a callable model; a causal language model has `.generate` too.
@@ -275,12 +282,17 @@ write load('DIR') with the directory that Export or export_model wrote
 
     directory = Path(directory)
     manifest = read_manifest(directory)
-    entries = [p for p in manifest["programs"] if engine in (None, p["engine"])]
+    if engine == "fastest" and manifest.get("ranking"):
+        return _load_fastest(directory, manifest["ranking"])
+    entries = manifest["programs"]
+    if engine in (None, "fastest"):  # those of a later version are named below
+        entries = [p for p in entries if p["engine"] in engines.TORCH or p["engine"] not in engines.NAMES]
+    else:
+        entries = [p for p in entries if p["engine"] == engine]
     if not entries:
         built = sorted({p["engine"] for p in manifest["programs"]})
-        raise ArtifactError(
-            f"the artifact has no {engine!r} program, only {built}; write load(dir, engine={built[0]!r})"
-        )
+        lacks = "program that needs torch alone" if engine is None else f"{engine!r} program"
+        raise ArtifactError(f"the artifact has no {lacks}, only {built}; write load(dir, engine={built[0]!r})")
     reasons: list[str] = []
     for name in dict.fromkeys(entry["engine"] for entry in entries):
         programs = [entry for entry in entries if entry["engine"] == name]
@@ -297,6 +309,26 @@ write load('DIR') with the directory that Export or export_model wrote
     )
 
 
+def _load_fastest(directory: Path, ranking: list[dict[str, Any]]) -> LoadedModel:
+    """The first engine of the ranking that runs here and computes what it did when it was exported."""
+    from .verify import DriftError, verify_golden
+
+    timed = [row["engine"] for row in ranking if row["slower"] is not None]
+    if not timed:
+        raise ArtifactError(
+            f"the engines of {directory} were not timed; export with measure=True, or write load(dir, engine='aoti')"
+        )
+    for name in timed:
+        try:
+            model = load(directory, engine=name)
+            verify_golden(model)
+        except (ArtifactError, DriftError) as error:
+            warnings.warn(f"the {name} program is passed over: {error}", stacklevel=3)
+            continue
+        return model
+    raise ArtifactError(f"none of {', '.join(timed)} runs here; export the model on this kind of machine")
+
+
 def _open(directory: Path, manifest: dict[str, Any], programs: list[dict[str, Any]]) -> LoadedModel:
     """The model that the programs of one engine are."""
     roles = {entry["role"]: entry for entry in programs}
@@ -311,9 +343,7 @@ def _open_program(
 ) -> LoadedModel:
     from . import engines
 
-    path = check_file(directory, entry["file"], entry["sha256"])
-    if "nodes" in entry:
-        check_file(directory, entry["nodes"]["file"], entry["nodes"]["sha256"])
+    path, *_ = (check_file(directory, file["file"], file["sha256"]) for file in program_files(entry))
     tensors: dict[str, Tensor] = {}
     if entry.get("weights"):
         weights = manifest["weights"]

@@ -39,33 +39,25 @@ def write(
     call_example(final.trained, inputs)
     stored: dict[str, Tensor] = {}
     programs: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
     for name in (known for known in engines.NAMES if known in names):  # the compiled one's layout is what is stored
         say(f"building the {name} program")
-        engine = engines.get(name)
-        captures = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
+        before = set(path.iterdir())
         try:
-            built = {role: engine.build(captured, path, role) for role, captured in captures.items()}
+            programs[name] = _programs(name, path, final, inputs, dynamic_shapes, stored)
         except CompilerMissing as error:
             warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
-            continue
-        programs[name] = [
-            {
-                "role": role,
-                "engine": name,
-                **entry,
-                "layouts": _store(captures[role], entry, stored),
-                "sha256": artifact.sha256(path / entry["file"]),
-                "torch": torch.__version__,
-                "inputs": captures[role].inputs,
-                "outputs": captures[role].outputs,
-                "cache": captures[role].cache,
-            }
-            for role, entry in built.items()
-        ]
+        except Exception as error:  # whatever another project's converter raises
+            if name in engines.TORCH or len(names) == 1:
+                raise
+            failed[name] = f"not built: {type(error).__name__}: {error}"
+            for file in set(path.iterdir()) - before:
+                file.unlink()
     if not programs:
         raise ExportError("none of the engines could be built; write engines=('portable',)")
     entries = [entry for name in dict.fromkeys(names) for entry in programs.get(name, ())]
     manifest: dict[str, Any] = {"programs": entries, "timings": [], "versions": versions(), "machine": machine()}
+    manifest["ranking"] = [{"engine": name, "slower": None, "why": reason} for name, reason in failed.items()]
     if stored:
         artifact.save_weights(stored, path / artifact.WEIGHTS)
         manifest["weights"] = _file(path / artifact.WEIGHTS)
@@ -76,6 +68,34 @@ def write(
         {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
     ]
     return manifest
+
+
+def _programs(
+    name: str,
+    path: Path,
+    final: Finalized,
+    inputs: ExampleInputs,
+    dynamic_shapes: Any,
+    stored: dict[str, Tensor],
+) -> list[dict[str, Any]]:
+    """Builds an engine's programs; their manifest entries. Adds the weights that they share to `stored`."""
+    engine = engines.get(name)
+    captures = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
+    built = {role: engine.build(captured, path, role) for role, captured in captures.items()}
+    return [
+        {
+            "role": role,
+            "engine": name,
+            **entry,
+            "layouts": _store(captures[role], entry, stored),
+            "sha256": artifact.sha256(path / entry["file"]),
+            "torch": torch.__version__,
+            "inputs": captures[role].inputs,
+            "outputs": captures[role].outputs,
+            "cache": captures[role].cache,
+        }
+        for role, entry in built.items()
+    ]
 
 
 def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, list[int]]:

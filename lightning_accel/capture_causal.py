@@ -61,8 +61,12 @@ class WantedRows:
         return (hidden_BTE.gather(1, wanted_BK[..., None].expand(-1, -1, hidden_BTE.shape[-1])),)
 
 
-def sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
-    """A transformers cache over the caller's tensors, which reads the first `filled` slots."""
+def sliced_cache(cache: Sequence[Tensor], filled: int, new: int, made: list[Tensor] | None = None) -> Any:
+    """A transformers cache over the caller's tensors, which reads the first `filled` slots.
+
+    Args:
+        made: gets the keys and values of the new tokens, [batch, new, heads, head_dim] each, in place of the tensors.
+    """
     from transformers.cache_utils import Cache, StaticLayer
 
     class Sliced(StaticLayer):
@@ -74,6 +78,12 @@ def sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
             self.keys, self.values, self.is_initialized = keys, values, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if made is not None:
+                states = key_states.transpose(1, 2), value_states.transpose(1, 2)
+                made.extend(states)
+                old = self.keys[:, : filled - new], self.values[:, : filled - new]
+                keys, values = (torch.cat([a, b], 1).transpose(1, 2) for a, b in zip(old, states, strict=True))
+                return keys, values
             self.keys[:, filled - new : filled].copy_(key_states.transpose(1, 2))
             self.values[:, filled - new : filled].copy_(value_states.transpose(1, 2))
             return self.keys[:, :filled].transpose(1, 2), self.values[:, :filled].transpose(1, 2)
@@ -88,7 +98,13 @@ def sliced_cache(cache: Sequence[Tensor], filled: int, new: int) -> Any:
 
 
 class _CausalLM(nn.Module):
-    """(ids [B,T], positions [B,T], mask [B,S], wanted [B,K], cache) -> [logits [B,K,V]], S slots filled afterwards."""
+    """(ids [B,T], positions [B,T], mask [B,S], wanted [B,K], cache) -> [logits [B,K,V]], S slots filled afterwards.
+
+    Attributes:
+        appends: put out the keys and values of the new tokens after the logits, and leave the cache as it is.
+    """
+
+    appends = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -104,16 +120,17 @@ class _CausalLM(nn.Module):
         self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, cache: list[Tensor]
     ) -> list[Tensor]:
         new, filled = ids.shape[1], mask.shape[1]
+        made: list[Tensor] = []
         self.head.wanted_BK = wanted
         output = self.model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._biases(positions, mask, new, filled),
             use_cache=True,
-            past_key_values=sliced_cache(cache, filled, new),
+            past_key_values=sliced_cache(cache, filled, new, made if self.appends else None),
         )
         self.head.wanted_BK = None
-        return [output.logits]
+        return [output.logits, *made]
 
     def _biases(self, positions_BT: Tensor, mask_BS: Tensor, new: int, filled: int) -> Any:
         """What is added to attention scores [B,1,T,S]; a dict by kind of layer where the model has several."""

@@ -65,7 +65,13 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """(ids [B,T], mask [B,S], source mask [B,E], wanted [B,K], [*cross, *cache]) -> [logits [B,K,V]]."""
+    """(ids [B,T], mask [B,S], source mask [B,E], wanted [B,K], [*cross, *cache]) -> [logits [B,K,V]].
+
+    Attributes:
+        appends: put out the keys and values of the new tokens after the logits, and leave the cache as it is.
+    """
+
+    appends = False
 
     def __init__(self, model: Any, layers: int) -> None:
         super().__init__()
@@ -82,8 +88,10 @@ class _Decoder(nn.Module):
         model: Any = self.model["model"]
         new, filled, source = ids.shape[1], mask.shape[1], source_mask.shape[1]
         cross, own = cache[: 2 * self.layers], cache[2 * self.layers :]
+        made: list[Tensor] = []
         past = EncoderDecoderCache(
-            sliced_cache(own, filled, new), sliced_cache([t.transpose(1, 2) for t in cross], source, 0)
+            sliced_cache(own, filled, new, made if self.appends else None),
+            sliced_cache([t.transpose(1, 2) for t in cross], source, 0),
         )
         past.is_updated = dict.fromkeys(range(self.layers), True)
         seen_TS = torch.arange(filled)[None] <= torch.arange(filled - new, filled)[:, None]
@@ -99,7 +107,7 @@ class _Decoder(nn.Module):
             use_cache=True,
         )
         self.head.wanted_BK = None
-        return [output.logits]
+        return [output.logits, *made]
 
 
 def _decoder(model: Any, own: list[tuple[int, int]], cross: list[tuple[int, int]]) -> Capture:

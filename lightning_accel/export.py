@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from .capture import input_names, is_causal_lm, is_seq2seq
 from .finalize import Finalized, finalize, restore_
 from .inputs import ExampleInputs, copy_inputs, first_rows, inputs_of_batch, split_inputs, without_labels
 from .loaded import LoadedSeq2Seq
-from .measure import Measurement, Target, compare, size_on_disk
+from .measure import size_on_disk
 from .prune import Masks
 from .quantize import QuantConfig
 from .quantize.adapters import adapted_layers, merge_adapters
+from .race import time_
 from .report import ExportReport
-from .verify import DriftError, Verification, verify, with_noise
+from .verify import READS, DriftError, Verification, verify, with_noise
 
 Metric = Callable[[Any, Sequence[Any]], float]  # (model, batches) -> float; lower is better unless it says so
 METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from the trained model's
@@ -45,7 +45,7 @@ def export_model(
     quantize: QuantConfig | None = None,
     calibration: Iterable[Any] | None = None,
     masks: Masks | None = None,
-    engines: Sequence[str] = ("aoti", "portable"),
+    engines: Sequence[str] | str = ("aoti", "portable"),
     data: Iterable[Any] | None = None,
     split: str = "held-out",
     metric: Metric | None = None,
@@ -70,7 +70,10 @@ def export_model(
         quantize: quantizes after training (a model that QAT prepared needs none).
         calibration: batches like those of `data`, in which `int8-static` finds its ranges after training.
         masks: from `prune_model_`; structured ones are cut out.
-        engines: programs to build; the first is the one that `load` takes.
+        engines: programs to build; the first of torch's own, `"aoti"` and `"portable"`, is the one that `load` takes.
+            Others (`"onnx"`, `"openvino"`) are extras of this package. `"auto"` builds all that are installed. Where
+            others are built, all are timed against each other, for `load(directory, engine="fastest")`; one that cannot
+            be built or does not compute what was trained is left out, and the report says why.
         data: held-out batches for verification and `metric`: mappings of keyword inputs, tensors, or tuples whose
             first item is the input.
         split: where `data` comes from, as the manifest says it.
@@ -97,7 +100,7 @@ def export_model(
     """
     directory = Path(directory)
     artifact.check_destination(directory)
-    check_options(engines, measure, min_speedup, reference, assets)
+    engines, left_out = check_options(engines, measure, min_speedup, reference, assets)
     model = select.unwrap(model)
     if checkpoint is not None:
         restored = restore_(copy.deepcopy(model), checkpoint, module)
@@ -113,6 +116,7 @@ def export_model(
     with artifact.staging(directory) as path, tempfile.TemporaryDirectory() as folder:
         files = build.processor_files(processor, Path(folder)) if processor is not None else {}
         manifest = build.write(path, final, inputs, dynamic_shapes, engines, {**files, **(assets or {})}, say)
+        manifest["ranking"] += [{"engine": n, "slower": None, "why": reason} for n, reason in left_out.items()]
         manifest["coverage"] = build.coverage(final, inputs, masks)
         manifest["configs"] = dict(configs or {})
         say("verifying against the trained model")
@@ -120,7 +124,7 @@ def export_model(
         manifest["metrics"] = _metrics(path, final, metric, batches, split)
         report = ExportReport(directory, manifest)
         if measure:
-            _measure(path, report, final, inputs, dynamic_shapes, reference, say)
+            time_(path, report, final, inputs, dynamic_shapes, reference, say)
         artifact.write_manifest(path, manifest)
         while (sizes := size_on_disk(path, manifest)) != manifest.get("sizes"):  # the manifest's own size counts
             manifest["sizes"] = sizes
@@ -135,22 +139,22 @@ def export_model(
 
 
 def check_options(
-    engines: Sequence[str],
+    engines: Sequence[str] | str,
     measure: bool = True,
     min_speedup: float | None = None,
     reference: str | Path | None = None,
     assets: Mapping[str, str | Path] | None = None,
-) -> None:
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """Raises where an export is bound to fail, before anything is computed.
 
+    Returns:
+        the engines to build, and of `"auto"` the reason for each that is left out.
+
     Raises:
-        ValueError: no or unknown engines, a reference that is no artifact, an asset that is no file, or a least speedup
-            that nothing measures.
+        ValueError: no or unknown engines, named ones that are not installed, a reference that is no artifact, an asset
+            that is no file, or a least speedup that nothing measures.
     """
-    if not engines or isinstance(engines, str):
-        raise ValueError(f"engines={engines!r} is no list of engines; write engines=('aoti', 'portable')")
-    for name in engines:
-        all_engines.get(name)
+    engines, left_out = all_engines.chosen(engines)
     if min_speedup is not None and not measure:
         raise ValueError(f"min_speedup={min_speedup} needs measure=True: without it no speed is known")
     if reference is not None and measure:
@@ -160,6 +164,7 @@ def check_options(
     for name, source in (assets or {}).items():
         if not Path(source).is_file():
             raise ValueError(f"the asset {name!r} is no file: {source}; write it before the export")
+    return engines, left_out
 
 
 def _without_adapters(model: nn.Module, masks: Masks | None) -> nn.Module:
@@ -253,17 +258,40 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
         return caller(with_noise(final.trained, seed))
 
     for entry in artifact.answering(manifest):
-        loaded = artifact.load(path, engine=entry["engine"])
-        plain = caller(final.plain) if final.quantized else None
-        figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy)
-        entry["verification"] = figures.as_dict()
-        if entry["cache"]:
-            few = [first_rows(held_out[0], 2, length=32)]
-            verify(few, _stepwise(loaded), caller(final.trained), plain, f"{entry['engine']} (with the cache)", noisy)
-        programs = [p for p in manifest["programs"] if p["engine"] == entry["engine"]]
-        least = [_least(inputs, programs) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
-        reference = final.trained if plain is None else final.deployed
-        verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)", noisy)
+        others = [p for p in manifest["programs"] if p["engine"] != entry["engine"]]
+        try:
+            _verify_program(path, manifest, entry, final, held_out, noisy)
+        except (DriftError, artifact.ArtifactError) as error:
+            if entry["engine"] in all_engines.TORCH or not others:
+                raise
+            why = str(error).removesuffix(READS)  # it does not drift in torch's own engines
+            for program in (p for p in manifest["programs"] if p["engine"] == entry["engine"]):
+                for file in artifact.program_files(program):
+                    (path / file["file"]).unlink()
+            manifest["programs"] = others
+            manifest["ranking"].append({"engine": entry["engine"], "slower": None, "why": f"left out: {why}"})
+            artifact.write_manifest(path, manifest)
+
+
+def _verify_program(
+    path: Path,
+    manifest: dict[str, Any],
+    entry: dict[str, Any],
+    final: Finalized,
+    held_out: Sequence[ExampleInputs],
+    noisy: Callable[[int], Callable[[ExampleInputs], Any]],
+) -> None:
+    loaded = artifact.load(path, engine=entry["engine"])
+    plain = caller(final.plain) if final.quantized else None
+    figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy)
+    entry["verification"] = figures.as_dict()
+    if entry["cache"]:
+        few = [first_rows(held_out[0], 2, length=32)]
+        verify(few, _stepwise(loaded), caller(final.trained), plain, f"{entry['engine']} (with the cache)", noisy)
+    programs = [p for p in manifest["programs"] if p["engine"] == entry["engine"]]
+    least = [_least(inputs, programs) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
+    reference = final.trained if plain is None else final.deployed
+    verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)", noisy)
 
 
 def _stepwise(model: Any) -> Callable[[ExampleInputs], Tensor]:
@@ -339,60 +367,4 @@ def _metrics(
     return [
         {"name": f"{name} ({which})", "value": value, "direction": direction, "split": split, "n": len(batches)}
         for which, value in values.items()
-    ]
-
-
-# --- measure ----------------------------------------------------------------------------------------------------------
-
-
-def _measure(
-    path: Path,
-    report: ExportReport,
-    final: Finalized,
-    inputs: ExampleInputs,
-    dynamic_shapes: Any,
-    reference: str | Path | None,
-    say: Callable[[str], None],
-) -> None:
-    """Times the artifact against the float model through the same engine, and run eagerly."""
-    entry = report.manifest["programs"][0]
-    artifact.write_manifest(path, report.manifest)
-    with tempfile.TemporaryDirectory() as temporary:
-        if reference is None:
-            reference = Path(temporary) / "reference"
-            reference.mkdir()
-            names = list(dict.fromkeys((entry["engine"], "portable")))
-            plain = Finalized(final.plain, final.plain, final.plain, quantized=False)
-            artifact.write_manifest(reference, build.write(reference, plain, inputs, dynamic_shapes, names, {}, say))
-        built = {p["engine"] for p in artifact.read_manifest(reference)["programs"]}
-        same = {"inputs": str(path / report.manifest["golden"]["file"])}
-        targets = {
-            "artifact": Target(str(path), same),
-            "float": Target(str(reference), same, engine=entry["engine"]),
-        }
-        if "portable" in built and entry["engine"] != "portable":
-            targets["eager"] = Target(str(reference), same, engine="portable")
-        measured = compare(targets, progress=say)
-    for workload, spread in measured["artifact"].seconds.items():
-        report.speedup[workload] = measured["float"].seconds[workload].median / spread.median
-        if (eager := measured.get("eager" if entry["engine"] != "portable" else "float")) is not None:
-            report.over_eager[workload] = eager.seconds[workload].median / spread.median
-    report.manifest["timings"] = [row for name, m in measured.items() for row in _timings(name, m, entry["engine"])]
-    report.manifest["speedup"] = {"over_float_same_engine": report.speedup, "over_eager": report.over_eager}
-
-
-def _timings(name: str, measured: Measurement, engine: str) -> list[dict[str, Any]]:
-    engine = "eager" if name == "eager" else engine
-    return [
-        {
-            "name": f"{name}.{workload}",
-            "seconds": spread.median,
-            "spread": asdict(spread),
-            "shape": measured.shapes[workload],
-            "threads": torch.get_num_threads(),
-            "engine": engine,
-            "load_s": measured.load_s,
-            "peak_rss_bytes": measured.peak_rss_bytes,
-        }
-        for workload, spread in measured.seconds.items()
     ]

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from .artifact import program_files
+
 
 @dataclass(frozen=True)
 class Target:
@@ -181,16 +183,16 @@ def versions() -> dict[str, str]:
 
 
 def size_on_disk(directory: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of all that the default load needs, and of the portable program beside it."""
+    """Bytes of all that the default load needs, and of what the other engines have besides."""
     files: dict[str, set[str]] = {}  # of each engine
     for entry in manifest["programs"]:
         own = files.setdefault(entry["engine"], set())
-        own.add(entry["file"])
-        own |= {entry["nodes"]["file"]} if "nodes" in entry else set()
+        own |= {file["file"] for file in program_files(entry)}
         own |= {manifest["weights"]["file"]} if entry.get("weights") else set()
     needed = {"manifest.json"} | {asset["file"] for asset in manifest.get("assets", ())}
     needed |= files[manifest["programs"][0]["engine"]]
     sizes = {"default_load_bytes": sum((directory / name).stat().st_size for name in needed)}
-    if extra := files.get("portable", set()) - needed:
-        sizes["portable_bytes"] = sum((directory / name).stat().st_size for name in extra)
+    for engine, own in files.items():
+        if extra := own - needed:
+            sizes[f"{engine}_bytes"] = sum((directory / name).stat().st_size for name in extra)
     return sizes

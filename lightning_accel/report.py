@@ -28,13 +28,10 @@ class ExportReport:
             if slower:
                 lines.append(f"SLOWER than {than} on this machine: {', '.join(slower)} its time")
         sizes = self.manifest["sizes"]
+        more = {n.removesuffix("_bytes"): size for n, size in sizes.items() if n != "default_load_bytes"}
         lines.append(
             f"{self.directory}: {sizes['default_load_bytes'] / 1e6:.2f} MB for the default load"
-            + (
-                f", {sizes['portable_bytes'] / 1e6:.2f} MB more for the portable program"
-                if "portable_bytes" in sizes
-                else ""
-            )
+            + "".join(f", {size / 1e6:.2f} MB more for the {name} program" for name, size in more.items())
         )
         engine = self.manifest["programs"][0]["engine"]
         default = [entry for entry in self.manifest["programs"] if entry["engine"] == engine]
@@ -48,6 +45,7 @@ class ExportReport:
             )
         if not self.speedup:
             lines.append("speed: not measured")
+        lines += [f"engine {row['engine']}: {row['why']}" for row in self.manifest.get("ranking", ())]
         for metric in self.manifest["metrics"]:
             lines.append(
                 f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "

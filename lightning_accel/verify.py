@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import artifact, engines
 from .distill import logits_of
-from .loaded import structure
+from .loaded import LoadedModel, structure
 
 KL_FRACTION = 0.1
 ERROR_FRACTION = 0.5
@@ -281,7 +281,7 @@ def verify_artifact(directory: str | Path) -> list[str]:
     for item in (*manifest.get("assets", ()), *([manifest["weights"]] if "weights" in manifest else [])):
         artifact.check_file(directory, **_digest(item))
     for entry in manifest["programs"]:  # those too that cannot run here
-        for item in (entry, *([entry["nodes"]] if "nodes" in entry else [])):
+        for item in artifact.program_files(entry):
             artifact.check_file(directory, **_digest(item))
     lines = [f"files: {len(list(directory.iterdir()))}, hashes as written"]
     for entry in artifact.answering(manifest):
@@ -289,16 +289,23 @@ def verify_artifact(directory: str | Path) -> list[str]:
         if reason is not None:
             lines.append(f"{entry['engine']}: not run: {reason}")
             continue
-        error = _golden_again(directory, entry, golden)
+        error = verify_golden(artifact.load(directory, engine=entry["engine"]), golden)
         lines.append(f"{entry['engine']}: golden inputs again, relative error {error:.2g}")
     return lines
 
 
-def _golden_again(directory: Path, entry: dict[str, Any], golden: Mapping[str, Tensor]) -> float:
-    """Relative error against the golden outputs; another machine may round activations otherwise, as far as allowed."""
+def verify_golden(model: LoadedModel, golden: Mapping[str, Tensor] | None = None) -> float:
+    """Relative error against the golden outputs; another machine may round activations otherwise, as far as allowed.
+
+    Raises:
+        DriftError: larger than that.
+    """
+    if golden is None:
+        golden = artifact.load_weights(artifact.check_file(model.directory, **_digest(model.manifest["golden"])))
+    entry = model.entry
     inputs = {n.removeprefix("input."): t.clone() for n, t in golden.items() if n.startswith("input.")}
     outputs = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
-    answers = artifact.load(directory, engine=entry["engine"])(**inputs), structure(entry["outputs"], outputs)
+    answers = model(**inputs), structure(entry["outputs"], outputs)
     tally = _Tally()
     ours, expected = (_tensors(answer, inputs, alone=False) for answer in answers)
     tally.add(ours, expected, expected, 0)

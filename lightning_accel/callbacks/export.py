@@ -63,7 +63,7 @@ class Export(AccelCallback):
         data: Iterable[Any] | None = None,
         metric: Metric | None = None,
         weights: str = "last",
-        engines: Sequence[str] = ("aoti", "portable"),
+        engines: Sequence[str] | str = ("aoti", "portable"),
         example_inputs: Any = None,
         dynamic_shapes: Any = None,
         reference: str | Path | None = None,
@@ -83,7 +83,7 @@ class Export(AccelCallback):
         self.data, self.metric, self.weights = data, metric, weights
         self.example_inputs, self.allow_incomplete = example_inputs, allow_incomplete
         self._options = {
-            "engines": tuple(engines),
+            "engines": engines if isinstance(engines, str) else tuple(engines),
             "dynamic_shapes": dynamic_shapes,
             "reference": None if reference is None else str(reference),
             "measure": measure,

@@ -5,15 +5,23 @@
     unusable(entry)                       why this machine cannot run the program, or None
     open(path, entry, weights)            a function from flat inputs to flat outputs
 
-`unusable` and `open` import torch only. The order is that of preference at load.
+`unusable` and `open` of `TORCH` import torch only; the other engines' packages are extras of this one, imported where
+they are needed. The order is that of preference at load, which takes one of `TORCH` unless another is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 
-NAMES = ("aoti", "portable")
+TORCH = ("aoti", "portable")
+NEEDS = {  # packages that building takes, of the extra of the same name
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+}
+NAMES = (*TORCH, *NEEDS)
 
 
 def get(name: str) -> ModuleType:
@@ -25,3 +33,30 @@ def get(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"unknown engine {name!r}; write one of {NAMES}")
     return importlib.import_module(f".{name}", __name__)
+
+
+def not_installed(name: str) -> str | None:
+    """What an engine lacks to be built here, and the command that installs it."""
+    missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    return f"{', '.join(missing)} not installed: pip install 'lightning-accel[{name}]'" if missing else None
+
+
+def chosen(engines: Sequence[str] | str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The engines to build, those of torch first, and of `"auto"` the reason for each that is left out.
+
+    Raises:
+        ValueError: no, unknown, or named engines that are not installed.
+    """
+    if engines == "auto":
+        left_out = {name: reason for name in NAMES if (reason := not_installed(name)) is not None}
+        return tuple(name for name in NAMES if name not in left_out), left_out
+    if not engines or isinstance(engines, str):
+        raise ValueError(
+            f"engines={engines!r} is no list of engines; write engines=('aoti', 'portable'), or 'auto' for all that "
+            "are installed"
+        )
+    for name in engines:
+        get(name)
+        if (reason := not_installed(name)) is not None:
+            raise ValueError(f"engines={tuple(engines)!r}: {name} cannot be built: {reason}")
+    return tuple(dict.fromkeys(sorted(engines, key=lambda name: name not in TORCH))), {}

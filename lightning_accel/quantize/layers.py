@@ -232,9 +232,10 @@ class Int4Embedding(_Converted):
         self.register_buffer("codes", codes[0])
         self.register_buffer("scale", codes[1])
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.function: Callable[..., Tensor] = int4_embedding_reference  # engines may put their own in its place
 
     def forward(self, ids: Tensor) -> Tensor:
-        return int4_embedding_reference(ids, self.codes, self.scale)
+        return self.function(ids, self.codes, self.scale)
 
     @property
     def weight(self) -> Tensor:

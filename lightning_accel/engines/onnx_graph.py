@@ -1,0 +1,181 @@
+"""ONNX graphs of captured modules: what the engines `onnx` and `openvino` have in common.
+
+Quantized layers become ONNX nodes as torch.export sees them (`node`), each engine in the form that is fast there, and
+torch's own exporter translates the rest. A decoder's program does not write to its cache: it puts out the keys and
+values of the new tokens, and `append` writes them where the next call reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..capture import Capture
+    from ..loaded import Run
+    from ..quantize.layers import Int4Embedding, Int4Linear
+
+OPSET = 21  # the first with 4-bit weights and blocks in DequantizeLinear
+MOST_BYTES = 2**31 - 2**20  # of one protobuf file
+INT4 = "int4_codes"  # the name of buffers [rows, n] of int8 that are stored in 4 bits
+
+
+def node(op: str, inputs: Sequence[Tensor], shape: Sequence[Any], dtype: torch.dtype, **attributes: Any) -> Tensor:
+    """A node of the ONNX graph, traced in place of what it computes; `"com.microsoft::MatMulNBits"` has a domain."""
+    operators: Any = torch.onnx.ops
+    version = 1 if "::" in op else OPSET
+    return operators.symbolic(op, inputs, attributes, dtype=dtype, shape=tuple(shape), version=version)
+
+
+def int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
+    """`quantize.ops.int8_embedding` as ONNX nodes; a table [width, n] with `axis=1`."""
+    shape = (*ids.shape, codes.shape[1])
+    if axis:
+        shape = (codes.shape[0], *ids.shape)
+    rows = node("Gather", [codes, ids], shape, torch.int8, axis=axis)
+    rows = rows.movedim(0, -1) if axis else rows
+    return rows.float() * node("Gather", [scale, ids], ids.shape, torch.float32).unsqueeze(-1)
+
+
+def nibbles(layer: Int4Linear | Int4Embedding, rows: int) -> tuple[Tensor, Tensor]:
+    """Codes + 8, uint8 [rows, groups, group / 2] with two inputs a byte, low half first; float32 scales [rows, groups].
+    """
+    from ..quantize.int4 import unpack
+
+    codes, scales = unpack(layer.codes, layer.scale, rows)
+    bits = (codes + 8).to(torch.uint8)
+    return (bits[..., ::2] | bits[..., 1::2] << 4).contiguous(), scales.squeeze(-1).contiguous()
+
+
+def lower_int4_embedding(layer: Int4Embedding) -> None:
+    """Has a table gather bytes of the form of `nibbles`, and take them apart in float32."""
+    packed, scales = nibbles(layer, layer.num_embeddings)
+    table, steps = buffer(layer, "packed", packed), buffer(layer, "scales", scales)
+
+    def function(ids: Tensor, _: Tensor, scale: Tensor) -> Tensor:
+        both = node("Gather", [table, ids], (*ids.shape, *table.shape[1:]), torch.uint8).float()
+        scale = node("Gather", [steps, ids], (*ids.shape, steps.shape[1]), torch.float32)
+        high = torch.floor(both / 16)
+        codes = torch.stack([both - 16 * high, high], -1).flatten(-2) - 8.0
+        return (codes * scale.unsqueeze(-1)).flatten(-2)
+
+    layer.function = function
+
+
+def buffer(module: torch.nn.Module, name: str, value: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
+    """Registers a constant, which the graph then holds under its name."""
+    module.register_buffer(name, torch.as_tensor(value, dtype=dtype))
+    return getattr(module, name)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(capture: Capture, path: Path) -> None:
+    """Writes the captured module as one ONNX file that `onnx.checker` accepts.
+
+    Raises:
+        ValueError: over 2 GB, the limit of one such file.
+    """
+    import onnx
+
+    if capture.cache is not None:
+        module: Any = capture.module
+        module.appends = True
+    inputs, outputs = _names(capture)
+    with _quiet():
+        program = torch.onnx.export(
+            capture.export(capture.module), dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs,
+            verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    _without_traces(program.model)
+    _in_four_bits(program.model)
+    size = sum(tensor.nbytes for value in program.model.graph.initializers.values() if (tensor := value.const_value))
+    if size > MOST_BYTES:
+        raise ValueError(f"its weights take {size / 1e9:.1f} GB, and an ONNX file holds at most 2 GB")
+    program.save(str(path))
+    onnx.checker.check_model(str(path))
+
+
+def _names(capture: Capture) -> tuple[list[str], list[str]]:
+    """Names of the graph's inputs and outputs."""
+    if capture.cache is None:
+        flat = _output_names(capture.outputs, "")
+        return [spec["name"] for spec in capture.inputs], [flat[i] for i in sorted(flat)]
+    count, cross = len(capture.cache["shapes"]), capture.cache.get("cross", 0)
+    given = ["input_ids", "mask", "source_mask", "wanted"] if cross else ["input_ids", "position_ids", "mask", "wanted"]
+    return [*given, *(f"cache.{i}" for i in range(count))], ["logits", *(f"new.{i}" for i in range(cross, count))]
+
+
+def _output_names(spec: dict[str, Any], at: str) -> dict[int, str]:
+    """Name of each flat output, from the structure that the model has."""
+    if spec["type"] == "tensor":
+        return {spec["index"]: at or "output"}
+    items = spec.get("items", {})
+    named = items.items() if isinstance(items, dict) else ((f"output_{i}", item) for i, item in enumerate(items))
+    return {i: name for key, item in named for i, name in _output_names(item, f"{at}.{key}" if at else key).items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what torch's exporter says of packages that nobody needs here off the screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch about torch
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _without_traces(model: Any) -> None:
+    """Drops stack traces: they are the paths of whoever exported the model."""
+    for part in (model.graph, *model.functions.values()):
+        for item in (*part, *part.inputs, *(out for n in part for out in n.outputs)):
+            item.metadata_props.clear()
+        part.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+
+
+def _in_four_bits(model: Any) -> None:
+    """Stores the buffers that are named so as INT4."""
+    import numpy as np
+    import onnx_ir
+
+    for name, value in model.graph.initializers.items():
+        if name.rpartition(".")[2].startswith(INT4):
+            codes = value.const_value.numpy().astype(np.int8)
+            low, high = codes.flatten()[::2] & 15, codes.flatten()[1::2] & 15
+            packed = (low | high << 4).astype(np.uint8)
+            value.const_value = onnx_ir.PackedTensor(packed, onnx_ir.DataType.INT4, shape=value.shape, name=name)
+            value.dtype = onnx_ir.DataType.INT4
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def append(run: Run, cache: dict[str, Any]) -> Run:
+    """`run` of a decoder that puts out new keys and values, as one that writes them into the cache it was given."""
+    cross, mask = cache.get("cross", 0), 1 if cache.get("cross") else 2
+    count = len(cache["shapes"]) - cross
+
+    def write_through(inputs: list[Tensor]) -> list[Tensor]:
+        logits, *made = run(inputs)
+        filled, new = inputs[mask].shape[1], inputs[0].shape[1]
+        for kept, tensor in zip(inputs[len(inputs) - count :], made, strict=True):
+            kept[:, filled - new : filled] = tensor
+        return [logits]
+
+    return write_through

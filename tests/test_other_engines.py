@@ -1,0 +1,300 @@
+"""The engines that are extras: ONNX Runtime and OpenVINO compute what was trained, and are never taken unasked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_manifest import problems
+from test_seq2seq import MAKE
+from torch import nn
+
+from lightning_accel import QuantConfig, engines, export_model, load
+from lightning_accel.artifact import ArtifactError, read_manifest, write_manifest
+from lightning_accel.export import ExportReport
+from lightning_accel.quantize.config import SCHEMES
+from lightning_accel.race import ranking
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("openvino")
+
+ALL = ("portable", "onnx", "openvino")
+X = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def wide_mlp() -> nn.Sequential:
+    """Layers of 64 inputs: groups of 32 divide them, and OpenVINO shares one scale among those of a row."""
+    return tiny.mlp(features=64, hidden=64, classes=16)
+
+
+def export(model: nn.Module, path: Path, **options: Any) -> ExportReport:
+    defaults: dict[str, Any] = {"engines": ALL, "measure": False}
+    return export_model(model, path, **(defaults | options))
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same network in each scheme, through all of these engines."""
+    found = {}
+    for scheme in SCHEMES:
+        found[scheme] = tmp_path_factory.mktemp(scheme) / "artifact"
+        batches = list(X.split(8))
+        export(wide_mlp(), found[scheme], example_inputs=(X[:4],), data=[X], quantize=QuantConfig(scheme),
+               calibration=batches)  # fmt: skip
+    return found
+
+
+# --- what they compute ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+@pytest.mark.parametrize("scheme", ["int8", "int4-weight"])
+def test_a_quantized_network_has_the_outputs_of_the_portable_program(quantized, scheme, engine):
+    portable, other = (load(quantized[scheme], engine=name) for name in ("portable", engine))
+    assert error(other(X), portable(X)) < 1e-5, "not the same integers"
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_with_static_ranges_only_ties_are_rounded_otherwise(quantized, engine):
+    # QuantizeLinear divides by the step, torch multiplies by its reciprocal: about one code of 100,000 differs
+    portable, other = (load(quantized["int8-static"], engine=name)(X) for name in ("portable", engine))
+    differ = (other - portable).norm(dim=1) > 1e-5 * portable.norm(dim=1)
+    assert differ.float().mean() <= 0.05
+    assert error(other, portable) < 5e-3
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_4_bits_with_int8_activations_have_a_scale_a_block_in_place_of_one_a_row(quantized, engine):
+    portable, other, weights = (
+        load(quantized[scheme], engine=name)(X)
+        for scheme, name in (("int4-int8", "portable"), ("int4-int8", engine), ("int4-weight", "portable"))
+    )
+    assert 1e-5 < error(other, portable) < 0.02
+    assert error(other, weights) < 1.2 * error(portable, weights), "activations are rounded more coarsely"
+
+
+def test_integers_are_stored_as_small_as_their_bits(quantized):
+    parameters = sum(p.numel() for p in wide_mlp().parameters() if p.dim() > 1)
+
+    def largest(scheme: str) -> tuple[int, int]:
+        """Elements of integer weights, and their bytes."""
+        graph = onnx.load(quantized[scheme] / "forward.onnx").graph
+        kinds = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
+        codes = [t for t in graph.initializer if t.data_type in kinds and t.dims]
+        return sum(int(np.prod(t.dims)) for t in codes), sum(len(t.raw_data) for t in codes)
+
+    for scheme in ("int8", "int8-static"):
+        assert largest(scheme) == (parameters, parameters)
+    assert largest("int4-weight") == (parameters // 2, parameters // 2)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_onnx_file_passes_the_checker_and_runs_in_plain_onnxruntime(quantized, scheme):
+    file = quantized[scheme] / "forward.onnx"
+    onnx.checker.check_model(str(file), full_check=scheme == "int8-static")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (name,) = (item.name for item in session.get_inputs())
+    (output,) = session.run(None, {name: X[:7].numpy()})
+    assert error(torch.from_numpy(output), load(quantized[scheme], engine="onnx")(X[:7])) == 0.0
+
+
+def test_the_onnx_file_does_not_say_where_it_was_made(quantized):
+    for file in quantized["int8"].glob("forward.*"):
+        if file.suffix in (".onnx", ".xml"):
+            assert str(Path(__file__).parent.parent).encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_convolutions_with_static_ranges_have_the_outputs_of_the_portable_program(tmp_path, engine):
+    x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"quantize": QuantConfig("int8-static"), "calibration": list(x.split(2)), "engines": ("portable", engine)}
+    export(tiny.convnet(), tmp_path / "a", example_inputs=(x[:2],), data=[x], **options)
+    portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", engine))
+    assert error(other(x), portable(x)) < 5e-3, "more than a few codes differ"
+    assert other(x[:5]).shape == (5, 5)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_a_language_model_writes_the_same_tokens_with_its_cache(tmp_path, engine):
+    export(tiny.llama(), tmp_path / "a", data=[{"input_ids": tiny.ids(3, 20)}], engines=("portable", engine))
+    portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", engine))
+    prompts = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8]]
+    assert torch.equal(other.generate(prompts, 24, stop=()), portable.generate(prompts, 24, stop=()))
+    cache = other.new_cache(capacity=40)
+    first = other.generate([[5, 9, 3]], 5, stop=(), cache=cache)
+    second = other.generate([[11, 4]], 6, stop=(), cache=cache)
+    whole = torch.cat([torch.tensor([[5, 9, 3]]), first, torch.tensor([[11, 4]])], 1)
+    assert torch.equal(second, portable.generate(whole, 6, stop=()))
+
+
+def test_a_quantized_tied_head_is_stored_once_and_gives_the_same_tokens(tmp_path):
+    data = [{"input_ids": tiny.ids(4, 24)}]
+    export(tiny.gpt2(), tmp_path / "a", data=data, quantize=QuantConfig("int8"), engines=("portable", "onnx"))
+    portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", "onnx"))
+    ids = tiny.ids(2, 12)
+    assert error(other(ids), portable(ids)) < 1e-5
+    assert torch.equal(other.generate(ids, 20, stop=()), portable.generate(ids, 20, stop=()))
+    table = tiny.VOCABULARY * tiny.WIDTH
+    graph = onnx.load(tmp_path / "a" / "decoder.onnx").graph
+    assert sum(t.data_type == onnx.TensorProto.INT8 and int(np.prod(t.dims)) == table for t in graph.initializer) == 1
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_an_encoder_decoder_model_gives_the_same_answers(tmp_path, engine):
+    torch.manual_seed(0)
+    model = MAKE["t5"]().eval()
+    inputs = {"input_ids": torch.randint(3, 97, (2, 11)), "attention_mask": torch.ones(2, 11, dtype=torch.int64)}
+    export(model, tmp_path / "a", example_inputs=inputs, engines=("portable", engine))
+    portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", engine))
+    for beams in (1, 3):
+        answers = [m.generate(**inputs, max_new_tokens=12, stop=(), num_beams=beams) for m in (portable, other)]
+        assert torch.equal(*answers)
+
+
+# --- which one is taken -----------------------------------------------------------------------------------------------
+
+
+def test_load_takes_an_engine_of_torch_whatever_else_was_built(quantized):
+    assert load(quantized["int8"]).engine == "portable"
+    assert [p["engine"] for p in read_manifest(quantized["int8"])["programs"]] == list(ALL)
+
+
+def test_an_artifact_without_programs_of_torch_is_loaded_by_name_only(tmp_path):
+    export(wide_mlp(), tmp_path / "a", example_inputs=(X[:4],), engines=("onnx",))
+    with pytest.raises(ArtifactError, match=r"needs torch alone, only \['onnx'\]; write load\(dir, engine='onnx'\)"):
+        load(tmp_path / "a")
+    assert load(tmp_path / "a", engine="onnx")(X).shape == (64, 16)
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("raced") / "artifact"
+    export(wide_mlp(), directory, example_inputs=(X[:4],), engines=("openvino", "onnx", "portable"), measure=True)
+    return directory
+
+
+def test_the_race_is_timed_and_every_loser_is_named(raced):
+    manifest = read_manifest(raced)
+    rows = manifest["ranking"]
+    assert sorted(row["engine"] for row in rows) == sorted(ALL)
+    assert rows[0]["slower"] == 1.0 and [r["slower"] for r in rows] == sorted(r["slower"] for r in rows)
+    assert rows[0]["why"].startswith("the fastest here: forward ")
+    assert f"x the time of {rows[0]['engine']}" in rows[1]["why"]
+    assert {row["name"] for row in manifest["timings"]} >= {"artifact.forward", "onnx.forward", "openvino.forward"}
+    assert problems(manifest) == []
+    assert load(raced, engine="fastest").engine == rows[0]["engine"]
+
+
+def ranked(directory: Path, target: Path, *names: str) -> Path:
+    """A copy of an artifact whose ranking is `names`."""
+    import shutil
+
+    shutil.copytree(directory, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["ranking"] = [{"engine": name, "slower": 1.0 + i, "why": "said so"} for i, name in enumerate(names)]
+    write_manifest(target, {k: v for k, v in manifest.items() if k != "digest"})
+    return target
+
+
+def test_the_fastest_that_runs_here_is_taken(raced, tmp_path):
+    assert load(ranked(raced, tmp_path / "a", "onnx", "portable"), engine="fastest").engine == "onnx"
+
+
+def test_one_that_answers_otherwise_here_is_passed_over_with_a_warning(raced, tmp_path):
+    directory = ranked(raced, tmp_path / "a", "onnx", "portable")
+    other = tmp_path / "b"
+    export(tiny.mlp(seed=1, features=64, hidden=64, classes=16), other, example_inputs=(X[:4],), engines=("onnx",))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (entry,) = (p for p in manifest["programs"] if p["engine"] == "onnx")
+    entry["sha256"] = read_manifest(other)["programs"][0]["sha256"]
+    (directory / "forward.onnx").write_bytes((other / "forward.onnx").read_bytes())
+    write_manifest(directory, {k: v for k, v in manifest.items() if k != "digest"})
+    with pytest.warns(UserWarning, match="the onnx program is passed over: the onnx program drifted"):
+        assert load(directory, engine="fastest").engine == "portable"
+
+
+def test_one_that_is_not_installed_is_passed_over_with_the_command(raced, tmp_path, monkeypatch):
+    directory = ranked(raced, tmp_path / "a", "openvino", "portable")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else found(name, *a))
+    with pytest.warns(UserWarning, match=r"openvino is not installed: pip install 'lightning-accel\[openvino\]'"):
+        assert load(directory, engine="fastest").engine == "portable"
+
+
+def test_the_fastest_of_engines_that_were_not_timed_is_not_guessed(tmp_path, quantized):
+    manifest = read_manifest(quantized["int8"])
+    assert manifest["ranking"] == []
+    directory = ranked(quantized["int8"], tmp_path / "a", "onnx")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["ranking"][0]["slower"] = None
+    write_manifest(directory, {k: v for k, v in manifest.items() if k != "digest"})
+    with pytest.raises(ArtifactError, match="were not timed; export with measure=True"):
+        load(directory, engine="fastest")
+
+
+def test_ranking_weighs_all_workloads_alike():
+    rows = ranking({"a": {"prefill": 1.0, "decode": 1.0}, "b": {"prefill": 4.0, "decode": 0.5}})
+    assert [row["engine"] for row in rows] == ["a", "b"]
+    assert rows[1]["slower"] == pytest.approx(2**0.5)
+
+
+# --- what cannot be built ---------------------------------------------------------------------------------------------
+
+
+def test_auto_builds_what_is_installed_and_says_what_is_not(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else found(name, *a))
+    names, left_out = engines.chosen("auto")
+    assert names == ("aoti", "portable", "onnx")
+    assert left_out == {"openvino": "openvino not installed: pip install 'lightning-accel[openvino]'"}
+    with pytest.raises(ValueError, match="openvino cannot be built: openvino not installed: pip install 'light"):
+        engines.chosen(("aoti", "openvino"))
+
+
+class Eigenvalues(nn.Module):
+    """torch exports it, ONNX has no such operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(9, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvalsh(self.linear(x).unflatten(-1, (3, 3)))
+
+
+def test_an_engine_that_cannot_convert_the_model_is_named_and_the_others_are_written(tmp_path):
+    torch.manual_seed(0)
+    report = export(Eigenvalues(), tmp_path / "a", example_inputs=(torch.randn(4, 9),))
+    assert [p["engine"] for p in report.manifest["programs"]] == ["portable"]
+    assert {row["engine"]: row["why"].partition(":")[0] for row in report.manifest["ranking"]} == {
+        "onnx": "not built", "openvino": "not built",
+    }  # fmt: skip
+    assert "engine onnx: not built: " in str(report)
+    assert problems(read_manifest(tmp_path / "a")) == []
+    assert not list((tmp_path / "a").glob("*.onnx"))
+    with pytest.raises(Exception, match="ONNX"):
+        export(Eigenvalues(), tmp_path / "b", example_inputs=(torch.randn(4, 9),), engines=("onnx",))
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_engine_that_does_not_compute_what_was_trained_is_left_out_with_the_reason(tmp_path):
+    inputs = {"input_ids": tiny.ids(3, 12), "attention_mask": torch.ones(3, 12, dtype=torch.int64)}
+    options = {"example_inputs": inputs, "quantize": QuantConfig("int8"), "engines": ("portable", "openvino")}
+    data = [{"input_ids": tiny.ids(8, 20, seed=s), "attention_mask": torch.ones(8, 20).long()} for s in range(2)]
+    report = export(tiny.bert(), tmp_path / "a", data=data, **options)
+    (row,) = report.manifest["ranking"]
+    assert row["engine"] == "openvino" and row["why"].startswith("left out: the openvino program drifted: KL(")
+    assert "A likely cause" not in row["why"]
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".json", ".pt2", ".safetensors", ".safetensors"]
