@@ -263,9 +263,10 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
 
     Args:
         directory: what Export or export_model wrote.
-        engine: `None` takes the first of `"aoti"` and `"portable"` that runs here. Others, where they were built, are
-            taken by name only (`"onnx"`, `"openvino"`), with their own packages, or by `"fastest"`: the one that was
-            fastest when the artifact was exported, of those that run here and answer the golden inputs as they should.
+        engine: `None` takes the first of torch's own programs (`"aoti"`, its variants for other CPUs, `"portable"`)
+            that runs here. Others, where they were built, are taken by name only (`"onnx"`, `"openvino"`), with their
+            own packages, or by `"fastest"`: the one that was fastest when the artifact was exported, of those that run
+            here and answer the golden inputs as they should.
 
     Returns:
         a callable model; a causal language model has `.generate` too.

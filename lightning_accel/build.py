@@ -48,7 +48,7 @@ def write(
         except CompilerMissing as error:
             warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
         except Exception as error:  # whatever another project's converter raises
-            if name in engines.TORCH or len(names) == 1:
+            if name in engines.OWN or len(names) == 1:
                 raise
             failed[name] = f"not built: {type(error).__name__}: {error}"
             for file in set(path.iterdir()) - before:

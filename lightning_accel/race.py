@@ -74,6 +74,7 @@ def time_(
 def _rivals(manifest: Mapping[str, Any]) -> list[str]:
     """The engines beside the default one, where others than torch's own are among them."""
     default, *others = dict.fromkeys(entry["engine"] for entry in manifest["programs"])
+    others = [name for name in others if name not in engines.VARIANTS]
     return others if {default, *others} - set(engines.TORCH) else []
 
 

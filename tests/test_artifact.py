@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import tiny
 import torch
 from torch import nn
 
-from lightning_accel import ArtifactError, artifact, export_model, load
+from lightning_accel import ArtifactError, QuantConfig, artifact, export_model, load
 from lightning_accel.engines import aoti, portable
 from lightning_accel.report import describe
 
@@ -837,3 +838,34 @@ def test_memory_that_a_forward_frees_is_kept_for_the_next():
     done = subprocess.run([sys.executable, "-c", FAULTS, golden], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < before / 10
+
+
+# --- compiled for other CPUs ------------------------------------------------------------------------------------------
+
+OLD = {**dict.fromkeys(("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"), True), "architecture": "x86_64"}
+
+
+@pytest.mark.aoti
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="compiled for x86-64")
+def test_a_cpu_that_lacks_what_was_compiled_for_gets_the_program_for_less(tmp_path, monkeypatch):
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    network, names = tiny.mlp(features=64, hidden=64, classes=16), ("aoti_avx2", "aoti_avx512", "portable")
+    options = {"example_inputs": (x,), "quantize": QuantConfig("int8"), "engines": names, "measure": False}
+    export_model(network, tmp_path / "a", **options)
+    programs = {entry["engine"]: entry for entry in artifact.read_manifest(tmp_path / "a")["programs"]}
+    assert set(programs["aoti_avx2"]["isa"]) < set(programs["aoti_avx512"]["isa"])
+    expected = load(tmp_path / "a", engine="portable")(x)
+    compiled = [name for name in names if name.startswith("aoti") and aoti.unusable(programs[name]) is None]
+    for name in compiled:
+        assert torch.equal(load(tmp_path / "a", engine=name)(x), expected)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: OLD)
+    reordered = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    reordered["programs"].sort(key=lambda entry: entry["engine"] != "aoti_avx512")
+    artifact.write_manifest(tmp_path / "a", {k: v for k, v in reordered.items() if k != "digest"})
+    with pytest.warns(UserWarning, match=r"compiled for a CPU with avx512_bw.*; serving the aoti_avx2 program instead"):
+        assert load(tmp_path / "a").engine == "aoti_avx2"
+    with pytest.raises(ArtifactError, match="the aoti_avx512 program cannot run here: it was compiled for a CPU with"):
+        load(tmp_path / "a", engine="aoti_avx512")
+    if shutil.which("objdump"):
+        code = subprocess.run(["objdump", "-d", tmp_path / "a" / programs["aoti_avx2"]["file"]], capture_output=True)
+        assert b"ymm" in code.stdout and b"zmm" not in code.stdout

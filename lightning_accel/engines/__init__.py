@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
 from collections.abc import Sequence
 from types import ModuleType
 
-TORCH = ("aoti", "portable")
+VARIANTS = ("aoti_avx512", "aoti_avx2")  # of `aoti`, for other CPUs than the one that exports
+TORCH = ("aoti", *VARIANTS, "portable")
+OWN = ("aoti", "portable")  # what goes wrong there fails an export; any other engine is left out, with the reason
 NEEDS = {  # packages that building takes, of the extra of the same name
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "onnx", "onnxscript"),
@@ -37,6 +40,8 @@ def get(name: str) -> ModuleType:
 
 def not_installed(name: str) -> str | None:
     """What an engine lacks to be built here, and the command that installs it."""
+    if name in VARIANTS and platform.machine() not in ("x86_64", "AMD64"):
+        return f"it is compiled on x86-64 only, this is {platform.machine()}"
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
     return f"{', '.join(missing)} not installed: pip install 'lightning-accel[{name}]'" if missing else None
 
@@ -48,8 +53,9 @@ def chosen(engines: Sequence[str] | str) -> tuple[tuple[str, ...], dict[str, str
         ValueError: no, unknown, or named engines that are not installed.
     """
     if engines == "auto":
-        left_out = {name: reason for name in NAMES if (reason := not_installed(name)) is not None}
-        return tuple(name for name in NAMES if name not in left_out), left_out
+        names = [name for name in NAMES if name not in VARIANTS]
+        left_out = {name: reason for name in names if (reason := not_installed(name)) is not None}
+        return tuple(name for name in names if name not in left_out), left_out
     if not engines or isinstance(engines, str):
         raise ValueError(
             f"engines={engines!r} is no list of engines; write engines=('aoti', 'portable'), or 'auto' for all that "

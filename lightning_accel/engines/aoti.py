@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,21 @@ _FAST = ("avx512_vnni", "avx512_bw", "avx512_dq", "avx512_vl")  # what kernels/p
 _AVX2 = ("avx2", "fma3", "f16c")  # and what it takes in their place
 
 
+@dataclass(frozen=True)
+class Processor:
+    """What a program is compiled for, on x86-64: an architecture of the compiler, and the instruction sets of it.
+
+    Args:
+        march: of `-march=`.
+        bits: of the vectors of what Inductor writes.
+        isa: of `_ISA`.
+    """
+
+    march: str
+    bits: int
+    isa: tuple[str, ...]
+
+
 class CompilerMissing(RuntimeError):
     """There is no C++ compiler; only the portable program can be built."""
 
@@ -110,8 +126,11 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
+def build(capture: Capture, directory: Path, name: str, processor: Processor | None = None) -> dict[str, Any]:
     """Exports and compiles the captured module and writes `NAME.HASH.aoti.so`, named by what is in it.
+
+    Args:
+        processor: by default the one of this machine, with all that it can do.
 
     Raises:
         CompilerMissing: no C++ compiler was found.
@@ -121,18 +140,18 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     from .attention import replace_attention
     from .fuse import fuse
 
-    compiler = _compiler()
+    compiler, instructions = _compiler(), isa() if processor is None else list(processor.isa)
     freeze = not any(isinstance(module, LINEAR) for module in capture.module.modules())
     program = capture.export(capture.module)
     fuse(program)
-    if not slow_kernels({"isa": isa()}):
+    if not slow_kernels({"isa": instructions}):
         replace_attention(program)
     with tempfile.TemporaryDirectory() as temporary:
-        _build_kernels(compiler, Path(temporary))
-        package = _compile(program, Path(temporary), freeze)
+        _build_kernels(compiler, Path(temporary), kernel_flags(processor))
+        package = _compile(program, Path(temporary), freeze, processor)
         library = _extract(package, directory, name)
     weights = {} if freeze else _constants(library, program, capture)
-    entry = {"file": library.name, "isa": isa(), "arch": platform.machine(), "weights": weights}
+    entry = {"file": library.name, "isa": instructions, "arch": platform.machine(), "weights": weights}
     nodes = library.with_suffix(".json")  # operators without a C interface, which torch looks up by name
     return {**entry, "nodes": {"file": nodes.name, "sha256": sha256(nodes)}} if nodes.exists() else entry
 
@@ -150,19 +169,20 @@ def _compiler() -> str:
     return compiler
 
 
-def kernel_flags() -> list[str]:
-    """Compiler flags of the kernels, for this machine."""
+def kernel_flags(processor: Processor | None = None) -> list[str]:
+    """Compiler flags of the kernels, by default for this machine."""
     # no contraction: outputs are equal bit by bit to the reference in aten operators
     flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
-    flags += ["-march=native"] if platform.machine() in ("x86_64", "AMD64") else []
+    march = "native" if processor is None else processor.march
+    flags += [f"-march={march}"] if platform.machine() in ("x86_64", "AMD64") else []
     return [*flags, f"-I{Path(torch.__file__).parent / 'include'}"]
 
 
-def _build_kernels(compiler: str, directory: Path) -> None:
-    """Compiles the kernels for this machine into a static library in `directory`."""
+def _build_kernels(compiler: str, directory: Path, flags: list[str] | None = None) -> None:
+    """Compiles the kernels, by default for this machine, into a static library in `directory`."""
     objects = {source: directory / f"{source.stem}.o" for source in sorted(_KERNELS.glob("*.cpp"))}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        compile_ = [compiler, *kernel_flags(), "-c"]
+        compile_ = [compiler, *(flags or kernel_flags()), "-c"]
         list(pool.map(lambda item: _run([*compile_, str(item[0]), "-o", str(item[1])]), objects.items()))
     _run(["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), *map(str, objects.values())])
 
@@ -173,7 +193,9 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{command[0]} could not compile the kernels:\n{done.stderr[-4000:]}")
 
 
-def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: bool) -> Path:
+def _compile(
+    program: torch.export.ExportedProgram, directory: Path, freeze: bool, processor: Processor | None
+) -> Path:
     from torch._inductor import aoti_compile_and_package
 
     configs: dict[str, Any] = {
@@ -183,6 +205,8 @@ def _compile(program: torch.export.ExportedProgram, directory: Path, freeze: boo
         "aot_inductor.custom_ops_to_c_shims": _shims(),
         "aot_inductor.custom_op_libs": ["lightning_accel_kernels"],
     }
+    if processor is not None:
+        configs |= {"cpp.march": processor.march, "cpp.simdlen": processor.bits}
     before = os.environ.get("LIBRARY_PATH")
     os.environ["LIBRARY_PATH"] = os.pathsep.join([str(directory), *([before] if before else [])])
     try:
