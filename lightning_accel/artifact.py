@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loaded import LoadedModel, LoadedSeq2Seq
+from .loaded import LoadedModel, LoadedSeq2Seq, at_threads
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -255,7 +255,7 @@ def check_file(directory: Path, name: str, digest: str) -> Path:
     return path
 
 
-def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
+def load(directory: str | Path, *, engine: str | None = None, threads: int | None = None) -> LoadedModel:
     """Loads an artifact with torch alone; nothing is compiled and nothing unpickled.
 
     The compiled program is used where this machine and torch can run it, else the portable one, with a warning.
@@ -267,6 +267,8 @@ def load(directory: str | Path, *, engine: str | None = None) -> LoadedModel:
             that runs here. Others, where they were built, are taken by name only (`"onnx"`, `"openvino"`), with their
             own packages, or by `"fastest"`: the one that was fastest when the artifact was exported, of those that run
             here and answer the golden inputs as they should.
+        threads: how many this model runs with, whatever torch has; by default torch's number. An engine that is not
+            torch's own keeps the number that there was when it was loaded.
 
     Returns:
         a callable model; a causal language model has `.generate` too.
@@ -281,10 +283,12 @@ write load('DIR') with the directory that Export or export_model wrote
     """
     from . import engines
 
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads={threads!r} must be an int of at least 1; None takes torch's number")
     directory = Path(directory)
     manifest = read_manifest(directory)
     if engine == "fastest" and manifest.get("ranking"):
-        return _load_fastest(directory, manifest["ranking"])
+        return _load_fastest(directory, manifest["ranking"], threads)
     entries = manifest["programs"]
     if engine in (None, "fastest"):  # those of a later version are named below
         entries = [p for p in entries if p["engine"] in engines.TORCH or p["engine"] not in engines.NAMES]
@@ -302,7 +306,7 @@ write load('DIR') with the directory that Export or export_model wrote
         if not any(why):
             if reasons:
                 warnings.warn(f"{'; '.join(reasons)}; serving the {name} program instead", stacklevel=2)
-            return _open(directory, manifest, programs)
+            return _open(directory, manifest, programs, threads)
         reasons.append(f"the {name} program cannot run here: {next(filter(None, why))}")
     raise ArtifactError(
         "; ".join(reasons) + "; export the model on this kind of machine, with engines=('aoti', "
@@ -310,7 +314,7 @@ write load('DIR') with the directory that Export or export_model wrote
     )
 
 
-def _load_fastest(directory: Path, ranking: list[dict[str, Any]]) -> LoadedModel:
+def _load_fastest(directory: Path, ranking: list[dict[str, Any]], threads: int | None) -> LoadedModel:
     """The first engine of the ranking that runs here and computes what it did when it was exported."""
     from .verify import DriftError, verify_golden
 
@@ -321,7 +325,7 @@ def _load_fastest(directory: Path, ranking: list[dict[str, Any]]) -> LoadedModel
         )
     for name in timed:
         try:
-            model = load(directory, engine=name)
+            model = load(directory, engine=name, threads=threads)
             verify_golden(model)
         except (ArtifactError, DriftError) as error:
             warnings.warn(f"the {name} program is passed over: {error}", stacklevel=3)
@@ -330,17 +334,24 @@ def _load_fastest(directory: Path, ranking: list[dict[str, Any]]) -> LoadedModel
     raise ArtifactError(f"none of {', '.join(timed)} runs here; export the model on this kind of machine")
 
 
-def _open(directory: Path, manifest: dict[str, Any], programs: list[dict[str, Any]]) -> LoadedModel:
+def _open(
+    directory: Path, manifest: dict[str, Any], programs: list[dict[str, Any]], threads: int | None
+) -> LoadedModel:
     """The model that the programs of one engine are."""
     roles = {entry["role"]: entry for entry in programs}
     if "encoder" not in roles:
-        return _open_program(directory, manifest, programs[0])
-    encoder = _open_program(directory, manifest, roles["encoder"])
-    return _open_program(directory, manifest, roles["decoder"], LoadedSeq2Seq, encoder=encoder)
+        return _open_program(directory, manifest, programs[0], threads)
+    encoder = _open_program(directory, manifest, roles["encoder"], threads)
+    return _open_program(directory, manifest, roles["decoder"], threads, LoadedSeq2Seq, encoder=encoder)
 
 
 def _open_program(
-    directory: Path, manifest: dict[str, Any], entry: dict[str, Any], kind: type = LoadedModel, **parts: LoadedModel
+    directory: Path,
+    manifest: dict[str, Any],
+    entry: dict[str, Any],
+    threads: int | None,
+    kind: type = LoadedModel,
+    **parts: LoadedModel,
 ) -> LoadedModel:
     from . import engines
 
@@ -353,13 +364,14 @@ def _open_program(
         if missing:
             raise ArtifactError(f"{weights['file']} lacks {sorted(missing)[0]!r}; export the model again")
     try:
-        run = engines.get(entry["engine"]).open(path, entry, tensors)
+        with at_threads(threads):
+            run = engines.get(entry["engine"]).open(path, entry, tensors)
     except ArtifactError:
         raise
     except Exception as error:
         raise ArtifactError(f"{path} cannot be opened ({type(error).__name__}: {error}); export it again") from error
     _keep_freed_memory()
-    return kind(directory, manifest, entry, run, tensors.values(), **parts)
+    return kind(directory, manifest, entry, run, tensors.values(), threads, **parts)
 
 
 def _keep_freed_memory() -> None:

@@ -6,7 +6,8 @@ Imports torch and the standard library only.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,20 @@ import torch
 from torch import Tensor
 
 Run = Callable[[list[Tensor]], list[Tensor]]
+
+
+@contextmanager
+def at_threads(threads: int | None) -> Iterator[None]:
+    """Has torch use so many threads in the block; `None` leaves it as it is."""
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Output(dict):
@@ -39,6 +54,7 @@ class LoadedModel:
     Attributes:
         directory, manifest: the artifact.
         engine: the engine that runs it.
+        threads: how many it runs with; `None` are torch's.
     """
 
     def __init__(
@@ -48,7 +64,9 @@ class LoadedModel:
         entry: dict[str, Any],
         run: Run,
         weights: Iterable[Tensor] = (),
+        threads: int | None = None,
     ) -> None:
+        self.threads = threads
         self.directory, self.manifest, self.entry = directory, manifest, entry
         self.engine: str = entry["engine"]
         self._run = run
@@ -157,7 +175,7 @@ class LoadedModel:
 
         An output that lies in the weights, such as a buffer of the model, is copied: the caller may write to it.
         """
-        with self._lock:
+        with self._lock, at_threads(self.threads):
             return [output.clone() if self._is_weight(output) else output for output in self._run(inputs)]
 
     def _is_weight(self, output: Tensor) -> bool:

@@ -840,6 +840,21 @@ def test_memory_that_a_forward_frees_is_kept_for_the_next():
     assert after < before / 10
 
 
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_runs_with_threads_of_its_own_and_leaves_those_of_torch(network):
+    before = torch.get_num_threads()
+    model = load(network, threads=before + 1)
+    seen = []
+    run = model._run
+    model._run = lambda inputs: seen.append(torch.get_num_threads()) or run(inputs)
+    model(*(torch.zeros(2, *spec["shape"][1:]) for spec in model.entry["inputs"]))
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+    with pytest.raises(ValueError, match=r"threads=0 must be an int of at least 1; None takes torch's number"):
+        load(network, threads=0)
+
+
 # --- compiled for other CPUs ------------------------------------------------------------------------------------------
 
 OLD = {**dict.fromkeys(("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"), True), "architecture": "x86_64"}
