@@ -161,8 +161,18 @@ def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]
     found["bytes"] = size(student)
     for part, held_out in (("validation", data.validation), ("scores", data.test)):
         found[part] = [round(score, 6) for score in task.source.scores(student, held_out).tolist()]
-        found[f"teacher {part}"] = task.source.scores(teacher, held_out).mean().item()
+    found |= teacher_scores(task, teacher, data, cell.seed, out)
     return found | {"seconds": time.perf_counter() - started}
+
+
+def teacher_scores(task: Task, teacher: nn.Module, data: Examples, seed: int, out: Path) -> dict[str, float]:
+    """Means of the teacher of a seed, which its first cell finds for all."""
+    path = out / "teachers" / f"{task.source.name}-{seed}.json"
+    if not path.exists():
+        held_out = {"teacher validation": data.validation, "teacher scores": data.test}
+        found = {name: task.source.scores(teacher, batches).mean().item() for name, batches in held_out.items()}
+        _write(found, path)
+    return json.loads(path.read_text())
 
 
 def train(
@@ -206,6 +216,12 @@ def _save(value: Any, path: Path) -> None:
     path.with_suffix(".part").rename(path)
 
 
+def _write(found: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json.part").write_text(json.dumps(found))
+    path.with_suffix(".json.part").rename(path)
+
+
 def run_all(chosen_tasks: dict[str, Task], seeds: list[int], out: Path, quick: bool) -> None:
     """Runs and saves all cells that are not there yet."""
     for cell in cells(chosen_tasks, seeds):
@@ -218,9 +234,7 @@ def run_all(chosen_tasks: dict[str, Task], seeds: list[int], out: Path, quick: b
         print(f"         {mean(found['scores']):.4f}, {found['seconds']:.0f} s", flush=True)
         about = {"settings": asdict(settings), "epochs": task.epochs, "distillation": str(task.config),
                  "machine": machine(), "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json.part").write_text(json.dumps(asdict(cell) | found | about))
-        path.with_suffix(".json.part").rename(path)
+        _write(asdict(cell) | found | about, path)
 
 
 def finished(path: Path, settings: Settings) -> bool:

@@ -31,7 +31,8 @@ def measure(
     for size, example in task.example.items():
         path = out / name / f"latency-{size.replace(' ', '')}-{threads}.json"
         if not path.exists():
-            folders = {method: build(name, task, method, size, example, out, engines) for method in task.methods}
+            methods = sorted(task.methods, key=lambda method: method != "none")  # ratios are to the first
+            folders = {method: build(name, task, method, size, example, out, engines) for method in methods}
             targets = {method: Target(str(folder)) for method, folder in folders.items()}
             measured = compare(targets, threads=threads, rounds=rounds, pause=PAUSE)
             sizes = {method: default_load(folder) for method, folder in folders.items()}
