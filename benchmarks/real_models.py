@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -121,3 +124,35 @@ def smollm2_tokenizer() -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
+
+
+# --- EfficientNet-Lite0 -----------------------------------------------------------------------------------------------
+
+
+def efficientnet(classes: int = 1000, size: int = 224) -> nn.Module:
+    """EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; Apache-2.0), trained on ImageNet; 4.65 M parameters.
+
+    Args:
+        classes: 1000 for those of ImageNet; of another number, a new last layer.
+        size: of the images; inputs are [batch, 3, size, size] with values (rgb - 127) / 128, rgb in [0, 255].
+    """
+    model = _efficientnet_module().EfficientNet.from_name("efficientnet-lite0", num_classes=classes, image_size=size)
+    (path,) = folder("efficientnet").glob("*.pth")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if classes != 1000:
+        state |= {f"_fc.{name}": tensor for name, tensor in model._fc.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@cache
+def _efficientnet_module() -> ModuleType:
+    """The package's code, as it was fetched."""
+    path = folder("efficientnet-module")
+    spec = importlib.util.spec_from_file_location(
+        "efficientnet_lite_pytorch", path / "__init__.py", submodule_search_locations=[str(path)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -122,6 +122,12 @@ def test_projections_are_trained_alike_on_both_ranks_as_on_one_with_their_batche
         assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
 
 
+def test_no_gradient_of_a_teacher_is_averaged_over_the_ranks(ranks):
+    _, (one, other) = ranks
+    own = sum(tensor.numel() * tensor.element_size() for tensor in one["distilled"]["weights"].values())
+    assert one["distilled"]["buckets"] == other["distilled"]["buckets"] == own
+
+
 def test_a_cache_built_by_both_ranks_teaches_what_the_live_teacher_does_and_resumes(ranks):
     _, both = ranks
     for rank in both:

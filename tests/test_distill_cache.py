@@ -355,7 +355,11 @@ def test_one_sample_that_has_changed_is_noticed_where_it_is_used(tmp_path):
         (DistillConfig(top_k=2, temperature=4.0), r"temperature=2\.0, the config says 4\.0"),
         (DistillConfig(top_k=2, hidden={"second": "first"}), r"holds no states of \['first'\]"),
         (DistillConfig(top_k=2, hidden="last"), r"write hidden=layer_map\(student, teacher, 'last'\)"),
-        (DistillConfig(top_k=2, attention="last"), "attention maps are not cached"),
+        (DistillConfig(top_k=2, attention="last"), r"attention maps \('last'\) are not cached: .*attention=None"),
+        (
+            DistillConfig(top_k=2, attention={"second": "first"}),
+            r"attention maps \(of the teacher's \['first'\]\) are not cached: .*teacher=teacher",
+        ),
     ],
 )
 def test_what_the_cache_does_not_hold_is_refused_when_the_fit_begins(tmp_path, config, message):
@@ -371,7 +375,11 @@ def test_what_the_cache_does_not_hold_is_refused_when_the_fit_begins(tmp_path, c
     [
         (DistillConfig(), r"write DistillConfig\(top_k=32\)"),
         (DistillConfig(top_k=2, hidden="uniform"), "a cache needs the names of the teacher's layers"),
-        (DistillConfig(top_k=2, attention="last"), "attention maps are not cached"),
+        (DistillConfig(top_k=2, attention="last"), r"attention maps \('last'\) are not cached: .*attention=None"),
+        (
+            DistillConfig(top_k=2, attention={"second": "first"}),
+            r"attention maps \(of the teacher's \['first'\]\) are not cached: .*teacher=teacher",
+        ),
     ],
 )
 def test_what_cannot_be_cached_is_refused_before_the_teacher_is_asked(tmp_path, config, message):

@@ -115,6 +115,15 @@ def static(path: Path) -> dict[str, Any]:
     return {"state": static_state(module.model), "weights": weights(module)}
 
 
+class Buckets(Callback):
+    """Bytes of the parameters whose gradients are averaged over the ranks."""
+
+    size = 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.size = trainer.model._get_ddp_logging_data()["total_parameter_size_bytes"]
+
+
 DISTILL = DistillConfig(top_k=2, hidden={"second": "first"}, hidden_loss="mse")
 
 
@@ -128,8 +137,10 @@ def distilled(path: Path, cached: bool, resume: str | None = None, in_order: boo
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     sampler = DistributedSampler(keyed, 2, rank, shuffle=False) if in_order else None  # Lightning's own shuffles
     batches = DataLoader(keyed, batch_size=8, sampler=sampler)
-    two_ranks(path, [distillation, keep]).fit(module, batches, ckpt_path=resume)
-    return {"weights": weights(module), "projections": distillation.projections.state_dict()}
+    buckets = Buckets()
+    two_ranks(path, [distillation, keep, buckets]).fit(module, batches, ckpt_path=resume)
+    projections = distillation.projections.state_dict()
+    return {"weights": weights(module), "projections": projections, "buckets": buckets.size}
 
 
 def measured(path: Path) -> dict[str, Any]:

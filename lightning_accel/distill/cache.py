@@ -123,7 +123,7 @@ class TeacherCache:
         """Raises ValueError where a config asks for what the cache does not hold."""
         lines = "build another: TeacherCache.build('another', teacher, data, config)"
         if config.attention:
-            raise ValueError("attention maps are not cached; give the teacher itself, or write attention=None")
+            raise ValueError(_not_cached(config.attention))
         if isinstance(config.hidden, str):
             raise ValueError(_needs_names(config.hidden))
         for name in ("temperature", "top_k"):
@@ -217,9 +217,17 @@ def _check(data: Any, config: DistillConfig) -> None:
     if config.top_k is None and not config.hidden:
         raise ValueError("a cache keeps the likeliest classes; write DistillConfig(top_k=32)")
     if config.attention:
-        raise ValueError("attention maps are not cached; give the teacher itself, or write attention=None")
+        raise ValueError(_not_cached(config.attention))
     if isinstance(config.hidden, str):
         raise ValueError(_needs_names(config.hidden))
+
+
+def _not_cached(layers: Any) -> str:
+    wanted = repr(layers) if isinstance(layers, str) else f"of the teacher's {sorted(set(layers.values()))}"
+    return (
+        f"attention maps ({wanted}) are not cached: they grow with the square of the length; give the teacher itself, "
+        "Distillation(config, teacher=teacher), or compare hidden states, attention=None"
+    )
 
 
 def _needs_names(layers: str) -> str:

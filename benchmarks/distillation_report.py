@@ -1,0 +1,91 @@
+"""The tables of `distillation.py`: paired gains over the control, with 95 % intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from distillation_tasks import Task, Unit
+from quality_report import paired
+
+Saved = dict[int, dict[str, Any]]  # seed -> cell as saved
+
+
+def report(tasks: dict[str, Task], seeds: list[int], out: Path) -> str:
+    """Markdown: a table a task, and its settings."""
+    return "\n\n".join(_table(name, task, seeds, out) for name, task in tasks.items())
+
+
+def _table(name: str, task: Task, seeds: list[int], out: Path) -> str:
+    from distillation import chosen
+
+    unit = task.source.unit
+    picked = {method: chosen(name, task, method, out) for method in task.methods}
+    found = {method: _read(out / name, method, cell, seeds) for method, cell in picked.items()}
+    control = found[task.control]
+    heads = [task.title, unit.name, f"gain over {task.control}, 95 %", "of each seed", "learning rate",
+             "bytes of the teacher's", "s of fits", "CPU s"]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    if some := next((saved for saved in found.values() if saved), None):
+        teachers = [cell["teacher scores"] for cell in some.values()]
+        lines.append(f"| teacher | {_show(mean(teachers), unit)} | | {_each(teachers, unit)} | | 1 | | |")
+    for method, saved in found.items():
+        if not saved:
+            lines.append(f"| {method} | not run |{' |' * (len(heads) - 2)}")
+        else:
+            lines.append("| " + " | ".join(_row(method, saved, control, unit, method == task.control)) + " |")
+    lines += [""] + [f"{line}\n" for line in latencies(out / name)]
+    if some:
+        lines += _notes(task, some)
+    return "\n".join(lines)
+
+
+def _row(method: str, saved: Saved, control: Saved, unit: Unit, own: bool) -> list[str]:
+    """Of the seeds that the control has too; before it has any, without a gain."""
+    common = sorted(saved.keys() & control.keys()) or sorted(saved)
+    ours = torch.tensor([saved[s]["scores"] for s in common], dtype=torch.float64)
+    row = [method, _show(ours.mean().item(), unit)]
+    if own or not control:
+        row += ["", _each(ours.mean(1).tolist(), unit)]
+    else:
+        theirs = torch.tensor([control[s]["scores"] for s in common], dtype=torch.float64)
+        gains = (theirs - ours) if unit.lower else (ours - theirs)
+        middle, half = paired(gains)
+        row += [f"{_show(middle, unit, '+')} ± {_show(half, unit)}", _each(gains.mean(1).tolist(), unit, "+")]
+    cell, cells = saved[common[0]], [saved[s] for s in common]
+    row += [f"{cell['lr']:g}", f"{cell['bytes'] / cell['teacher_bytes']:.3f}"]
+    return row + [f"{mean(c[name] for c in cells):.0f}" for name in ("fit_seconds", "cpu_seconds")]
+
+
+def latencies(folder: Path) -> list[str]:
+    """What `--latency` measured, a table for each number of threads."""
+    return [json.loads(path.read_text())["table"] for path in sorted(folder.glob("latency-*.json"))]
+
+
+def _notes(task: Task, saved: Saved) -> list[str]:
+    cell = next(iter(saved.values()))
+    about = {"epochs": cell["epochs"], "rates": task.rates, "distillation": cell["distillation"], **cell["settings"]}
+    where = {name: cell[name] for name in ("machine", "versions")}
+    return [f"{len(cell['scores']):,} test examples, seeds {sorted(saved)}.", "", json.dumps(about), "",
+            json.dumps(where)]  # fmt: skip
+
+
+def _show(value: float, unit: Unit, sign: str = "") -> str:
+    return f"{unit.scale * value:{sign}{unit.form}}"
+
+
+def _each(values: list[float], unit: Unit, sign: str = "") -> str:
+    return ", ".join(_show(value, unit, sign) for value in values)
+
+
+def _read(folder: Path, method: str, picked: dict[str, Any], seeds: list[int]) -> Saved:
+    """The cells of a method: of seed 0 the one that was chosen."""
+    found = {0: picked} if picked and 0 in seeds else {}
+    for seed in (seed for seed in sorted(seeds) if seed):
+        path = folder / f"seed{seed}" / f"{method.replace(' ', '')}.json"
+        if path.exists():
+            found[seed] = json.loads(path.read_text())
+    return found
