@@ -21,10 +21,14 @@ from lightning_accel import (
     Linear,
     PruneConfig,
     Pruning,
+    QuantConfig,
+    QuantizationAwareTraining,
     load_checkpoint,
     prune_model_,
+    quantize_model,
     shrink_model,
 )
+from lightning_accel.quantize import unprepare_
 
 X = data(4)[:][0]
 IDS = {"input_ids": torch.randint(3, 64, (2, 10), generator=torch.Generator().manual_seed(0))}
@@ -82,6 +86,28 @@ def test_a_fit_that_cuts_first_resumes_bitwise_from_a_dense_network(tmp_path, ep
     assert_same(weights(load_checkpoint(last, Plain())), whole)
     with pytest.raises(ValueError, match=r"there is no checkpoint .*nowhere.ckpt"):
         load_checkpoint(tmp_path / "nowhere.ckpt", Perceptron())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_cut_first_and_trained_with_fake_quantization_is_training_the_cut_network_with_it(tmp_path, order):
+    def simulated() -> QuantizationAwareTraining:
+        return QuantizationAwareTraining(QuantConfig("int8"), begin=0.5, module="model")
+
+    together = seeded(Plain)
+    trainer(tmp_path, [cutting(), simulated()][::order]).fit(together, loader())
+    dense = seeded(Perceptron)
+    masks = prune_model_(dense, PruneConfig("neurons", 0.5), example_inputs=(X,))
+    small = Plain(shrink_model(dense, masks, example_inputs=(X,)))
+    trainer(tmp_path, [simulated()]).fit(small, loader())
+    assert_same(weights(together), weights(small))
+    converted = quantize_model(together.model, QuantConfig("int8"))
+    shapes = [tuple(t.shape) for n, t in converted.named_buffers() if t.dtype == torch.int8]
+    assert shapes == [(8, 8), (8, 8), (3, 8)]
+    with torch.no_grad():
+        trained = together.model.eval()(X)
+        error = (converted.eval()(X) - trained).abs().max().item()
+        plain = (unprepare_(together.model)(X) - trained).abs().max().item()
+    assert error <= 1e-5 < plain  # it was trained with the rounding that the converted network has
 
 
 def test_a_second_fit_cuts_no_more(tmp_path):

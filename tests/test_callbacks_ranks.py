@@ -145,6 +145,15 @@ def test_masks_that_each_rank_measures_and_cuts_of_networks_that_differ_are_thos
     assert_same(one["cut"], other["cut"])
 
 
+def test_latencies_are_measured_on_rank_0_alone_and_both_prune_by_them(ranks):
+    _, (one, other) = ranks
+    one, other = one["latency"], other["latency"]
+    assert one["timed"] == 2 and other["timed"] == 0
+    assert one["tables"] == other["tables"] and len(one["tables"]["latency"]) == 2
+    assert_same(one["masks"], other["masks"])
+    assert not all(mask.all() for mask in one["masks"].values())
+
+
 def state(path: Path) -> Any:
     return torch.load(path, weights_only=True)["lightning_accel_rng"]
 

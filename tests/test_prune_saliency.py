@@ -295,8 +295,23 @@ def test_a_quantized_model_is_refused() -> None:
 
 def test_heads_that_are_not_computed_side_by_side_are_refused() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
-    with pytest.raises(ValueError, match=r"heads pruning found nothing .*not torch's nn.MultiheadAttention"):
+    with pytest.raises(ValueError, match=r"nothing .*'self_attn' is an nn.MultiheadAttention, whose operation F\."):
         prune_model_(layer, PruneConfig("heads"), example_inputs=(torch.randn(2, 5, 16),))
+
+
+def test_attention_whose_heads_stay_is_named_where_others_are_cut() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.torchs = tiny.bert(), nn.MultiheadAttention(3, 1, batch_first=True)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.own(input_ids=input_ids).logits[:, None]
+            return self.torchs(x, x, x, need_weights=False)[0]
+
+    with pytest.warns(UserWarning, match="'torchs' is an nn.MultiheadAttention"):
+        masks = prune_model_(Both().eval(), PruneConfig("heads"), example_inputs=(tiny.ids(),))
+    assert masks and not any(name.startswith("torchs") for name in masks)
 
 
 def test_structures_are_named_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,13 +178,44 @@ def test_cut_out_is_what_was_masked(case: str, kind: str) -> None:
     assert count_parameters(shrunk) < before
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "bert", "vit"])
-def test_hidden_widths_are_cut(case: str) -> None:
+@pytest.mark.parametrize(("eps", "most"), [(1e-10, 1e-5), (1e-6, 1e-4)])  # eps counts less beside fewer values
+def test_hidden_widths_behind_rms_norms_are_cut_with_their_gains_rescaled(eps: float, most: float) -> None:
+    model, inputs = tiny.llama(rms_norm_eps=eps), TOKENS
+    masks = prune_model_(model, PruneConfig("hidden", 0.25), example_inputs=inputs)
+    masked = logits(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shrunk = shrink_model(model, masks, example_inputs=inputs)
+    scale = max(1.0, masked.abs().max().item())
+    assert (logits(shrunk, inputs) - masked).abs().max().item() <= most * scale
+    assert count_parameters(shrunk) < 0.8 * count_parameters(model)
+    gain, cut = model.model.norm.weight, shrunk.model.norm.weight  # 24 of 32 units
+    torch.testing.assert_close(cut, gain[masks["model.norm.weight"]] * (32 / 24) ** 0.5)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bert", "vit"])
+def test_what_a_hidden_width_behind_layer_norms_changes_is_said(case: str) -> None:
     model, inputs, _ = built(case)
     masks = prune_model_(model, PruneConfig("hidden", 0.25), example_inputs=inputs)
-    shrunk = shrink_model(model, masks, example_inputs=inputs)
-    assert logits(shrunk, inputs).shape == logits(model, inputs).shape
-    assert count_parameters(shrunk) < 0.8 * count_parameters(model)
+    masked = logits(model, inputs)
+    with pytest.warns(UserWarning, match="changes what the model computes") as said:
+        shrunk = shrink_model(model, masks, example_inputs=inputs)
+    change = (logits(shrunk, inputs) - masked).norm() / masked.norm()
+    found = re.search(r"example inputs by ([\d.]+)%; for the loss, write shrink_model", str(said[0].message))
+    assert found and float(found[1]) == pytest.approx(100 * change.item(), rel=0.5)  # of all outputs the largest
+    assert logits(shrunk, inputs).shape == masked.shape and count_parameters(shrunk) < 0.8 * count_parameters(model)
+
+
+def test_the_loss_before_and_after_a_hidden_width_is_cut_is_said() -> None:
+    model, inputs, _ = built("gpt2")
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    masks = prune_model_(model, PruneConfig("hidden", 0.25), example_inputs=inputs)
+    with pytest.warns(UserWarning, match="the loss from") as said:
+        shrunk = shrink_model(model, masks, example_inputs=inputs, calibration=[batch])
+    found = re.search(r"loss from ([\d.]+) masked to ([\d.]+) cut \(1 batches\)", str(said[0].message))
+    assert found
+    losses = [m(**batch).loss.item() for m in (model, shrunk)]
+    assert [float(found[1]), float(found[2])] == pytest.approx(losses, abs=1e-4)
 
 
 def test_heads_that_share_keys_go_together() -> None:

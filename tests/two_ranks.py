@@ -156,6 +156,24 @@ def measured(path: Path) -> dict[str, Any]:
     return {"masks": pruning.masks, "weights": weights(module), "record": first.record, "cut": weights(cut)}
 
 
+def latency(path: Path) -> dict[str, Any]:
+    """A share of latency where the ranks' clocks disagree, masked in training and cut first."""
+    timed: list[int] = []
+
+    def timer(models: Any, calls: Any) -> list[float]:
+        timed.append(len(models))
+        slow = 0.1 * len(timed) * (1 + 9 * fit.global_rank)
+        return [slow + 0.02 * m.first.out_features + 0.04 * m.second.out_features for m in models]
+
+    config = PruneConfig("neurons", 0.25, of="latency", scope="latency")
+    pruning = Pruning(config, Cubic(0.1, 0.6), module="model", every=1)
+    pruning.timer = timer
+    module = seeded(Plain)
+    fit = two_ranks(path, [pruning])
+    fit.fit(module, loader())
+    return {"masks": pruning.masks, "tables": pruning._tables, "timed": len(timed)}
+
+
 class FillsTheDisk(Callback):
     """No file of more than 1000 bytes, on the first rank."""
 
@@ -202,6 +220,7 @@ def main(path: Path) -> None:
     results["cached"] = distilled(path / "cache", cached=True)
     results["distilled again"] = distilled(path / "cache", True, str(path / "distilledTrue" / "epoch=0.ckpt"))
     results["measured"] = measured(path / "measured")
+    results["latency"] = latency(path / "latency")
     results["unsaved"] = unsaved(path / "fourth")
     torch.save(results, path / f"rank{results['whole']['rank']}.pt")
 

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import select
-from ..prune import Group, Masks, PruneConfig, apply_masks_, compute_masks
+from ..prune import Group, Masks, PruneConfig, apply_masks_, compute_masks, time_in_turns
 from ..prune.allocate import Costs
 from ..prune.cut import Record, is_done
 from ..prune.groups import KINDS
-from ..prune.masks import clear_state_, costs_of, needed
+from ..prune.latency import LatencyCosts, Timer
+from ..prune.masks import Tables, clear_state_, costs_of, measure_tables, needed
 from ..prune.saliency import Means, add_gradients, observe_blocks, observe_inputs
 from ..prune.shrink import plan_model
 from ..prune.targets import find_targets
 from ..quantize.adapters import adapted_layers
 from ..schedule import Constant, Schedule
 from .base import AccelCallback
-from .cutting import agreed, before_restore, cut_
+from .cutting import agreed, before_restore, check_cut_first, cut_, record_in
 from .inputs import InputRecorder, calls_of, example_of, record_parts
 from .length import total_steps
 
@@ -51,12 +52,16 @@ class Pruning(AccelCallback):
             mask them; a resumed fit cuts the same before weights are restored. Needs `example_inputs`.
         calibration: batches for a saliency that needs data, with `cut_first`; else the training batches serve.
 
+    Attributes:
+        timer: what measures a latency; `prune.time_in_turns` unless it is set otherwise.
+
     Example:
         >>> from lightning_accel import Cubic, PruneConfig, Pruning
         >>> pruning = Pruning(PruneConfig("neurons", amount=0.5), schedule=Cubic(begin=0.1, end=0.6))
     """
 
     technique = "pruning"
+    timer: Timer = staticmethod(time_in_turns)
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class Pruning(AccelCallback):
         super().__init__(config, module)
         if not isinstance(config, PruneConfig):
             raise ValueError(f"{config!r} is no PruneConfig; write Pruning(PruneConfig('neurons', amount=0.5))")
-        _check_cut_first(config, schedule, cut_first, calibration)
+        check_cut_first(config, schedule, cut_first, calibration)
         if "hidden" in config.structures and not cut_first:
             raise ValueError(_CUT_FIRST.format("structure='hidden'", "a normalization over fewer values differs"))
         if schedule is not None and not isinstance(schedule, Schedule):
@@ -89,7 +94,9 @@ class Pruning(AccelCallback):
         self._updated = 0
         self._targets: list[Group] | None = None
         self._recorders: dict[str, InputRecorder] = {}
-        self._costs: Costs | None = None
+        self._costs: Costs | LatencyCosts | None = None
+        self._tables: Tables = {}  # of latencies, measured once
+        self._calls: dict[str, Any] = {}  # example inputs, until then
         self._means = Means()  # over the batches since the last update of the masks
         self._means.paused = True  # but in training steps
         self._units: list[str] = []  # blocks that are observed
@@ -143,10 +150,12 @@ class Pruning(AccelCallback):
             if self._bound is not bound:
                 return
             if checkpoint is not None:
-                self.record = _record_in(checkpoint, self.state_key)
+                self.record = record_in(checkpoint, self.state_key)
             elif self.record is None or not is_done(module, self.record):
                 inputs = example_of(None, pl_module, module, self.example_inputs)
-                self.record = agreed(trainer, lambda: plan_model(module, self.config, inputs, self.calibration))
+                self.record = agreed(
+                    trainer, lambda: plan_model(module, self.config, inputs, self.calibration, self.timer)
+                )
             cut_(module, self.record)
 
         before_restore(trainer, cut)
@@ -166,6 +175,7 @@ class Pruning(AccelCallback):
         self.share, self._updated, self.total = state_dict["share"], state_dict["updated"], state_dict["total"]
         means = {kind: {n: torch.as_tensor(t) for n, t in of.items()} for kind, of in state_dict["means"].items()}
         self._means.sums, self._means.counts, self._units = means["sums"], means["counts"], state_dict["units"]
+        self._tables = state_dict["tables"]
         self._resumed = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -228,7 +238,10 @@ class Pruning(AccelCallback):
         means = self._means
         if needs and trainer.world_size > 1:
             means = means.reduced(lambda t: trainer.strategy.reduce(t.to(pl_module.device), reduce_op="sum"))
-        self.masks = compute_masks(module, self._targets, self.config, share, means=means, costs=self._costs)
+        if self.config.needs_latency:
+            self._measure_latency(trainer, module, means)
+        given: dict[str, Any] = {"means": means, "costs": self._costs, "tables": self._tables}
+        self.masks = compute_masks(module, self._targets, self.config, share, **given)
         self.share, self._updated = share, step
         self._means.clear()
         apply_masks_(module, self.masks)
@@ -237,13 +250,33 @@ class Pruning(AccelCallback):
         if self.complete:
             self._stop_observing()
 
+    def _measure_latency(self, trainer: pl.Trainer, module: nn.Module, means: Means) -> None:
+        """Measures once, on rank 0; a latency out of reach raises now, not at the end of the schedule."""
+        if self._costs is not None or (self._tables and self.config.of != "latency"):
+            return
+        targets, new = self._targets or [], not self._tables
+        if new:
+            paused, self._means.paused = self._means.paused, True
+            self._tables = agreed(
+                trainer, lambda: measure_tables(module, targets, self.config, self._calls, timer=self.timer)
+            )
+            self._means.paused = paused
+        if self.config.of == "latency":
+            self._costs = costs_of(module, targets, self.config, self._calls, self._tables)
+        if new:
+            compute_masks(module, targets, self.config, means=means, costs=self._costs, tables=self._tables)
+
     def _set_targets(self, module: nn.Module, calls: dict[str, Any] | None) -> None:
         paused, self._means.paused = self._means.paused, True  # what is traced is no batch
         self._targets = find_targets(module, self.config, calls=calls)
         if inexact := [target for target in self._targets if not target.exact]:
             what = f"the {inexact[0].kind} of {inexact[0].name!r}"
             raise ValueError(_CUT_FIRST.format(what, "a normalization behind them sees other values"))
-        self._costs = costs_of(module, self._targets, self.config, calls)
+        if self.config.of == "latency":
+            self._costs = None
+        else:
+            self._costs = costs_of(module, self._targets, self.config, calls)
+        self._calls = calls or {} if self.config.needs_latency else {}
         self._units = [unit for target in self._targets for unit in target.units]
         self._means.paused = paused
 
@@ -299,31 +332,9 @@ class Pruning(AccelCallback):
             "counts": {name: count.cpu() for name, count in self._means.counts.items()},
         }
         progress = {"share": self.share, "updated": self._updated, "total": self.total, "complete": self.complete}
-        return self.saved(masks=masks, means=means, units=self._units, record=self.record, **progress)
-
-
-def _check_cut_first(config: PruneConfig, schedule: Any, cut_first: bool, calibration: Any) -> None:
-    """Raises ValueError for arguments that do not go together."""
-    if not cut_first:
-        if calibration is not None:
-            raise ValueError("calibration= is for cut_first=True; else the training batches serve, leave it out")
-        return
-    if schedule is not None:
-        raise ValueError(f"cut_first=True cuts before training and has no schedule; leave out schedule={schedule!r}")
-    if zeros := [s for s in config.structures if s not in KINDS]:
-        raise ValueError(f"{zeros[0]} zeros have no physical form to cut; leave cut_first=True out, or write {KINDS}")
-    if needed(config) and calibration is None:
-        raise ValueError("the saliency is measured on data before training; write calibration=[batch, ...]")
-
-
-def _record_in(checkpoint: dict[str, Any], key: str) -> Record:
-    state = checkpoint.get("callbacks", {}).get(key)
-    if state is None or state["record"] is None:
-        raise ValueError(
-            "the checkpoint was not cut by this Pruning(cut_first=True), so its weights do not fit; resume with the "
-            f"callbacks that it was written with (it has {sorted(checkpoint.get('callbacks', {}))})"
+        return self.saved(
+            masks=masks, means=means, units=self._units, record=self.record, tables=self._tables, **progress
         )
-    return state["record"]
 
 
 def _prunings(trainer: pl.Trainer) -> list[Pruning]:

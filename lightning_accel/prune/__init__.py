@@ -2,7 +2,10 @@
 
 from .config import PruneConfig
 from .groups import Group, find_groups
-from .masks import Masks, apply_masks_, compute_masks, prune_model_, pruning_coverage
+from .keep import Masks
+from .latency import latency_table, time_in_turns
+from .losses import loss_table
+from .masks import apply_masks_, compute_masks, prune_model_, pruning_coverage
 from .shrink import shrink_model
 
 __all__ = [
@@ -12,7 +15,10 @@ __all__ = [
     "apply_masks_",
     "compute_masks",
     "find_groups",
+    "latency_table",
+    "loss_table",
     "prune_model_",
     "pruning_coverage",
     "shrink_model",
+    "time_in_turns",
 ]

@@ -10,7 +10,8 @@ from .patterns import pattern_of
 from .saliency import SALIENCIES
 
 STRUCTURES = ("unstructured", *KINDS)
-_UNITS = ("units", "parameters", "flops")
+_UNITS = ("units", "parameters", "flops", "latency")
+_SCOPES = ("uniform", "global", "sensitivity", "latency")
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class PruneConfig:
             of several is pruned together.
         amount: share in [0, 1) that is gone at the end, never a share of what is left.
         of: what the amount is a share of. `"units"`: the weights, neurons, heads .. of each layer; `"parameters"` or
-            `"flops"` of the whole model: the same share of units of all structures is then found by bisection.
-        scope: `"uniform"` takes `amount` from each layer, `"global"` from all together.
+            `"flops"` of the whole model, or `"latency"`, the time of its forward measured here (see `prune.latency`);
+            the same share of units of all structures is then found by bisection.
+        scope: `"uniform"` takes `amount` from each layer, `"global"` from all of a kind together, the least salient;
+            `"latency"` from all of a kind, those of the least saliency for the time that they take here;
+            `"sensitivity"` from each so much that the loss rises alike, on calibration batches (see `prune.losses`).
         overrides: glob pattern over module names -> the amount there, or `None` to leave the module alone; the
             first pattern that matches wins. For neurons the name is that of the group's first layer, for layers that of
             a block or of their list. These amounts are always shares of units.
@@ -35,6 +39,8 @@ class PruneConfig:
             `"block-influence"` and `"random"` (see `prune.saliency`); by default `"l2"`, for layers
             `"block-influence"`.
         seed: of `"random"`.
+        round_to: widths of neurons, channels and hidden that are cut are left at a multiple of this many units, the
+            nearest: kernels work in blocks. Heads and layers are counted one by one.
 
     Raises:
         ValueError: unknown structure, scope or saliency, a saliency that the structure does not have, or an amount
@@ -54,6 +60,7 @@ class PruneConfig:
     saliency: str | None = None
     seed: int = 0
     of: str = "units"
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.structure, list):  # from YAML
@@ -65,8 +72,11 @@ class PruneConfig:
             raise ValueError(f"structure={self.structure!r}: name each once, as structure=('neurons', 'heads')")
         if self.of not in _UNITS:
             raise ValueError(f"unknown of={self.of!r}; write one of {_UNITS}")
-        if self.scope not in ("uniform", "global"):
-            raise ValueError(f"unknown scope {self.scope!r}; write 'uniform' or 'global'")
+        if self.scope not in _SCOPES:
+            raise ValueError(f"unknown scope {self.scope!r}; write 'uniform' or 'global', one of {_SCOPES}")
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ValueError(f"round_to={self.round_to!r} is no number of units; write round_to=16, or 1 for any width")
+        self._check_latency()
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'head.*': None}}")
         if self.saliency is not None and self.saliency not in SALIENCIES:
@@ -80,9 +90,22 @@ class PruneConfig:
             self._check_pattern(structure)
 
     @property
+    def needs_latency(self) -> bool:
+        """Whether times have to be measured."""
+        return "latency" in (self.of, self.scope)
+
+    @property
     def structures(self) -> tuple[str, ...]:
         """The structure or structures, as a tuple."""
         return (self.structure,) if isinstance(self.structure, str) else self.structure
+
+    def _check_latency(self) -> None:
+        if not self.needs_latency:
+            return
+        if zeros := [s for s in self.structures if s not in KINDS]:
+            raise ValueError(f"{zeros[0]} zeros save no time; write structure='neurons', one of {KINDS}")
+        if "hidden" in self.structures and len(self.structures) > 1:
+            raise ValueError("what a hidden width saves depends on the other widths; write of='flops', scope='uniform'")
 
     def _check_pattern(self, structure: str) -> None:
         pattern = pattern_of(structure)
@@ -92,7 +115,7 @@ class PruneConfig:
         if n >= m:
             raise ValueError(f"{structure!r} keeps {n} of {m} weights, which is all; write for example '2:4'")
         amounts = {self.amount, *(a for a in self.overrides.values() if a is not None)}
-        if amounts != {1 - n / m} or self.scope == "global" or self.of != "units" or len(self.structures) > 1:
+        if amounts != {1 - n / m} or self.scope != "uniform" or self.of != "units" or len(self.structures) > 1:
             raise ValueError(
                 f"{structure!r} alone says how much goes: write PruneConfig({structure!r}, amount={1 - n / m:g}), "
                 "without scope, of or other structures; overrides may exclude layers"

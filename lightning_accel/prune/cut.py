@@ -2,7 +2,10 @@
 
     {"layers": {list of blocks: {"of": n, "gone": [i, ...]}},
      "tensors": [[name, dimension, size, [[start, stop], ...] that stay], ...],
-     "widths": [{"kind", "name", "of", "left", "members"}, ...]}
+     "widths": [{"kind", "name", "of", "left", "members"}, ...],
+     "gains": [[name, factor], ...]}
+
+The gains are those of RMSNorms over a width that is cut (`norms`).
 
 Names are those after the layers are gone. What has its new size already is left as it is, so that a record may be
 replayed on a model built from a configuration that says a part of it.
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from .. import select
 from .groups import Group
 from .layers import drop_layers_, dropped_layers, renamed
+from .norms import rescaled_gains
 from .widths import record_shape, record_widths
 
 Record = dict[str, Any]
@@ -57,7 +61,10 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], groups: list[Group]) -> 
             {"kind": group.kind, "name": name, "of": group.width, "left": int(keep.sum()), "members": members}
         )
     blocks: Any = {name: {"of": len(select.get_module(model, name)), "gone": gone} for name, gone in dropped.items()}  # type: ignore[arg-type]
-    return {"layers": blocks, "tensors": tensors, "widths": widths}
+    normalized = {m.name for g in groups if not g.exact for m in g.members}
+    scaled = rescaled_gains(model, ((name, stays) for (name, _), stays in left.items() if name in normalized))
+    gains = [[new, factor] for name, factor in scaled if (new := renamed(name, dropped)) is not None]
+    return {"layers": blocks, "tensors": tensors, "widths": widths, "gains": gains}
 
 
 def replay_(model: nn.Module, record: Record) -> None:
@@ -79,6 +86,12 @@ def replay_(model: nn.Module, record: Record) -> None:
         if old.shape[dim] == size:
             _cut(model, old, dim, torch.cat([torch.arange(*run) for run in runs]))
             changed.add(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {select.canonical_name(name): parameter for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, factor in record["gains"]:
+            if name in changed:
+                parameters[name].mul_(factor)
     if changed:
         record_widths(model, record["widths"], changed)
 
@@ -97,7 +110,8 @@ def rebased(record: Record, at: str, below: str) -> Record:
             widths.append({**width, "name": name, "members": members})
     layers = {n: blocks for name, blocks in record["layers"].items() if (n := new(name)) is not None}
     tensors = [[n, *rest] for name, *rest in record["tensors"] if (n := new(name)) is not None]
-    return {"layers": layers, "tensors": tensors, "widths": widths}
+    gains = [[n, factor] for name, factor in record["gains"] if (n := new(name)) is not None]
+    return {"layers": layers, "tensors": tensors, "widths": widths, "gains": gains}
 
 
 def is_done(model: nn.Module, record: Record) -> bool:

@@ -20,12 +20,14 @@ from ..inputs import ExampleInputs, inputs_of_batch
 from ..select import Coverage, Entry
 from .allocate import Costs, amount_for
 from .config import PruneConfig
-from .groups import Group, Member
-from .patterns import keep_n_of_m, pattern_of
+from .groups import Group
+from .keep import Masks, keep_units, masks_of
+from .latency import Calls, LatencyCosts, Timer, gain, latency_table, time_in_turns
+from .losses import equal_rises, loss_table
 from .saliency import SALIENCIES, Means, add_gradients, observe_blocks, observe_inputs, saliency
 from .targets import find_targets
 
-Masks = dict[str, Tensor]  # parameter name -> bool, broadcastable to the parameter; True keeps
+Tables = dict[str, list[Any]]  # what was measured of each target, in plain types
 
 
 def prune_model_(
@@ -35,16 +37,19 @@ def prune_model_(
     example_inputs: ExampleInputs | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    timer: Timer = time_in_turns,
 ) -> Masks:
     """Sets the least salient weights or units of `model` to zero, in place, and returns the masks.
 
     Args:
         example_inputs: needed for all structures but single weights and patterns: the model is traced to find what
             belongs together.
-        calibration: batches for the saliencies that need data: mappings of keyword inputs, tensors, or tuples whose
-            first item is the input.
-        loss: (model, batch) -> scalar, for `"taylor"`; by default that which a transformers model puts out for a batch
-            with labels.
+        calibration: batches for the saliencies that need data and for `scope="sensitivity"`: mappings of keyword
+            inputs, tensors, or tuples whose first item is the input.
+        loss: (model, batch) -> scalar, for `"taylor"` and `scope="sensitivity"`; by default that which a transformers
+            model puts out for a batch with labels.
+        timer: (models, calls) -> seconds of each, for `of="latency"` and `scope="latency"`; by default eager forwards
+            of the example inputs in turns, `prune.time_in_turns`.
 
     Raises:
         ValueError: nothing to prune, or `example_inputs`, `calibration` or `loss` missing.
@@ -55,9 +60,12 @@ def prune_model_(
     (8, 8)
     """
     targets = find_targets(model, config, example_inputs)
-    means = measure(model, targets, config, calibration, loss)
+    batches = list(calibration) if calibration is not None else []
+    means = measure(model, targets, config, batches, loss)
     calls = None if example_inputs is None else {"": example_inputs}
-    masks = compute_masks(model, targets, config, means=means, costs=costs_of(model, targets, config, calls))
+    tables = measure_tables(model, targets, config, calls, means=means, calibration=batches, loss=loss, timer=timer)
+    costs = costs_of(model, targets, config, calls, tables)
+    masks = compute_masks(model, targets, config, means=means, costs=costs, tables=tables)
     apply_masks_(model, masks)
     return masks
 
@@ -92,7 +100,7 @@ def measure(
     try:
         for batch in batches:
             if "gradients" in needs:
-                _measure_gradients(model, targets, batch, loss or _own_loss, means)
+                _measure_gradients(model, targets, batch, loss or own_loss, means)
             if needs - {"gradients"}:
                 call_example(model, inputs_of_batch(model, batch))
     finally:
@@ -122,14 +130,45 @@ def _measure_gradients(
             parameter.grad = gradient
 
 
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a transformers model puts out for a batch with labels."""
     found = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
     if found is None:
         raise ValueError(
-            "saliency='taylor' needs the gradients of a loss; give batches with labels to a model that computes it, or "
-            "write loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+            "saliency='taylor' needs the gradients of a loss, scope='sensitivity' its values; give batches with labels "
+            "to a model that computes it, or write loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
         )
     return found
+
+
+def measure_tables(
+    model: nn.Module,
+    targets: list[Group],
+    config: PruneConfig,
+    calls: Calls | None,
+    *,
+    means: Means | None = None,
+    calibration: Sequence[Any] = (),
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    timer: Timer = time_in_turns,
+) -> Tables:
+    """What the amount or scope of `config` needs to be measured of each target, in plain types: `"latency"` curves
+    (`latency_table`), `"losses"` (`loss_table`); empty where it needs nothing.
+
+    Raises:
+        ValueError: example inputs or batches missing.
+    """
+    tables: Tables = {}
+    if config.needs_latency:
+        if not calls:
+            raise ValueError("latency is measured on a forward and needs example_inputs=(x,)")
+        tables["latency"] = latency_table(model, targets, calls, config.round_to, timer)
+    if config.scope == "sensitivity":
+        if not calibration:
+            raise ValueError("scope='sensitivity' measures losses; write calibration=[batch, ...], some with labels")
+        saliencies = _saliencies(model, targets, config, means)
+        tables["losses"] = loss_table(model, targets, saliencies, calibration, loss or own_loss)
+    return tables
 
 
 def compute_masks(
@@ -139,7 +178,8 @@ def compute_masks(
     share: float = 1.0,
     *,
     means: Means | None = None,
-    costs: Costs | None = None,
+    costs: Costs | LatencyCosts | None = None,
+    tables: Tables | None = None,
 ) -> Masks:
     """Masks for `share` in [0, 1] of the amounts of `config`, from the weights as they are now.
 
@@ -148,82 +188,65 @@ def compute_masks(
 
     Args:
         means: of what the saliency needs to know of data.
-        costs: from `costs_of`, where the amount is a share of parameters or FLOPs.
+        costs: from `costs_of`, where the amount is a share of parameters, FLOPs or latency.
+        tables: from `measure_tables`, where the scope is `"latency"` or `"sensitivity"`.
 
     Raises:
         ValueError: an amount out of reach, or means missing.
     """
     parameters = dict(_all_parameters(model))
-    saliencies = [saliency(config.saliency_of(t.kind), t, parameters, means, config.seed) for t in targets]
+    saliencies = _saliencies(model, targets, config, means)
     fixed = [select.first_match(t.name, config.overrides, math.nan) for t in targets]
+    if config.scope == "latency":  # what is kept for a second of time; what is zero, at 0 or -1, stays the least
+        gains = [max(gain(curve), 1e-12) for curve in (tables or {})["latency"]]
+        saliencies = [s.where(s <= 0, s / g) for s, g in zip(saliencies, gains, strict=True)]
 
     def kept_at(amount: float) -> list[Tensor]:
-        return _keep(targets, saliencies, [amount if math.isnan(a) else share * a for a in fixed], config.scope)
+        amounts = [amount if math.isnan(a) else share * a for a in fixed]
+        if config.scope == "sensitivity":
+            for same in _free(targets, fixed, together=config.of != "units"):
+                shares = equal_rises([(tables or {})["losses"][i] for i in same], amount)
+                for i, own in zip(same, shares, strict=True):
+                    amounts[i] = own
+        return keep_units(targets, saliencies, amounts, config.scope, config.round_to)
 
     amount = share * config.amount
     if costs is not None:
 
         def removed(units: float) -> float:
             kept = kept_at(units)
-            return costs.removed(_masks(targets, kept, parameters), kept)
+            return costs.removed(masks_of(targets, kept, parameters), kept)
 
         amount = amount_for(amount, removed, config.of)
-    return _masks(targets, kept_at(amount), parameters)
+    return masks_of(targets, kept_at(amount), parameters)
+
+
+def _saliencies(model: nn.Module, targets: list[Group], config: PruneConfig, means: Means | None) -> list[Tensor]:
+    parameters = dict(_all_parameters(model))
+    return [saliency(config.saliency_of(t.kind), t, parameters, means, config.seed) for t in targets]
+
+
+def _free(targets: list[Group], fixed: list[float], together: bool) -> list[list[int]]:
+    """Targets whose amount no override fixes: all of them, or those of each kind."""
+    sets: dict[str, list[int]] = {}
+    for i, target in enumerate(targets):
+        if math.isnan(fixed[i]):
+            sets.setdefault("" if together else target.kind, []).append(i)
+    return list(sets.values())
 
 
 def costs_of(
-    model: nn.Module, targets: list[Group], config: PruneConfig, calls: Mapping[str, ExampleInputs] | None
-) -> Costs | None:
-    """What `compute_masks` needs to reach a share of parameters or FLOPs; `None` for a share of units."""
+    model: nn.Module,
+    targets: list[Group],
+    config: PruneConfig,
+    calls: Mapping[str, ExampleInputs] | None,
+    tables: Tables | None = None,
+) -> Costs | LatencyCosts | None:
+    """What `compute_masks` needs to reach a share of parameters, FLOPs or, by the tables, latency; `None` for a share
+    of units."""
+    if config.of == "latency":
+        return LatencyCosts(targets, (tables or {})["latency"])
     return None if config.of == "units" else Costs(model, targets, config.of, calls)
-
-
-def _masks(targets: list[Group], kept: list[Tensor], parameters: Mapping[str, Tensor]) -> Masks:
-    masks: Masks = {}
-    for target, keep in zip(targets, kept, strict=True):
-        for member in target.members:
-            if (parameter := parameters.get(member.name)) is None:
-                continue  # a buffer
-            mask = _mask(member, keep, parameter)
-            masks[member.name] = masks[member.name] & mask if member.name in masks else mask
-    return masks
-
-
-def _mask(member: Member, keep: Tensor, parameter: Tensor) -> Tensor:
-    if member.unit is not None:
-        return keep[member.unit].view([1] * parameter.dim())
-    if member.dim < 0 and not len(member.index):
-        return keep.view(parameter.shape)
-    shape = list(parameter.shape)
-    if member.dim >= 0:
-        shape = [1] * parameter.dim()
-        shape[member.dim] = parameter.shape[member.dim]
-    mask = torch.ones(math.prod(shape), dtype=torch.bool, device=keep.device)
-    mask[member.index.to(keep.device)[~keep]] = False
-    return mask.view(shape)
-
-
-def _keep(targets: list[Group], saliencies: list[Tensor], amounts: list[float], scope: str) -> list[Tensor]:
-    """Boolean [width] of each target: units that stay. Units of different kinds are not compared."""
-    kept = [torch.ones_like(values, dtype=torch.bool) for values in saliencies]
-    sets: dict[Any, list[int]] = {}
-    for i, target in enumerate(targets):
-        sets.setdefault(target.kind if scope == "global" else i, []).append(i)
-    for same in sets.values():
-        if (pattern := pattern_of(targets[same[0]].kind)) is not None and pattern[0] == "n:m":
-            for i in same:
-                full = 1 - pattern[1] / pattern[2]
-                kept[i] = keep_n_of_m(saliencies[i], *pattern[1:], share=amounts[i] / full)
-            continue
-        number = sum(round(amounts[i] * len(saliencies[i])) for i in same)
-        order = torch.cat([saliencies[i] for i in same]).sort(stable=True).indices
-        keep = torch.ones(len(order), dtype=torch.bool, device=order.device)
-        keep[order[:number]] = False
-        for i, part in zip(same, keep.split([len(saliencies[i]) for i in same]), strict=True):
-            if not part.any():
-                part[saliencies[i].argmax()] = True
-            kept[i] = part
-    return kept
 
 
 @torch.no_grad()

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import select
+from .._warn import warn
 from ..capture import call_example, flatten_output
 from ..inputs import ExampleInputs
 from . import cut
 from .config import PruneConfig
 from .groups import all_groups
+from .keep import Masks
+from .latency import Timer, time_in_turns
 from .layers import pass_through
-from .masks import Masks, apply_masks_, prune_model_
+from .masks import apply_masks_, own_loss, prune_model_
+
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInputs) -> nn.Module:
+def shrink_model(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    example_inputs: ExampleInputs,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> nn.Module:
     """A copy of `model` without the units that `masks` drop; it computes what the masked model computes.
 
     A unit (neuron, head, channel, layer) is cut out where the masks drop all of its weights. Masks of single weights
-    have no physical form and are left as zeros. Where a normalization runs over the width (`"hidden"`) or behind the
-    sum of a residual block (layers of post-norm transformers), the cut model computes something else than the masked
-    one and is only seen to run.
+    have no physical form and are left as zeros. Gains of RMSNorms over a width that is cut (`"hidden"`) are rescaled;
+    a LayerNorm over it computes something else than in the masked model, and a warning says by how much. Layers of
+    post-norm transformers are left out, which is not what masking them does; the cut model is only seen to run.
 
     A transformers model that is shrunk saves itself with `save_pretrained`. Where its configuration can say the new
     widths, `from_pretrained` loads it; where not, the configuration carries a record, and
     `lightning_accel.load_checkpoint` does.
+
+    Args:
+        calibration: batches to measure the loss on, masked and cut, where the two differ by construction.
+        loss: (model, batch) -> scalar; by default that which a transformers model puts out for a batch with labels.
 
     Raises:
         ValueError: the masks belong to another model, drop units that cannot be cut out, or the cut model does not run
@@ -42,11 +58,15 @@ def shrink_model(model: nn.Module, masks: Masks, *, example_inputs: ExampleInput
     >>> shrink_model(model, masks, example_inputs=inputs)[0]
     Linear(in_features=8, out_features=8, bias=True)
     """
-    return shrunk_with_record(model, masks, example_inputs)[0]
+    return shrunk_with_record(model, masks, example_inputs, calibration, loss)[0]
 
 
 def shrunk_with_record(
-    model: nn.Module, masks: Masks, example_inputs: ExampleInputs
+    model: nn.Module,
+    masks: Masks,
+    example_inputs: ExampleInputs,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`shrink_model`, and the record of what it cut out, for `cut.replay_`."""
     model = copy.deepcopy(select.unwrap(model))
@@ -61,12 +81,21 @@ def shrunk_with_record(
     exact = {g.name: g.exact for g in groups}
     comparable = all(exact.get(w["name"], True) for w in record["widths"] if w["left"] < w["of"])
     dropped = {name: layers["gone"] for name, layers in record["layers"].items()}
-    _check_outputs(masked, model, example_inputs, record, comparable and pass_through(masked, dropped, example_inputs))
+    passes = pass_through(masked, dropped, example_inputs)
+    said, change = _check_outputs(masked, model, example_inputs, record, comparable and passes)
+    if not comparable and passes and change > 1e-3:
+        batches = list(calibration) if calibration is not None else []
+        measurable = [b for b in batches if loss is not None or (isinstance(b, Mapping) and "labels" in b)]
+        _report_change(said, change, masked, model, measurable, loss)
     return model, record
 
 
 def plan_model(
-    model: nn.Module, config: PruneConfig, example_inputs: ExampleInputs, calibration: Iterable[Any] | None = None
+    model: nn.Module,
+    config: PruneConfig,
+    example_inputs: ExampleInputs,
+    calibration: Iterable[Any] | None = None,
+    timer: Timer = time_in_turns,
 ) -> dict[str, Any]:
     """The record of what `prune_model_` and `shrink_model` would cut out of `model`, which stays as it is.
 
@@ -74,8 +103,9 @@ def plan_model(
         ValueError: as those two.
     """
     model = copy.deepcopy(select.unwrap(model))
-    masks = prune_model_(model, config, example_inputs=example_inputs, calibration=calibration)
-    record = shrunk_with_record(model, masks, example_inputs)[1]
+    batches = None if calibration is None else list(calibration)
+    masks = prune_model_(model, config, example_inputs=example_inputs, calibration=batches, timer=timer)
+    record = shrunk_with_record(model, masks, example_inputs, batches)[1]
     if cut.is_empty(record):
         raise ValueError(f"{config!r} cuts nothing out of {type(model).__name__}; write a larger amount")
     return record
@@ -84,8 +114,13 @@ def plan_model(
 @torch.no_grad()
 def _check_outputs(
     masked: nn.Module, shrunk: nn.Module, example_inputs: ExampleInputs, record: dict[str, Any], comparable: bool
-) -> None:
-    """Raises ValueError where the shrunk model does not run, or computes something else than the masked one."""
+) -> tuple[str, float]:
+    """What was cut in words, and how far the shrunk model's outputs are from the masked one's: ||a - b|| / ||b||, the
+    largest over outputs.
+
+    Raises:
+        ValueError: the shrunk model does not run, or, where it is comparable, computes something else.
+    """
     from ..quantize import unprepare_
 
     kinds = {w["name"]: w["kind"] for w in record["widths"] if w["left"] < w["of"]} or dict.fromkeys(
@@ -101,8 +136,34 @@ def _check_outputs(
         outputs = [flatten_output(call_example(model.eval(), example_inputs))[0] for model in models]
     except Exception as error:
         raise ValueError(f"{said} leaves a model that does not run ({error}); {help_}") from error
-    if not comparable:
-        return  # a normalization sees other values than in the masked model
+    most = 0.0
     for ours, theirs in zip(*outputs, strict=True):
-        if ours.shape != theirs.shape or (ours - theirs).norm() > 1e-3 * ours.norm() + 1e-6:
+        if ours.shape != theirs.shape:
+            if comparable:
+                raise ValueError(f"{said} changes what the model computes; {help_}")
+            most = float("inf")
+            continue
+        distance, size = (ours - theirs).norm().item(), ours.norm().item()
+        if comparable and not distance <= 1e-3 * size + 1e-6:
             raise ValueError(f"{said} changes what the model computes; {help_}")
+        most = max(most, distance / size if size else distance)
+    return said, most
+
+
+def _report_change(
+    said: str, change: float, masked: nn.Module, shrunk: nn.Module, batches: list[Any], loss: Loss | None
+) -> None:
+    """Warns of what a cut changes that a normalization sees, with the loss where there are batches to measure it on."""
+    text = (
+        f"{said} changes what the model computes, since a normalization over fewer values differs: its outputs for the "
+        f"example inputs by {change:.1%}"
+    )
+    if batches:
+        with torch.no_grad():
+            models = masked.eval(), copy.deepcopy(shrunk).eval()
+            sums = [sum((loss or own_loss)(model, batch).item() for batch in batches) for model in models]
+        found = [total / len(batches) for total in sums]
+        text += f", the loss from {found[0]:.4f} masked to {found[1]:.4f} cut ({len(batches)} batches)"
+    else:
+        text += "; for the loss, write shrink_model(..., calibration=[batch, ...])"
+    warn(f"{text}. Train it further")

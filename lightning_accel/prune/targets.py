@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import select
 from .._quiet import Conv1D
+from .._warn import warn
 from ..inputs import ExampleInputs
 from .config import PruneConfig
 from .groups import KINDS, Group, find_groups, find_groups_below
@@ -16,7 +17,7 @@ from .patterns import check_divides, find_weights
 
 _NEEDS = {
     "neurons": "two linear layers with only activations between",
-    "heads": "attention with heads that are computed side by side (not torch's nn.MultiheadAttention)",
+    "heads": "attention with heads that are computed side by side",
     "channels": "convolutions that feed others",
     "layers": "a ModuleList or Sequential of residual blocks of one class that put out the shape they are given",
     "hidden": "a width that a normalization runs over",
@@ -53,7 +54,10 @@ def find_targets(
             raise ValueError(
                 f"{structure} pruning found nothing to prune in {type(model).__name__}; "
                 f"it needs {_NEEDS.get(structure, 'linear or convolution layers')}"
+                + (f". {_fused(model)}" if structure == "heads" and _fused(model) else "")
             )
+    if "heads" in config.structures and (left_out := _fused(model)):
+        warn(left_out)
     if any(value is None for value in config.overrides.values()):
         _check_crossing(found, config)
     units = [unit for group in found for unit in group.units]
@@ -68,6 +72,19 @@ def find_targets(
             module: nn.Module = modules[group.name]
             check_divides(group, module.weight, isinstance(module, Conv1D))  # type: ignore[arg-type]
     return found
+
+
+def _fused(model: nn.Module) -> str:
+    """Which attention keeps its heads, and why; empty where there is none."""
+    names = [name for name, module in select.named_modules(model) if isinstance(module, nn.MultiheadAttention)]
+    if not names:
+        return ""
+    others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+    return (
+        f"{names[0]!r}{others} is an nn.MultiheadAttention, whose operation F.multi_head_attention_forward gives as "
+        "many outputs as it has inputs, and keeps its heads; write its projections as four nn.Linear around "
+        "F.scaled_dot_product_attention, or prune other structures"
+    )
 
 
 def _check_crossing(found: list[Group], config: PruneConfig) -> None:
