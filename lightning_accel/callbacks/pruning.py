@@ -175,7 +175,7 @@ class Pruning(AccelCallback):
         self.share, self._updated, self.total = state_dict["share"], state_dict["updated"], state_dict["total"]
         means = {kind: {n: torch.as_tensor(t) for n, t in of.items()} for kind, of in state_dict["means"].items()}
         self._means.sums, self._means.counts, self._units = means["sums"], means["counts"], state_dict["units"]
-        self._tables = state_dict["tables"]
+        self._tables = state_dict.get("tables", {})
         self._resumed = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

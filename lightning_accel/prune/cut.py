@@ -89,7 +89,7 @@ def replay_(model: nn.Module, record: Record) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parameters = {select.canonical_name(name): parameter for name, parameter in parameters.items()}
     with torch.no_grad():
-        for name, factor in record["gains"]:
+        for name, factor in record.get("gains", ()):
             if name in changed:
                 parameters[name].mul_(factor)
     if changed:
@@ -110,7 +110,7 @@ def rebased(record: Record, at: str, below: str) -> Record:
             widths.append({**width, "name": name, "members": members})
     layers = {n: blocks for name, blocks in record["layers"].items() if (n := new(name)) is not None}
     tensors = [[n, *rest] for name, *rest in record["tensors"] if (n := new(name)) is not None]
-    gains = [[n, factor] for name, factor in record["gains"] if (n := new(name)) is not None]
+    gains = [[n, factor] for name, factor in record.get("gains", ()) if (n := new(name)) is not None]
     return {"layers": layers, "tensors": tensors, "widths": widths, "gains": gains}
 
 
