@@ -472,3 +472,14 @@ def test_numbers_of_the_wrong_kind_say_what_to_write(decoder, options, message):
 def test_the_least_temperature_is_greedy(decoder):
     model = load(decoder)
     assert torch.equal(model.generate([[1, 2, 3]], 6, temperature=1e-40, seed=0), model.generate([[1, 2, 3]], 6))
+
+
+def test_memory_and_open_files_stay_flat_over_many_generations(monkeypatch, capsys):
+    """The quick form of `benchmarks/serving.py soak`, which makes 20,000."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import serving
+
+    rows = serving.soak(str(Path(__file__).parent / "data" / "golden"), 300)[2:]  # the first make their buffers
+    memory, files = ([row[i] for row in rows] for i in (1, 2))
+    assert max(memory) - memory[0] < 4 << 20
+    assert set(files) == {files[0]}
