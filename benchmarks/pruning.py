@@ -33,9 +33,8 @@ from statistics import mean
 from typing import Any
 
 import quality_tasks as q
-from distillation import load
 from pruning_report import plot, report
-from pruning_tasks import DENSE, TASKS, Cell, Task, cut, example, run, shapes
+from pruning_tasks import DENSE, TASKS, Cell, Task, cut, example, load, run, shapes
 from quality_tasks import Settings
 from tables import PAUSE
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import quality_tasks as q
 import torch
-from distillation import load, teacher_of
 from quality import fit, size
 from quality_tasks import Settings, inputs_of, scores
 from torch import nn
@@ -118,11 +119,33 @@ def config_of(task: Task, cell: Cell) -> PruneConfig | None:
     return None if config is None else replace(config, amount=cell.amount, seed=cell.seed)
 
 
-def run(cell: Cell, task: Task, settings: Settings, out: Any) -> dict[str, Any]:
+@lru_cache(1)
+def load(name: str, settings: Settings) -> q.Data:
+    """Data of a task of `quality_tasks.py`; what was read last is kept."""
+    return q.TASKS[name].load(settings)
+
+
+def teacher_of(task: Task, seed: int, settings: Settings, out: Path) -> nn.Module:
+    """The dense network of a seed: fine-tuned, where it is not there yet, or as published."""
+    pl.seed_everything(seed, verbose=False)
+    model, path = q.TASKS[task.of].build().eval(), out / "teachers" / f"{task.of}-{seed}.pt"
+    if not task.tuned:
+        return model
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model
+    fit(model, settings, load(task.of, settings), seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+    return model.eval()
+
+
+def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]:
     """Trains and scores a cell; the result as it is saved."""
     started = time.perf_counter()
     of, data, config = q.TASKS[task.of], load(task.of, settings), config_of(task, cell)
-    teacher = teacher_of(task, cell.seed, settings, out) if task.tuned else of.build().eval()  # type: ignore[arg-type]
+    teacher = teacher_of(task, cell.seed, settings, out)
     inputs = example(task, data)
     student = of.build().eval()
     student.load_state_dict(teacher.state_dict())

@@ -150,7 +150,7 @@ def test_data_or_a_loss_that_are_missing_are_asked_for() -> None:
     model = tiny.mlp()
     with pytest.raises(ValueError, match=r"'wanda' is measured on data; write calibration=\[batch"):
         prune_model_(model, PruneConfig(saliency="wanda"))
-    with pytest.raises(ValueError, match=r"'taylor' needs the gradients of a loss; .*write loss=lambda model, batch"):
+    with pytest.raises(ValueError, match=r"saliency='taylor' takes its gradients, .*write loss=lambda model, batch"):
         prune_model_(model, PruneConfig(saliency="taylor"), **DATA)
     with pytest.raises(ValueError, match="unknown saliency 'l3'"):
         PruneConfig(saliency="l3")

@@ -135,8 +135,9 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     found = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
     if found is None:
         raise ValueError(
-            "saliency='taylor' needs the gradients of a loss, scope='sensitivity' its values; give batches with labels "
-            "to a model that computes it, or write loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+            "a loss is needed: saliency='taylor' takes its gradients, scope='sensitivity' its values; give batches "
+            "with labels to a model that computes it, or write "
+            "loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
         )
     return found
 
