@@ -1,0 +1,160 @@
+"""Real models through every engine, in float32 and quantized: how fast each is here.
+
+    python benchmarks/real_data.py                                                        # downloads, once
+    lightning-accel run benchmarks/inference.py minilm-1x128 --threads 1 --out out/inference
+    lightning-accel run benchmarks/inference.py smollm2 whisper efficientnet --threads 2 --out out/inference
+
+Artifacts are built once a model, through all engines that are installed; one whose program does not compute what was
+quantized is left out, and named. Then all are timed in one interleaved run, each in its own process. Quantized after
+training, on real inputs; `quality.py` says what that costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import PAUSE, coverage, provenance, table
+from torch import nn
+
+from lightning_accel import QuantConfig, engines, export_model
+from lightning_accel.artifact import MANIFEST, program_files, read_manifest
+from lightning_accel.measure import Target, compare
+
+PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network, real inputs of it (the first are timed), and the schemes that it is deployed in."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], list[Any]]
+    schemes: tuple[str, ...]
+
+
+def _minilm() -> nn.Module:
+    from real_models import minilm
+
+    return minilm(26).encoder
+
+
+def _texts(batch: int, length: int) -> list[dict[str, torch.Tensor]]:
+    """WordNet definitions, one after the other, so that nothing is padding."""
+    import real_data
+    from real_models import minilm_tokenizer
+
+    encoded = minilm_tokenizer().encode_batch(real_data.glosses()[0][:2000], add_special_tokens=False)
+    ids = torch.tensor([i for e in encoded for i in e.ids])[: 9 * batch * length].view(9, batch, length)
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+
+def _smollm2() -> nn.Module:
+    from real_models import smollm2
+
+    return smollm2()
+
+
+def _brown() -> list[dict[str, torch.Tensor]]:
+    import quality_tasks as q
+
+    return [{"input_ids": b["input_ids"]} for b in q.load_brown(q.TASKS["smollm2"].quick).train(0)]
+
+
+def _whisper() -> nn.Module:
+    from real_speech import whisper
+
+    return whisper()
+
+
+def _speech() -> list[dict[str, torch.Tensor]]:
+    """The recordings whose length is nearest to 10 s, as Whisper hears them."""
+    from real_speech import clips, features
+
+    nearest = sorted(clips(), key=lambda clip: abs(len(clip.samples) / 16_000 - 10))[:9]
+    return [{"input_features": features([clip.samples])} for clip in nearest]
+
+
+def _efficientnet() -> nn.Module:
+    from real_models import efficientnet
+
+    return efficientnet()
+
+
+def _images() -> list[tuple[torch.Tensor]]:
+    """Photographs of scikit-learn, in crops."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [torch.tensor(image).permute(2, 0, 1).float() for image in load_sample_images().images]
+    crops = [photo[:, y : y + 224, x : x + 224] for photo in photos for y in (0, 200) for x in (0, 200, 400)]
+    return [(((crop - 127) / 128)[None],) for crop in crops]
+
+
+MODELS = {
+    "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), ("int8", "int8-static")),
+    "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), ("int8", "int8-static")),
+    "smollm2": Model(_smollm2, _brown, ("int8", "int4-int8")),
+    "whisper": Model(_whisper, _speech, ("int8", "int8-static")),
+    "efficientnet": Model(_efficientnet, _images, ("int8-static",)),
+}
+
+
+def build(name: str, out: Path, names: tuple[str, ...]) -> dict[str, Path]:
+    """The folder of each scheme's artifact, written unless it is there."""
+    model, folders = MODELS[name], {}
+    for scheme in ("float", *model.schemes):
+        folder = folders[scheme] = out / name / scheme
+        if (folder / MANIFEST).exists():
+            continue
+        first, *rest = model.inputs()
+        quantize = None if scheme == "float" else QuantConfig(scheme)
+        wanted = dict.fromkeys((*names, "portable")) if scheme == "float" else names
+        report = export_model(
+            model.build().eval(), folder, example_inputs=first, data=[first], calibration=rest, quantize=quantize,
+            engines=tuple(wanted), measure=False,
+        )  # fmt: skip
+        print("\n".join(f"{name} {scheme} {row['engine']}: {row['why']}" for row in report.manifest["ranking"]))
+    return folders
+
+
+def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> str:
+    """The table of a model, and what each scheme covers."""
+    targets, sizes = {"float eager": Target(str(folders["float"]), engine="portable")}, {}
+    for scheme, folder in folders.items():
+        manifest = read_manifest(folder)
+        weights = manifest.get("weights", {}).get("file")
+        for engine in dict.fromkeys(entry["engine"] for entry in manifest["programs"]):
+            programs = [entry for entry in manifest["programs"] if entry["engine"] == engine]
+            files = {file["file"] for entry in programs for file in program_files(entry)}
+            files |= {weights} if weights and any(entry["weights"] for entry in programs) else set()
+            row = "float eager" if engine == "portable" else f"{scheme} {engine}"
+            targets[row] = Target(str(folder), engine=engine)
+            sizes[row] = sum((folder / file).stat().st_size for file in files)
+    measured = compare(targets, threads=threads, rounds=rounds, pause=PAUSE)
+    covered = [f"{scheme}: {coverage(folder)}" for scheme, folder in folders.items() if scheme != "float"]
+    return f"{table(name, measured, sizes)}\n\n{'; '.join(covered)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all")
+    parser.add_argument("--out", type=Path, default=Path("out/inference"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engines", default="aoti,onnx,openvino", help="names, with commas")
+    parser.add_argument("--build", action="store_true", help="only writes the artifacts")
+    options = parser.parse_args()
+    names, _ = engines.chosen(tuple(options.engines.split(",")))
+    for name in options.models or MODELS:
+        folders = build(name, options.out, names)
+        if not options.build:
+            print(measure(name, folders, options.threads, options.rounds))
+    print(provenance(options.threads, [package for name in names for package in PACKAGES.get(name, ())]))
+
+
+if __name__ == "__main__":
+    main()
