@@ -13,8 +13,8 @@ INSTALLED = $(VENV)/.installed
 demo: install
 	$(RUN)/lightning-accel run recipes/gpt.py --out $(OUT)
 
-test: lint
-	$(RUN)/python -m pytest
+test: lint  # in two processes of one thread each: most of the time is spent in torch.export and compilers
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(RUN)/ruff check .
