@@ -326,7 +326,7 @@ def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown engine 'tensorrt'; write one of \('aoti', 'portable', 'onnx', 'ope"):
+    with pytest.raises(ValueError, match="unknown engine 'tensorrt'; write one of "):
         export(tiny.mlp(), tmp_path / "a", engines=("tensorrt",))
     assert not list(tmp_path.iterdir())
 
