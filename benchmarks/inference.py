@@ -123,7 +123,8 @@ def build(name: str, out: Path, names: tuple[str, ...]) -> dict[str, Path]:
 
 def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> str:
     """The table of a model, and what each scheme covers."""
-    targets, sizes = {"float eager": Target(str(folders["float"]), engine="portable")}, {}
+    targets: dict[str, Target] = {"float eager": Target("")}  # the first row
+    sizes: dict[str, int] = {}
     for scheme, folder in folders.items():
         manifest = read_manifest(folder)
         weights = manifest.get("weights", {}).get("file")
@@ -131,8 +132,8 @@ def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> s
             programs = [entry for entry in manifest["programs"] if entry["engine"] == engine]
             files = {file["file"] for entry in programs for file in program_files(entry)}
             files |= {weights} if weights and any(entry["weights"] for entry in programs) else set()
-            row = "float eager" if engine == "portable" else f"{scheme} {engine}"
-            targets[row] = Target(str(folder), engine=engine)
+            row = "float eager" if (scheme, engine) == ("float", "portable") else f"{scheme} {engine}"
+            targets[row] = Target(str(folder), {"prompt": 128}, engine=engine)
             sizes[row] = sum((folder / file).stat().st_size for file in files)
     measured = compare(targets, threads=threads, rounds=rounds, pause=PAUSE)
     covered = [f"{scheme}: {coverage(folder)}" for scheme, folder in folders.items() if scheme != "float"]

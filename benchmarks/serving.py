@@ -38,16 +38,17 @@ next(model.generate_text("The", 8, stream=True))
 """
 
 
-def start(directory: str, rounds: int) -> None:
+def start(directory: str, rounds: int, threads: int) -> None:
     """Seconds of whole processes, in turns."""
     programs = {"import torch": IMPORT, "first token": FIRST_TOKEN.format(directory=directory)}
     if any(asset["name"] == "tokenizer.json" for asset in load(directory).manifest["assets"]):
         programs["first text"] = FIRST_TEXT.format(directory=directory)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for turn in range(rounds + 1):
         for name, code in programs.items():
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
+            subprocess.run([sys.executable, "-c", code], check=True, env=environment)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     print("| process | s (least-most) | s over import torch |\n|---|---|---|")
@@ -118,8 +119,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.what == "soak":
         soak(options.directory, options.calls)
+    elif options.what == "start":
+        start(options.directory, options.rounds, options.threads)
     else:
-        {"start": start, "cache": cache}[options.what](options.directory, options.rounds)
+        cache(options.directory, options.rounds)
     print("\n" + provenance(options.threads))
 
 

@@ -287,8 +287,8 @@ write load('DIR') with the directory that Export or export_model wrote
         raise ValueError(f"threads={threads!r} must be an int of at least 1; None takes torch's number")
     directory = Path(directory)
     manifest = read_manifest(directory)
-    if engine == "fastest" and manifest.get("ranking"):
-        return _load_fastest(directory, manifest["ranking"], threads)
+    if engine == "fastest" and any(p["engine"] in engines.NEEDS for p in manifest["programs"]):
+        return _load_fastest(directory, manifest, threads)
     entries = manifest["programs"]
     if engine in (None, "fastest"):  # those of a later version are named below
         entries = [p for p in entries if p["engine"] in engines.TORCH or p["engine"] not in engines.NAMES]
@@ -314,24 +314,32 @@ write load('DIR') with the directory that Export or export_model wrote
     )
 
 
-def _load_fastest(directory: Path, ranking: list[dict[str, Any]], threads: int | None) -> LoadedModel:
-    """The first engine of the ranking that runs here and computes what it did when it was exported."""
-    from .verify import DriftError, verify_golden
+def _load_fastest(directory: Path, manifest: dict[str, Any], threads: int | None) -> LoadedModel:
+    """The first engine of the ranking that runs here and computes what it did when it was exported.
 
-    timed = [row["engine"] for row in ranking if row["slower"] is not None]
-    if not timed:
+    Where `aoti` cannot run, its variants for other CPUs come in its place.
+    """
+    from . import engines
+    from .verify import verify_golden
+
+    built = list(dict.fromkeys(entry["engine"] for entry in manifest["programs"]))
+    timed = [row["engine"] for row in manifest.get("ranking", ()) if row["slower"] is not None]
+    if not timed and len(built) > 1:
         raise ArtifactError(
-            f"the engines of {directory} were not timed; export with measure=True, or write load(dir, engine='aoti')"
+            f"the engines of {directory} were not timed; export with measure=True, or write load(dir, "
+            f"engine={built[0]!r})"
         )
-    for name in timed:
+    variants = [name for name in engines.VARIANTS if name in built]
+    names = [n for name in timed or built for n in (name, *(variants if name == "aoti" else ()))]
+    for name in dict.fromkeys(names):
         try:
             model = load(directory, engine=name, threads=threads)
             verify_golden(model)
-        except (ArtifactError, DriftError) as error:
+        except Exception as error:  # whatever another project's runtime raises
             warnings.warn(f"the {name} program is passed over: {error}", stacklevel=3)
             continue
         return model
-    raise ArtifactError(f"none of {', '.join(timed)} runs here; export the model on this kind of machine")
+    raise ArtifactError(f"none of {', '.join(names)} runs here; export the model on this kind of machine")
 
 
 def _open(

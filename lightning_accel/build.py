@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -47,14 +48,16 @@ def write(
             programs[name] = _programs(name, path, final, inputs, dynamic_shapes, stored)
         except CompilerMissing as error:
             warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
+            failed[name] = f"not built: {error}"
         except Exception as error:  # whatever another project's converter raises
             if name in engines.OWN or len(names) == 1:
                 raise
-            failed[name] = f"not built: {type(error).__name__}: {error}"
+            failed[name] = f"not built: {in_a_line(error)}"
             for file in set(path.iterdir()) - before:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
     if not programs:
-        raise ExportError("none of the engines could be built; write engines=('portable',)")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise ExportError(f"none of the engines could be built ({reasons}); write engines=('portable',)")
     entries = [entry for name in dict.fromkeys(names) for entry in programs.get(name, ())]
     manifest: dict[str, Any] = {"programs": entries, "timings": [], "versions": versions(), "machine": machine()}
     manifest["ranking"] = [{"engine": name, "slower": None, "why": reason} for name, reason in failed.items()]
@@ -68,6 +71,14 @@ def write(
         {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
     ]
     return manifest
+
+
+def in_a_line(error: BaseException) -> str:
+    """The kind and the first line of what was behind an error, without colours: converters write pages."""
+    while (cause := error.__cause__) is not None:
+        error = cause
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"
 
 
 def _programs(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import artifact, build, select
 from . import engines as all_engines
-from .build import ExportError
+from .build import ExportError, in_a_line
 from .capture import input_names, is_causal_lm, is_seq2seq
 from .finalize import Finalized, finalize, restore_
 from .inputs import ExampleInputs, copy_inputs, first_rows, inputs_of_batch, split_inputs, without_labels
@@ -262,14 +262,17 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
         others = [p for p in manifest["programs"] if p["engine"] != entry["engine"]]
         try:
             _verify_program(path, manifest, entry, final, held_out, noisy)
-        except (DriftError, artifact.ArtifactError) as error:
+        except Exception as error:  # whatever another project's runtime raises
             if entry["engine"] in all_engines.OWN or not others:
                 raise
-            why = str(error).removesuffix(READS)  # it does not drift in torch's own engines
+            drifted = isinstance(error, DriftError)
+            why = str(error).removesuffix(READS) if drifted else in_a_line(error)  # torch's own do not drift
             for program in (p for p in manifest["programs"] if p["engine"] == entry["engine"]):
                 for file in artifact.program_files(program):
                     (path / file["file"]).unlink()
             manifest["programs"] = others
+            if "weights" in manifest and not any(program["weights"] for program in others):
+                (path / manifest.pop("weights")["file"]).unlink()
             manifest["ranking"].append({"engine": entry["engine"], "slower": None, "why": f"left out: {why}"})
             artifact.write_manifest(path, manifest)
 
@@ -347,7 +350,7 @@ def _metrics(
     """
     if metric is None or not batches:
         return []
-    loaded = artifact.load(path)
+    loaded = artifact.load(path, engine=artifact.read_manifest(path)["programs"][0]["engine"])
     name = getattr(metric, "__name__", type(metric).__name__)
     direction = "higher" if getattr(metric, "higher_is_better", False) else "lower"
     float_ = "float" if final.given is None else "float, pruned"

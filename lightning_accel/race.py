@@ -21,6 +21,8 @@ from .inputs import ExampleInputs
 from .measure import Measurement, Target, compare
 from .report import ExportReport
 
+PAUSE = 0.3  # seconds: threads of other runtimes spin for a while after their work
+
 
 def time_(
     path: Path,
@@ -55,20 +57,36 @@ def time_(
         }
         if "portable" in built and default != "portable":
             targets["eager"] = Target(str(reference), same, engine="portable")
+        if default not in built:
+            raise build.ExportError(f"{reference} has no {default} program to be compared with, only {sorted(built)}")
         rivals = {name: Target(str(path), same, engine=name) for name in _rivals(manifest)}
-        measured = compare({**targets, **rivals}, progress=say)
+        failed = _failing(rivals)
+        rivals = {name: target for name, target in rivals.items() if name not in failed}
+        measured = compare({**targets, **rivals}, pause=PAUSE if rivals else 0.0, progress=say)
     for workload, spread in measured["artifact"].seconds.items():
         report.speedup[workload] = measured["float"].seconds[workload].median / spread.median
         if (eager := measured.get("eager" if default != "portable" else "float")) is not None:
             report.over_eager[workload] = eager.seconds[workload].median / spread.median
     manifest["timings"] = [row for name, m in measured.items() for row in _timings(name, m, default)]
     manifest["speedup"] = {"over_float_same_engine": report.speedup, "over_eager": report.over_eager}
-    if rivals:
+    manifest["ranking"] += [{"engine": name, "slower": None, "why": why} for name, why in failed.items()]
+    if rivals or default not in engines.TORCH:
         medians = {
             name: {workload: spread.median for workload, spread in measured[target].seconds.items()}
             for name, target in {default: "artifact", **{name: name for name in rivals}}.items()
         }
         manifest["ranking"] = [*ranking(medians), *manifest["ranking"]]
+
+
+def _failing(targets: Mapping[str, Target]) -> dict[str, str]:
+    """The engines whose process does not get through the workloads once, and why, in a line."""
+    found = {}
+    for name, target in targets.items():
+        try:
+            compare({name: target}, rounds=1, repeat=1)
+        except RuntimeError as error:
+            found[name] = f"not timed: {str(error).strip().splitlines()[-1][:300]}"
+    return found
 
 
 def _rivals(manifest: Mapping[str, Any]) -> list[str]:

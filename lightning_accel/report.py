@@ -58,7 +58,7 @@ class ExportReport:
 def _slow_kernels(manifest: Mapping[str, Any]) -> list[str]:
     """One line where quantized layers run without the instructions that make them fastest."""
     quantized = any("quantization" in coverage["technique"] for coverage in manifest["coverage"])
-    slow = [aoti.slow_kernels(entry) for entry in manifest["programs"][:1] if entry["isa"] and quantized]
+    slow = [aoti.slow_kernels(entry) for entry in manifest["programs"][:1] if "arch" in entry and quantized]
     return [reason for reason in slow if reason]
 
 

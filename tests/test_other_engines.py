@@ -75,6 +75,14 @@ def test_with_static_ranges_only_ties_are_rounded_otherwise(quantized, engine):
     assert error(other, portable) < 5e-3
 
 
+def test_onnx_runtime_is_told_of_a_cpu_without_vnni_or_refused_there(quantized, monkeypatch):
+    here = load(quantized["int8"], engine="onnx")(X)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert error(load(quantized["int8"], engine="onnx")(X), here) < 1e-6
+    with pytest.raises(ArtifactError, match="without VNNI its products of int8-static layers add in 16 bits"):
+        load(quantized["int8-static"], engine="onnx")
+
+
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 def test_4_bits_with_int8_activations_have_a_scale_a_block_in_place_of_one_a_row(quantized, engine):
     portable, other, weights = (
@@ -92,7 +100,7 @@ def test_integers_are_stored_as_small_as_their_bits(quantized):
         """Elements of integer weights, and their bytes."""
         graph = onnx.load(quantized[scheme] / "forward.onnx").graph
         kinds = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
-        codes = [t for t in graph.initializer if t.data_type in kinds and t.dims]
+        codes = [t for t in graph.initializer if t.data_type in kinds and len(t.dims) > 1]
         return sum(int(np.prod(t.dims)) for t in codes), sum(len(t.raw_data) for t in codes)
 
     for scheme in ("int8", "int8-static"):
@@ -139,16 +147,17 @@ def test_a_language_model_writes_the_same_tokens_with_its_cache(tmp_path, engine
     assert torch.equal(second, portable.generate(whole, 6, stop=()))
 
 
-def test_a_quantized_tied_head_is_stored_once_and_gives_the_same_tokens(tmp_path):
+@pytest.mark.parametrize(("scheme", "kind", "bytes_"), [("int8", "INT8", 1), ("int4-weight", "UINT8", 0.5)])
+def test_a_quantized_tied_head_is_stored_once_and_gives_the_same_tokens(tmp_path, scheme, kind, bytes_):
     data = [{"input_ids": tiny.ids(4, 24)}]
-    export(tiny.gpt2(), tmp_path / "a", data=data, quantize=QuantConfig("int8"), engines=("portable", "onnx"))
+    export(tiny.gpt2(), tmp_path / "a", data=data, quantize=QuantConfig(scheme), engines=("portable", "onnx"))
     portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", "onnx"))
     ids = tiny.ids(2, 12)
     assert error(other(ids), portable(ids)) < 1e-5
     assert torch.equal(other.generate(ids, 20, stop=()), portable.generate(ids, 20, stop=()))
-    table = tiny.VOCABULARY * tiny.WIDTH
+    table, kind = tiny.VOCABULARY * tiny.WIDTH * bytes_, getattr(onnx.TensorProto, kind)
     graph = onnx.load(tmp_path / "a" / "decoder.onnx").graph
-    assert sum(t.data_type == onnx.TensorProto.INT8 and int(np.prod(t.dims)) == table for t in graph.initializer) == 1
+    assert sum(t.data_type == kind and int(np.prod(t.dims)) == table for t in graph.initializer) == 1
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
@@ -172,7 +181,11 @@ def test_load_takes_an_engine_of_torch_whatever_else_was_built(quantized):
 
 
 def test_an_artifact_without_programs_of_torch_is_loaded_by_name_only(tmp_path):
-    export(wide_mlp(), tmp_path / "a", example_inputs=(X[:4],), engines=("onnx",))
+    def mean(model: Any, batches: Any) -> float:
+        return float(torch.cat([model(batch) for batch in batches]).mean())
+
+    report = export(wide_mlp(), tmp_path / "a", example_inputs=(X[:4],), engines=("onnx",), data=[X], metric=mean)
+    assert [row["name"] for row in report.manifest["metrics"]][-1] == "mean (artifact)"
     with pytest.raises(ArtifactError, match=r"needs torch alone, only \['onnx'\]; write load\(dir, engine='onnx'\)"):
         load(tmp_path / "a")
     assert load(tmp_path / "a", engine="onnx")(X).shape == (64, 16)
@@ -233,15 +246,24 @@ def test_one_that_is_not_installed_is_passed_over_with_the_command(raced, tmp_pa
         assert load(directory, engine="fastest").engine == "portable"
 
 
-def test_the_fastest_of_engines_that_were_not_timed_is_not_guessed(tmp_path, quantized):
-    manifest = read_manifest(quantized["int8"])
-    assert manifest["ranking"] == []
-    directory = ranked(quantized["int8"], tmp_path / "a", "onnx")
-    manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["ranking"][0]["slower"] = None
-    write_manifest(directory, {k: v for k, v in manifest.items() if k != "digest"})
-    with pytest.raises(ArtifactError, match="were not timed; export with measure=True"):
-        load(directory, engine="fastest")
+def test_the_fastest_of_engines_that_were_not_timed_is_not_guessed(quantized):
+    assert read_manifest(quantized["int8"])["ranking"] == []
+    with pytest.raises(ArtifactError, match=r"not timed; export with measure=True, or write load\(dir, engine='por"):
+        load(quantized["int8"], engine="fastest")
+
+
+def test_the_only_engine_is_the_fastest(tmp_path):
+    export(wide_mlp(), tmp_path / "a", example_inputs=(X[:4],), engines=("onnx",))
+    assert load(tmp_path / "a", engine="fastest").engine == "onnx"
+
+
+def test_an_engine_whose_process_dies_is_not_in_the_race():
+    from lightning_accel.measure import Target
+    from lightning_accel.race import _failing
+
+    assert _failing({"onnx": Target("no_such_module:workloads")}) == {
+        "onnx": "not timed: ModuleNotFoundError: No module named 'no_such_module'"
+    }
 
 
 def test_ranking_weighs_all_workloads_alike():
@@ -284,6 +306,8 @@ def test_an_engine_that_cannot_convert_the_model_is_named_and_the_others_are_wri
     assert "engine onnx: not built: " in str(report)
     assert problems(read_manifest(tmp_path / "a")) == []
     assert not list((tmp_path / "a").glob("*.onnx"))
+    assert all("\n" not in row["why"] and len(row["why"]) < 400 for row in report.manifest["ranking"])
+    assert load(tmp_path / "a", engine="fastest").engine == "portable", "only torch's own are left"
     with pytest.raises(Exception, match="ONNX"):
         export(Eigenvalues(), tmp_path / "b", example_inputs=(torch.randn(4, 9),), engines=("onnx",))
     assert not (tmp_path / "b").exists()

@@ -6,7 +6,7 @@
     open(path, entry, weights)            a function from flat inputs to flat outputs
 
 `unusable` and `open` of `TORCH` import torch only; the other engines' packages are extras of this one, imported where
-they are needed. The order is that of preference at load, which takes one of `TORCH` unless another is asked for.
+they are needed. Loading takes one of `TORCH`, in the order in which the export named them, unless another is asked for.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def not_installed(name: str) -> str | None:
     """What an engine lacks to be built here, and the command that installs it."""
     if name in VARIANTS and platform.machine() not in ("x86_64", "AMD64"):
         return f"it is compiled on x86-64 only, this is {platform.machine()}"
+    if name in VARIANTS:
+        lacking = sorted(set(get(name).PROCESSOR.isa) - set(get("aoti").isa()))
+        return f"it is verified where it is compiled, and this CPU lacks {', '.join(lacking)}" if lacking else None
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
     return f"{', '.join(missing)} not installed: pip install 'lightning-accel[{name}]'" if missing else None
 

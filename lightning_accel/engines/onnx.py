@@ -32,6 +32,7 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
     from ..quantize.layers import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
 
     turned: dict[int, Tensor] = {}  # id of codes -> their transpose, which a tied embedding reads too
+    packed: dict[int, tuple[Tensor, Tensor]] = {}  # the same of 4-bit codes
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, Int8Linear):
@@ -41,11 +42,11 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
         elif isinstance(module, Int8StaticConv):
             _lower_conv(module)
         elif isinstance(module, Int4Linear):
-            _lower_int4(module)
-        elif isinstance(module, Int4Embedding):
-            onnx_graph.lower_int4_embedding(module)
+            _lower_int4(module, packed)
     for module in modules:
-        if isinstance(module, Int8Embedding):
+        if isinstance(module, Int4Embedding):
+            onnx_graph.lower_int4_embedding(module, packed.get(id(module.codes)))
+        elif isinstance(module, Int8Embedding):
             tied = turned.get(id(module.codes))
             if tied is None:
                 module.function = onnx_graph.int8_embedding
@@ -115,10 +116,11 @@ def _quantizer(layer: Any) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _lower_int4(layer: Int4Linear) -> None:
-    packed, scales = onnx_graph.nibbles(layer, layer.out_features)
-    weight, steps = onnx_graph.buffer(layer, "packed", packed), onnx_graph.buffer(layer, "scales", scales)
-    attributes = {"K": layer.in_features, "N": layer.out_features, "bits": 4, "block_size": 2 * packed.shape[2]}
+def _lower_int4(layer: Int4Linear, packed: dict[int, tuple[Tensor, Tensor]]) -> None:
+    codes, scales = onnx_graph.nibbles(layer, layer.out_features)
+    weight, steps = onnx_graph.buffer(layer, "packed", codes), onnx_graph.buffer(layer, "scales", scales)
+    packed.setdefault(id(layer.codes), (weight, steps))
+    attributes = {"K": layer.in_features, "N": layer.out_features, "bits": 4, "block_size": 2 * codes.shape[2]}
     attributes["accuracy_level"] = 4 if layer.scheme == "int4-int8" else 1  # int8 or float32 activations
 
     def function(x: Tensor, _: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -130,8 +132,11 @@ def _lower_int4(layer: Int4Linear) -> None:
 
 def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     """Writes `NAME.onnx`."""
+    from ..quantize.layers import Int8StaticLinear
+
     onnx_graph.write(capture, directory / f"{name}.onnx")
-    return {"file": f"{name}.onnx", "isa": None, "weights": {}}
+    static = any(isinstance(module, Int8StaticLinear) for module in capture.module.modules())
+    return {"file": f"{name}.onnx", "isa": ["vnni"] if static else None, "weights": {}}
 
 
 # --- run side --------------------------------------------------------------------------------------------------------
@@ -141,7 +146,14 @@ def unusable(entry: dict[str, Any]) -> str | None:
     """Why the program cannot run here."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed: pip install 'lightning-accel[onnx]'"
+    if entry["isa"] and not _vnni():
+        return "without VNNI its products of int8-static layers add in 16 bits, which can overflow"
     return None
+
+
+def _vnni() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
 def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -151,6 +163,9 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3  # errors
+    if not _vnni():
+        # products of uint8 by int8 add two of them in 16 bits there, which can overflow; this makes it uint8 by uint8
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
 

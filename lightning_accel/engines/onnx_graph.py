@@ -54,10 +54,12 @@ def nibbles(layer: Int4Linear | Int4Embedding, rows: int) -> tuple[Tensor, Tenso
     return (bits[..., ::2] | bits[..., 1::2] << 4).contiguous(), scales.squeeze(-1).contiguous()
 
 
-def lower_int4_embedding(layer: Int4Embedding) -> None:
-    """Has a table gather bytes of the form of `nibbles`, and take them apart in float32."""
-    packed, scales = nibbles(layer, layer.num_embeddings)
-    table, steps = buffer(layer, "packed", packed), buffer(layer, "scales", scales)
+def lower_int4_embedding(layer: Int4Embedding, tied: tuple[Tensor, Tensor] | None = None) -> None:
+    """Has a table gather bytes of the form of `nibbles`, a tied layer's where it has one, and take them apart."""
+    if tied is None:
+        packed, scales = nibbles(layer, layer.num_embeddings)
+        tied = buffer(layer, "packed", packed), buffer(layer, "scales", scales)
+    table, steps = tied
 
     def function(ids: Tensor, _: Tensor, scale: Tensor) -> Tensor:
         both = node("Gather", [table, ids], (*ids.shape, *table.shape[1:]), torch.uint8).float()

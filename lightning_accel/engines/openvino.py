@@ -159,7 +159,7 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         given = [tensor.detach().numpy() for tensor in inputs]
-        found = request.infer(given, share_inputs=True)
-        return [torch.from_numpy(found[i].copy()) for i in range(len(found))]
+        found = request.infer(given, share_inputs=True, share_outputs=False)
+        return [torch.from_numpy(found[i]) for i in range(len(found))]
 
     return onnx_graph.append(run, entry["cache"]) if entry["cache"] else run
