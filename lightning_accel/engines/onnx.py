@@ -74,7 +74,7 @@ def _lower_dynamic(layer: Int8Linear, turned: dict[int, Tensor]) -> None:
 
 
 def _lower_static(layer: Int8StaticLinear) -> None:
-    scale, zero = _quantizer(layer)
+    scale, zero = onnx_graph.quantizer(layer)
     weight = onnx_graph.buffer(layer, "weight_KN", layer.codes.t().contiguous())
     gain = onnx_graph.buffer(layer, "gain", layer.scale / layer.input_scale, torch.float32)
 
@@ -87,7 +87,7 @@ def _lower_static(layer: Int8StaticLinear) -> None:
 
 
 def _lower_conv(layer: Int8StaticConv) -> None:
-    _, zero = _quantizer(layer)
+    _, zero = onnx_graph.quantizer(layer)
     kernel = layer.geometry[0]
     weight = layer.codes.unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2)  # [N, C, height, width]
     around = onnx_graph.buffer(layer, "weight_NCHW", (weight.int() + _MIDDLE).to(torch.uint8).contiguous())
@@ -106,14 +106,6 @@ def _lower_conv(layer: Int8StaticConv) -> None:
         return sums.float().permute(0, 2, 3, 1) * scale + bias
 
     layer.function = function
-
-
-def _quantizer(layer: Any) -> tuple[Tensor, Tensor]:
-    """Has a layer quantize its input by QuantizeLinear; the scale and the zero point."""
-    scale = onnx_graph.buffer(layer, "input_step", layer.input_scale, torch.float32)
-    zero = onnx_graph.buffer(layer, "zero", layer.zero_point, torch.uint8)
-    layer.quantize = lambda x: onnx_graph.node("QuantizeLinear", [x.float(), scale, zero], x.shape, torch.uint8)
-    return scale, zero
 
 
 def _lower_int4(layer: Int4Linear, packed: dict[int, tuple[Tensor, Tensor]]) -> None:

@@ -77,6 +77,14 @@ def buffer(module: torch.nn.Module, name: str, value: Tensor | float, dtype: tor
     return getattr(module, name)
 
 
+def quantizer(layer: Any) -> tuple[Tensor, Tensor]:
+    """Has a layer with a static range quantize its input by QuantizeLinear; the scale and the zero point."""
+    scale = buffer(layer, "input_step", layer.input_scale, torch.float32)
+    zero = buffer(layer, "zero", layer.zero_point, torch.uint8)
+    layer.quantize = lambda x: node("QuantizeLinear", [x.float(), scale, zero], x.shape, torch.uint8)
+    return scale, zero
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 Weights are compressed constants, which its CPU plugin multiplies as integers. For `int8-static` the graph says how
 activations are quantized; for `int8` and `int4-int8` the plugin does it as it runs, in groups of inputs that share a
-scale. It takes one size of them for all layers, and leaves activations in float32 where that does not divide a layer's
+scale. It takes one size of them for all layers, and leaves activations in float32 where that is more than a layer's
 inputs: a layer with just so many inputs is computed to the bit as in training, a longer one with a scale for each part
 of a row, which may be too far from what was trained to pass an export. Groups of 4-bit weights allow 32 at most. The
 rest runs in float32: by itself it would take bfloat16 where the CPU has it, which is not what was verified.
@@ -58,7 +58,7 @@ def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -
 
 
 def _lower_static(layer: Int8StaticLinear) -> None:
-    dequantize, gain = _quantizer(layer), _gain(layer)
+    dequantize, gain = _dequantizer(layer), _gain(layer)
 
     def function(codes: Tensor, weight: Tensor, start: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         w = onnx_graph.node("DequantizeLinear", [weight, gain], weight.shape, torch.float32, axis=0)
@@ -68,7 +68,7 @@ def _lower_static(layer: Int8StaticLinear) -> None:
 
 
 def _lower_conv(layer: Int8StaticConv) -> None:
-    dequantize, gain = _quantizer(layer), _gain(layer)
+    dequantize, gain = _dequantizer(layer), _gain(layer)
     kernel = layer.geometry[0]
     codes = layer.codes.unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2).contiguous()  # [N, C, height, width]
     weight = onnx_graph.buffer(layer, "weight_NCHW", codes)
@@ -83,11 +83,9 @@ def _lower_conv(layer: Int8StaticConv) -> None:
     layer.function = function
 
 
-def _quantizer(layer: Any) -> Callable[[Tensor], Tensor]:
+def _dequantizer(layer: Any) -> Callable[[Tensor], Tensor]:
     """Has a layer quantize its input by QuantizeLinear; the function from codes back to float32."""
-    scale = onnx_graph.buffer(layer, "input_step", layer.input_scale, torch.float32)
-    zero = onnx_graph.buffer(layer, "zero", layer.zero_point, torch.uint8)
-    layer.quantize = lambda x: onnx_graph.node("QuantizeLinear", [x.float(), scale, zero], x.shape, torch.uint8)
+    scale, zero = onnx_graph.quantizer(layer)
     return lambda codes: onnx_graph.node("DequantizeLinear", [codes, scale, zero], codes.shape, torch.float32)
 
 
