@@ -6,9 +6,10 @@
     python benchmarks/quality.py --out out/quick --quick
 
 A cell is a task, a method, a scheme and a seed. Cells of a seed share initial weights, batches and their order, steps,
-learning rate and random numbers: `float` trains the control, `ptq` quantizes that control, `qat` trains again from
-the same start with quantization simulated. Each is scored on the same held-out examples as the converted model, whose
-integer arithmetic is that of the artifact. A finished cell is a JSON file with every example's score.
+random numbers and, but for `Settings.qat_lr`, the learning rate: `float` trains the control, `ptq` quantizes that
+control, `qat` trains again from the same start with quantization simulated, `taught` as `qat`, but by the control's
+logits alone. Each is scored on the same held-out examples as the converted model, whose integer arithmetic is that of
+the artifact. A finished cell is a JSON file with every example's score.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ from quality_tasks import TASKS, Data, Settings, Task, inputs_of, scores
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_accel import AccelModule, QuantConfig, QuantizationAwareTraining, quantize_model
+from lightning_accel import (
+    AccelModule,
+    Distillation,
+    DistillConfig,
+    QuantConfig,
+    QuantizationAwareTraining,
+    quantize_model,
+)
 from lightning_accel.measure import machine, versions
 from lightning_accel.quantize import quantization_coverage
 from lightning_accel.select import count_flops
 
+TAUGHT = DistillConfig(temperature=1.0, alpha=1.0)
 LEAST = 0.5  # share of FLOPs that a scheme must reach for its figures to say anything
 
 
@@ -59,7 +68,7 @@ def cells(tasks: list[str], seeds: list[int]) -> Iterator[Cell]:
     for seed in seeds:
         for name in tasks:
             yield Cell(name, "float", None, seed)
-            for method in ("ptq", "qat"):
+            for method in TASKS[name].methods:
                 yield from (Cell(name, method, scheme, seed) for scheme in TASKS[name].schemes)
 
 
@@ -84,8 +93,12 @@ def run(cell: Cell, task: Task, settings: Settings, data: Data, out: Path) -> di
         if cell.method == "ptq":
             model.load_state_dict(torch.load(control))
         else:
-            qat = QuantizationAwareTraining(config, settings.begin, module="model")
-            fit(model, replace(settings, lr=settings.qat_lr or settings.lr), data, cell.seed, qat)
+            callbacks: list[pl.Callback] = [QuantizationAwareTraining(config, settings.begin, module="model")]
+            if cell.method == "taught":
+                teacher = task.build().eval()
+                teacher.load_state_dict(torch.load(control))
+                callbacks.append(Distillation(TAUGHT, teacher=teacher, student="model"))
+            fit(model, replace(settings, lr=settings.qat_lr or settings.lr), data, cell.seed, *callbacks)
         ranges = calibration(settings, data) if cell.method == "ptq" else None  # QAT has found its own
         model = quantize_model(model, config, calibration=ranges)
     for part, batches in (("validation", data.validation), ("scores", data.test)):
@@ -163,7 +176,7 @@ def run_all(tasks: list[str], seeds: list[int], out: Path, quick: bool) -> None:
     for cell in cells(tasks, seeds):
         task = TASKS[cell.task]
         settings = task.quick if quick else task.settings
-        settings = settings if cell.method == "qat" else replace(settings, qat_lr=None)
+        settings = settings if cell.method in ("qat", "taught") else replace(settings, qat_lr=None)
         if _finished(cell, settings, out):
             continue
         if cell.task not in loaded:

@@ -12,6 +12,7 @@ from quality_tasks import Task
 from scipy.stats import t
 from torch import Tensor
 
+LABELS = {"ptq": "PTQ", "qat": "QAT", "taught": "QAT, taught by the control"}
 Saved = dict[int, dict[str, Any]]  # seed -> cell as saved
 
 
@@ -58,7 +59,7 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
     control = _read(folder, "float", seeds)
     unit, scale, form = ("loss/token", 1, ".4f") if task.loss else ("accuracy %", 100, ".2f")
     heads = [task.title, unit, "difference, 95 %", "of each seed"]
-    heads += ["recovered by QAT"] * task.loss + ["FLOPs quantized", "parameters quantized", "bytes of float's"]
+    heads += ["recovered of PTQ's loss"] * task.loss + ["FLOPs quantized", "parameters quantized", "bytes of float's"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     if not control:
         return "\n".join([*lines, f"| float | not run |{' |' * (len(heads) - 2)}"])
@@ -66,22 +67,23 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
     lines.append(f"| float | {scale * _scores(control).mean():{form}} | | {each} |{' |' * (len(heads) - 4)}")
     for scheme in task.schemes:
         apart: dict[str, tuple[list[int], Tensor]] = {}
-        for method in ("ptq", "qat"):
+        for method in task.methods:
+            label = f"{scheme} {LABELS[method]}"
             saved = {s: cell for s, cell in _read(folder, f"{method}-{scheme}", seeds).items() if s in control}
             done = {s: cell for s, cell in saved.items() if "unavailable" not in cell}
             if not done:
                 why = next((cell["unavailable"] for cell in saved.values()), "not run")
-                lines.append(f"| {scheme} {method.upper()} | {why} |{' |' * (len(heads) - 2)}")
+                lines.append(f"| {label} | {why} |{' |' * (len(heads) - 2)}")
                 continue
             ours = _scores(done)
             differences = ours - _scores({s: control[s] for s in done})
             apart[method] = (sorted(done), differences)
             mean, half = paired(differences)
-            row = [f"{scheme} {method.upper()}", f"{scale * ours.mean():{form}}",
+            row = [label, f"{scale * ours.mean():{form}}",
                    f"{scale * mean:+{form}} ± {scale * half:{form}}",
                    ", ".join(f"{scale * d:+{form}}" for d in differences.mean(1).tolist())]
             cell = next(iter(done.values()))
-            row += [_share(apart)] * task.loss
+            row += [_share(apart, method)] * task.loss
             row += [f"{100 * cell['share_of_flops']:.1f} %", f"{100 * cell['share_of_parameters']:.1f} %",
                     f"{cell['bytes'] / cell['float_bytes']:.3f}"]
             lines.append("| " + " | ".join(row) + " |")
@@ -99,12 +101,12 @@ def _notes(task: Task, control: Saved) -> list[str]:
             f"{before:.4f} before training to {after:.4f} (seed {min(control)}).", ""]
 
 
-def _share(apart: dict[str, tuple[list[int], Tensor]]) -> str:
-    """The share recovered, once PTQ and QAT of the same seeds are there."""
-    if "qat" not in apart or apart.get("ptq", ([], None))[0] != apart["qat"][0]:
+def _share(apart: dict[str, tuple[list[int], Tensor]], method: str) -> str:
+    """The share that a method recovers, once PTQ and the method were run with the same seeds."""
+    if method == "ptq" or apart.get("ptq", ([], None))[0] != apart[method][0]:
         return ""
-    share, low, high = recovered(apart["ptq"][1], apart["qat"][1])
-    by_seed = (1 - apart["qat"][1].sum(1) / apart["ptq"][1].sum(1)).tolist()
+    share, low, high = recovered(apart["ptq"][1], apart[method][1])
+    by_seed = (1 - apart[method][1].sum(1) / apart["ptq"][1].sum(1)).tolist()
     return f"{share:.0%} ({low:.0%} to {high:.0%}; {', '.join(f'{s:.0%}' for s in by_seed)})"
 
 

@@ -48,6 +48,7 @@ class Task:
 
     Args:
         loss: whether scores are nats a token (each of a block); else they are 1 where an example is right.
+        methods: what is compared with the float control (`quality.py` says what each is).
     """
 
     title: str
@@ -57,6 +58,7 @@ class Task:
     load: Callable[[Settings], Data]
     build: Callable[[], nn.Module]
     loss: bool = False
+    methods: tuple[str, ...] = ("ptq", "qat")
 
 
 def inputs_of(batch: Batch) -> Any:
@@ -261,10 +263,9 @@ TASKS = {
     "smollm2": Task(
         "SmolLM2-135M, Brown corpus",
         FOUR_BITS,
-        Settings(train=1100, validation=16, test=64, epochs=1, batch=4, lr=1e-4, begin=0.0, precision=BF16,
-                 qat_lr=2e-4),
+        Settings(train=300, validation=16, test=64, epochs=1, batch=1, lr=5e-5, begin=0.0, precision=BF16, qat_lr=1e-4),
         Settings(train=4, validation=1, test=2, epochs=1, batch=2, lr=1e-5, begin=0.0, precision=BF16),
-        load_brown, build_smollm2, loss=True,
+        load_brown, build_smollm2, loss=True, methods=("ptq", "taught", "qat"),
     ),
     "cnn": Task(
         "CNN with BatchNorm (0.24 M), Fashion-MNIST",

@@ -49,7 +49,7 @@ def test_each_cell_scores_the_same_held_out_examples(quick: Path) -> None:
         control = saved(quick, f"{task}/seed0/float")
         assert control["settings"]["test"] == len(control["scores"])
         for scheme in schemes:
-            for method in ("ptq", "qat"):
+            for method in TASKS[task].methods:
                 cell = saved(quick, f"{task}/seed0/{method}-{scheme}")
                 assert len(cell["scores"]) == len(control["scores"])
                 assert cell["settings"] == control["settings"]
