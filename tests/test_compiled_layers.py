@@ -9,7 +9,7 @@ import pytest
 import torch
 from compiled import Built, build
 from kernels import linear_bound
-from test_norms import live
+from test_norms import Same, live
 from torch import Tensor, nn
 
 from lightning_accel import QuantConfig, prepare_
@@ -22,7 +22,8 @@ CONFIG = QuantConfig(
     "int8-static",
     overrides={"int4_weight": "int4-weight", "int4_int8": "int4-int8", "table": "int4-weight", "dynamic.*": "int8"},
 )
-STATIC = ("linear", "bare", "conv2d", "conv1d", "pointwise", "feed_forward")
+CONVS = ("conv2d", "conv1d", "pointwise", "depthwise", "same", "groups", "chain")
+STATIC = ("linear", "bare", *CONVS, "feed_forward")
 WIDTH = 64
 
 
@@ -38,12 +39,19 @@ class EveryLayer(nn.Module):
         self.conv2d = nn.Sequential(nn.Conv2d(3, 21, 3, stride=2, padding=1, bias=False), live(nn.BatchNorm2d(21)))
         self.conv1d = nn.Conv1d(9, 7, 5, padding="same", dilation=2, padding_mode="replicate")
         self.pointwise = nn.Conv2d(3, 5, 1)
+        self.depthwise = nn.Conv2d(70, 70, 3, stride=2, padding=1, groups=70)
+        self.same = nn.Sequential(Same(70, 70, 5, groups=70, bias=False, before=(2, 2, 1, 3)), live(nn.BatchNorm2d(70)))
+        self.groups = Same(3, 6, 3, groups=3)
+        middle = nn.Conv2d(70, 70, 3, groups=70), live(nn.BatchNorm2d(70)), nn.ReLU()
+        self.chain = nn.Sequential(nn.Conv2d(70, 70, 1), nn.ReLU6(inplace=True), *middle, nn.Conv2d(70, 9, 1))
         self.feed_forward, self.dynamic = (
             nn.Sequential(nn.Linear(WIDTH, 90), nn.ReLU(), nn.Linear(90, 11)) for _ in range(2)
         )
 
     def forward(self, ids: Tensor, x: Tensor, image: Tensor) -> dict[str, Tensor]:
+        deep = image.repeat(1, 24, 1, 1)[:, :70]
         given = {"table": ids, "bare": x[..., :5], "conv2d": image, "conv1d": image[:, 1], "pointwise": image}
+        given |= {"depthwise": deep, "same": deep, "groups": image, "chain": deep}
         return {name: module(given.get(name, x)) for name, module in self.named_children()}
 
 

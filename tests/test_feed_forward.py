@@ -293,6 +293,63 @@ def count(program: torch.export.ExportedProgram, name: str) -> int:
     return sum(str(node.target) == f"lightning_accel.{name}.default" for node in program.graph.nodes)
 
 
+class Turned(nn.Module):
+    """[batch, width, length], as a convolution has it, around a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x.mean()
+
+
+def convolutions(between: nn.Module, dims: int = 2, **options: Any) -> nn.Module:
+    """Three convolutions, one of them depthwise, with `between` after the first and a ReLU6 after the second."""
+    torch.manual_seed(0)
+    conv = nn.Conv1d if dims == 1 else nn.Conv2d
+    last = nn.ReLU6(inplace=True), conv(8, 4, 1)
+    return nn.Sequential(conv(3, 8, 3, **options), between, conv(8, 8, 3, groups=8), *last).eval()
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize(
+    ("between", "pairs"),
+    [
+        (nn.Identity(), 2), (nn.ReLU(), 2), (nn.ReLU6(inplace=True), 2), (nn.Hardtanh(-0.1, 0.2), 2), (nn.SiLU(), 1),
+        (nn.Hardtanh(0.1, 0.2), 1), (nn.AvgPool1d(1), 1), (Turned(nn.ReLU()), 1),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_convolutions_put_out_the_codes_of_the_next_one(between: nn.Module, pairs: int, dims: int) -> None:
+    if isinstance(between, nn.AvgPool1d) and dims == 2:
+        between = nn.AvgPool2d(1)
+    model = convolutions(between, dims)
+    x = 2 * torch.randn(2, 3, *(9,) * dims, generator=torch.Generator().manual_seed(0))
+    exported, example = program(model, (x,), "int8-static")
+    expected = quantize_model(model, QuantConfig("int8-static"), [x] * 8)(x)
+    assert fuse(exported) == pairs and count(exported, "int8_static_conv2d_coded") == pairs
+    exported.graph.lint()
+    (y,) = exported.module()(*example)
+    assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_a_convolution_whose_output_is_used_twice_puts_out_floats() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.left, self.right = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.stem(x))
+            return self.left(y) + self.right(y)
+
+    exported, _ = program(Twice().eval(), (torch.randn(2, 3, 5, 5),), "int8-static")
+    assert fuse(exported) == 0
+
+
 def encoder(activation: Any) -> nn.Module:
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(32, 4, 48, activation=activation, batch_first=True)

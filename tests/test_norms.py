@@ -88,6 +88,7 @@ GEOMETRY = {
     "padding": st.sampled_from([0, 1, (0, 1), "same"]),
     "dilation": st.sampled_from([1, 2]),
     "mode": st.sampled_from(["zeros", "reflect", "circular", "replicate"]),
+    "groups": st.sampled_from([1, 2, "depthwise", "multiplied"]),
     "norm": st.booleans(),
     "bias": st.booleans(),
     "seed": st.integers(0, 100),
@@ -98,12 +99,16 @@ GEOMETRY = {
 @settings(deadline=None, max_examples=100)
 @given(**GEOMETRY)
 def test_a_converted_convolution_is_the_fake_quantized_one_with_its_norm(
-    size: int, channels: int, out: int, kernel: Any, stride: Any, padding: Any, dilation: int, mode: str, norm: bool,
-    bias: bool, seed: int,
+    size: int, channels: int, out: int, kernel: Any, stride: Any, padding: Any, dilation: int, mode: str, groups: Any,
+    norm: bool, bias: bool, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     stride = 1 if padding == "same" else stride
-    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=bias, padding_mode=mode)
+    if groups == 2:
+        channels, out = 2 * channels, 2 * out
+    elif groups != 1:
+        out, groups = channels * (2 if groups == "multiplied" else 1), channels
+    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias, mode)
     data = [torch.randn(2, channels, size, size) for _ in range(8)]
     model = prepared(nn.Sequential(conv, live(nn.BatchNorm2d(out)) if norm else nn.Identity()).eval(), data)
     fake, converted = model(data[0]), convert_(copy.deepcopy(model))
@@ -306,19 +311,175 @@ def test_a_convolutions_codes_do_not_move_with_the_statistics_of_a_batch() -> No
     assert torch.equal(convert_(copy.deepcopy(model))[0].codes, codes)
 
 
-def test_coverage_counts_convolutions_and_names_those_in_groups() -> None:
+def test_coverage_counts_convolutions_in_groups_too_and_names_transposed_ones() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1),
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1, groups=2),
         nn.ConvTranspose2d(4, 4, 2),
     ).eval()  # fmt: skip
     data = images()
     coverage = quantization_coverage(quantize_model(model, STATIC, data), count_flops(model, (data[0],), {}))
-    reasons = {e.name: (e.done, e.reason) for e in coverage.entries}
-    assert reasons["0"] == ("int8-static", None) and reasons["4"][0] == "int8-static"
-    assert reasons["3"] == (None, "convolutions in groups have no integer kernel") and reasons["5"][0] is None
-    flops = {e.name: e.flops for e in coverage.entries}
-    assert flops["0"] == 2 * 4 * 8 * 100 * 27 and "1" not in flops
+    entries = {e.name: e for e in coverage.entries}
+    assert {e.done for name, e in entries.items() if name != "5"} == {"int8-static"} and entries["5"].done is None
+    assert entries["0"].flops == 2 * 4 * 8 * 100 * 27 and "1" not in entries
+    assert entries["3"].parameters == 72 and entries["3"].flops == 2 * 4 * 8 * 64 * 9
+
+
+# --- subclasses -------------------------------------------------------------------------------------------------------
+
+
+class Same(nn.Conv2d):
+    """TensorFlow's padding for one size of images, as EfficientNet's ports have it."""
+
+    def __init__(self, *args: Any, before: tuple[int, ...] = (0, 1, 0, 1), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stride = [*self.stride]
+        self.static_padding = nn.ZeroPad2d(before) if any(before) else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.static_padding(x)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Padded1d(nn.Conv1d):
+    """Causal: it sees no later steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
+
+
+class Dynamic(nn.Conv2d):
+    """Pads as much as the size asks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, x.shape[-1] % 2)))
+
+
+class Noting(nn.Conv2d):
+    """Keeps its last input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return super().forward(x)
+
+
+class Ones(nn.Conv2d):
+    """Pads with ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 1), value=1.0))
+
+
+class Cut(nn.Conv2d):
+    """Takes a pixel off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (-1, 0)))
+
+
+class Standardized(nn.Conv2d):
+    """Convolves with another weight than its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Doubled(nn.Conv2d):
+    """Computes more than the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Unbiased(nn.Conv2d):
+    """Has a bias and leaves it out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, None)
+
+
+class Strided(nn.Conv2d):
+    """Another stride than it says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, 2)
+
+
+class InTraining(nn.Conv2d):
+    """Something else in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 1)) if self.training else x)
+
+
+GEOMETRY_OF_SUBCLASSES = {
+    "before": st.tuples(*[st.integers(0, 2)] * 4),
+    "kernel": st.sampled_from([1, 3, (3, 2)]),
+    "stride": st.sampled_from([1, 2]),
+    "padding": st.sampled_from([0, 1, (0, 2), "same"]),
+    "groups": st.sampled_from([1, 2, 6]),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 100),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(deadline=None, max_examples=60)
+@given(**GEOMETRY_OF_SUBCLASSES)
+def test_a_subclass_that_only_pads_is_quantized_and_restored(
+    before: tuple[int, ...], kernel: Any, stride: int, padding: Any, groups: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    stride = 1 if padding == "same" else stride
+    conv = Same(6, 6, kernel, stride, padding, groups=groups, bias=bias, before=before)
+    model = nn.Sequential(conv, live(nn.BatchNorm2d(6))).eval()
+    plain, data = copy.deepcopy(model), [torch.randn(2, 6, 6, 7) for _ in range(8)]
+    keys, attributes = list(model.state_dict()), [set(vars(m)) for m in model.modules()]
+    prepared(model, data)
+    assert list(model.state_dict()) == keys and model[0].__dict__["norm"] is model[1]
+    fake, converted = model(data[0]), convert_(copy.deepcopy(model))
+    y = converted(data[0])
+    terms = conv.weight[0].numel()
+    assert y.shape == plain(data[0]).shape and isinstance(converted[0], Int8StaticConv)
+    assert ((y.double() - fake.double()).abs() <= 4 * error_bound(converted[0], terms)[:, None, None]).all()
+    unprepare_(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert torch.equal(model(data[0]), plain(data[0]))
+
+
+def test_a_causal_convolution_in_one_dimension_is_quantized() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(2, 4, 20) for _ in range(8)]
+    model = prepared(nn.Sequential(Padded1d(4, 6, 3, dilation=2)).eval(), data)
+    converted = convert_(copy.deepcopy(model))
+    torch.testing.assert_close(converted(data[0]), model(data[0]), atol=2e-6, rtol=1e-5)
+    later = data[0].clone()
+    later[..., 11:] = 9.0
+    assert torch.equal(converted(later)[..., :11], converted(data[0])[..., :11])
+
+
+OTHERS = [Dynamic, Noting, Ones, Cut, Standardized, Doubled, Unbiased, Strided, InTraining]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_subclass_that_computes_anything_else_stays_in_float(kind: type[nn.Conv2d]) -> None:
+    model = nn.Sequential(kind(3, 4, 3), nn.Conv2d(4, 4, 1)).eval()
+    before, expected = set(vars(model[0])), model[0](images()[0])
+    reasons = {e.name: e.reason for e in prepare_(model, STATIC).entries}
+    assert reasons == {"0": "a subclass of Conv2d may compute something else", "1": None}
+    assert type(model[0]) is kind and before == set(vars(model[0])) - {"fallback", "last"}
+    assert torch.equal(model[0](images()[0]), expected)
+
+
+def test_a_subclass_with_a_hook_on_its_padding_or_a_forward_of_its_own_stays_in_float() -> None:
+    hooked, own = Same(3, 4, 3), Same(3, 4, 3)
+    hooked.static_padding.register_forward_hook(lambda module, args, y: 2 * y)
+    own.forward = lambda x: x[:, :1]  # type: ignore[method-assign]
+    coverage = prepare_(nn.Sequential(hooked, own, Same(3, 4, 3)), STATIC)
+    assert [e.done for e in coverage.entries] == [None, None, "int8-static"]
+    assert [e.kind for e in coverage.entries] == ["Same"] * 3
+    assert [e.kind for e in prepare_(nn.Sequential(prepared(Same(3, 4, 3), images())), STATIC).entries] == ["Same"]
 
 
 def test_other_schemes_say_what_to_write_for_convolutions() -> None:

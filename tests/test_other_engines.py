@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from test_manifest import problems
+from test_norms import Same
 from test_seq2seq import MAKE
 from torch import nn
 
@@ -132,6 +133,30 @@ def test_convolutions_with_static_ranges_have_the_outputs_of_the_portable_progra
     portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", engine))
     assert error(other(x), portable(x)) < 5e-3, "more than a few codes differ"
     assert other(x[:5]).shape == (5, 5)
+
+
+class Groups(nn.Module):
+    """A depthwise convolution, one in groups of several channels, and one that pads at one end, as TensorFlow does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = Same(3, 16, 3, stride=2)
+        self.depthwise, self.groups = nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.Conv2d(16, 8, 3, groups=4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(nn.functional.relu6(self.stem(x)))
+        return self.head(self.groups(nn.functional.relu6(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_convolutions_in_groups_and_with_uneven_padding_have_the_outputs_of_the_portable_program(tmp_path, engine):
+    x = torch.rand(16, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    options = {"quantize": QuantConfig("int8-static"), "calibration": list(x.split(2)), "engines": ("portable", engine)}
+    export(Groups().eval(), tmp_path / "a", example_inputs=(x[:2],), data=[x], **options)
+    portable, other = (load(tmp_path / "a", engine=name) for name in ("portable", engine))
+    assert error(other(x), portable(x)) < 5e-3, "more than a few codes differ"
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])

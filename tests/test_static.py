@@ -6,6 +6,7 @@ import ctypes
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lightning_accel.quantize import static
 from lightning_accel.quantize.ops import tile
 
 Pair = tuple[int, int]
+Sides = tuple[int, int, int, int]  # top, left, bottom, right
 
 ENTRY = """
 #include "{source}"
@@ -30,13 +32,23 @@ Weights weights(int64_t N, int64_t K, PARTS) {{
   return w;
 }}
 RUN run_linear(const uint8_t* x, PARTS, float* y, int64_t M, int64_t N, int64_t K) {{
-  linear(x, M, weights(N, K, tiles, start, scale, bias), y);
+  const Weights w = weights(N, K, tiles, start, scale, bias);
+  linear(x, M, w, Scaled{{{{w}}, y}});
 }}
 RUN run_conv2d(const uint8_t* x, PARTS, float* y, int64_t B, int64_t H, int64_t W, int64_t C, int64_t OH, int64_t OW,
-    int64_t N, int64_t zero, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
-    int64_t dw) {{
-  const Windows windows{{x, H, W, C, OH, OW, zero, kh, kw, sh, sw, ph, pw, dh, dw}};
-  conv2d(windows, B, weights(N, kh * kw * C, tiles, start, scale, bias), y);
+    int64_t N, int64_t groups, int64_t zero, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t top, int64_t left,
+    int64_t dh, int64_t dw) {{
+  const Windows windows{{x, H, W, C, OH, OW, zero, kh, kw, sh, sw, top, left, dh, dw}};
+  const Weights w = weights(N, kh * kw * C / groups, tiles, start, scale, bias);
+  conv2d(windows, B, groups, w, Scaled{{{{w}}, y}});
+}}
+RUN run_conv2d_coded(const uint8_t* x, PARTS, const float* factor, uint8_t* y, int64_t B, int64_t H, int64_t W,
+    int64_t C, int64_t OH, int64_t OW, int64_t N, int64_t groups, int64_t zero, int64_t kh, int64_t kw, int64_t sh,
+    int64_t sw, int64_t top, int64_t left, int64_t dh, int64_t dw, int64_t out_zero, int64_t least, int64_t most) {{
+  const Windows windows{{x, H, W, C, OH, OW, zero, kh, kw, sh, sw, top, left, dh, dw}};
+  const Weights w = weights(N, kh * kw * C / groups, tiles, start, scale, bias);
+  const Affine as{{*factor, int32_t(out_zero), int32_t(least), int32_t(most)}};
+  conv2d(windows, B, groups, w, Coded{{{{w}}, as, y}});
 }}
 """
 
@@ -67,10 +79,12 @@ class Kernels:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
 
-    def _call(self, name: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], *sizes: int) -> Tensor:
+    def _call(
+        self, name: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], *sizes: int, dtype: Any = torch.float32
+    ) -> Tensor:
         assert all(t.is_contiguous() for t in tensors)
         count = int(np.prod(shape))
-        y = torch.full((count + 64,), float("nan"))
+        y = torch.full((count + 64,), float("nan") if dtype is torch.float32 else 77, dtype=dtype)
         y[count:] = 7.0
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*tensors, y)]
         getattr(self.library, name)(*pointers, *map(ctypes.c_int64, sizes))
@@ -81,15 +95,19 @@ class Kernels:
         n, k = layer.weight.shape
         return self._call("run_linear", (x, tile(layer.weight), *layer.rest()), (len(x), n), len(x), n, k)
 
-    def conv2d(self, x: Tensor, layer: Layer, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-        height, width = (
-            (x.shape[1 + i] + 2 * padding[i] - (kernel[i] - 1) * dilation[i] - 1) // stride[i] + 1 for i in (0, 1)
-        )
-        n, sizes = len(layer.weight), (*x.shape, height, width)
-        windows = (*kernel, *stride, *padding, *dilation)
+    def conv2d(
+        self, x: Tensor, layer: Layer, kernel: Pair, stride: Pair, padding: Sides, dilation: Pair, groups: int,
+        coded: tuple[float, int, int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`coded`: factor, zero point, least and most of codes that come out in place of floats."""
+        n = len(layer.weight)
+        shape = static.conv2d_shape(x.shape[:3], n, *kernel, *stride, *padding, *dilation)
+        sizes = (*x.shape, *shape[1:3], n, groups, layer.zero_point, *kernel, *stride, *padding[:2], *dilation)
         tensors = (x, tile(layer.weight), *layer.rest())
-        shape = (len(x), height, width, n)
-        return self._call("run_conv2d", tensors, shape, *sizes, n, layer.zero_point, *windows)
+        if coded is None:
+            return self._call("run_conv2d", tensors, shape, *sizes)
+        tensors = (*tensors, torch.tensor(coded[0]))
+        return self._call("run_conv2d_coded", tensors, shape, *sizes, *coded[1:], dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module", params=PATHS)
@@ -108,12 +126,19 @@ def assert_linear(kernels: Kernels, x: Tensor, layer: Layer) -> None:
 
 
 def assert_conv2d(
-    kernels: Kernels, x: Tensor, layer: Layer, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
-) -> None:
+    kernels: Kernels, x: Tensor, layer: Layer, kernel: Pair, stride: Pair, padding: Sides, dilation: Pair,
+    groups: int = 1,
+) -> None:  # fmt: skip
     expected = static.int8_static_conv2d_reference(
-        x, layer.weight, *layer.rest(), layer.zero_point, *kernel, stride, padding, dilation
+        x, layer.weight, *layer.rest(), layer.zero_point, *kernel, stride, padding, dilation, groups
     )
-    assert torch.equal(kernels.conv2d(x, layer, kernel, stride, padding, dilation), expected)
+    found = kernels.conv2d(x, layer, kernel, stride, padding, dilation, groups)
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    factor, zero = 150.0 / (1.0 + float(expected.abs().nan_to_num(0, 0, 0).max())), layer.zero_point
+    codes = static.codes_by_factor(expected, factor, zero)
+    for least, most in ((0, 255), (zero, 255), (zero // 2, min(zero + 90, 255))):
+        found = kernels.conv2d(x, layer, kernel, stride, padding, dilation, groups, (factor, zero, least, most))
+        assert torch.equal(found, codes.clamp(least, most))
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -181,17 +206,20 @@ def test_a_range_that_is_not_finite_is_refused(ends: tuple[float, float]) -> Non
         static.affine(*ends)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("zero_point", [0, 7, 255])
-def test_the_references_sums_are_those_of_float64(zero_point: int) -> None:
+def test_the_references_sums_are_those_of_float64(zero_point: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(zero_point)
-    x, layer = codes(2, 9, 8, 5, generator=generator), Layer.random(6, 3 * 2 * 5, zero_point, generator)
-    geometry: tuple[Pair, Pair, Pair] = (2, 1), (1, 2), (1, 2)
-    y = static.int8_static_conv2d_reference(x, layer.weight, *layer.rest(), zero_point, 3, 2, *geometry)
-    weight = layer.weight.double().view(6, 3, 2, 5).permute(0, 3, 1, 2)
-    stride, padding, dilation = geometry
-    values = x.double().permute(0, 3, 1, 2) - zero_point
-    sums = torch.nn.functional.conv2d(values, weight, None, stride, padding, dilation).permute(0, 2, 3, 1)
+    x, layer = codes(2, 9, 8, 6, generator=generator), Layer.random(6, 3 * 2 * 6 // groups, zero_point, generator)
+    stride, (top, left, bottom, right), dilation = (2, 1), (1, 2, 0, 3), (1, 2)
+    y = static.int8_static_conv2d_reference(
+        x, layer.weight, *layer.rest(), zero_point, 3, 2, stride, (top, left, bottom, right), dilation, groups
+    )
+    weight = layer.weight.double().view(6, 3, 2, -1).permute(0, 3, 1, 2)
+    values = torch.nn.functional.pad(x.double().permute(0, 3, 1, 2) - zero_point, (left, right, top, bottom))
+    sums = torch.nn.functional.conv2d(values, weight, None, stride, 0, dilation, groups).permute(0, 2, 3, 1)
     assert torch.equal(y, sums.float() * layer.scale + layer.bias), "padding is 0"
+    layer = Layer.random(6, 30, zero_point, generator)
     rows = x.flatten(1)[:, :30].contiguous()
     sums = (rows.double() - zero_point) @ layer.weight.double().T
     y = static.int8_static_linear_reference(rows, layer.weight, *layer.rest())
@@ -205,10 +233,9 @@ def test_operators_are_registered_with_the_shapes_of_free_sizes() -> None:
     torch.library.opcheck(
         operators.int8_static_linear_tiled.default, (codes(2, 3, 12, generator=generator), *rest),
     )  # fmt: skip
-    torch.library.opcheck(
-        operators.int8_static_conv2d_tiled.default,
-        (codes(2, 7, 6, 2, generator=generator), *rest, 9, 3, 2, 2, 1, 1, 0, 1, 2),
-    )
+    convolution = (codes(2, 7, 6, 2, generator=generator), *rest, 9, 3, 2, 2, 1, 1, 0, 2, 1, 1, 2, 1)
+    torch.library.opcheck(operators.int8_static_conv2d_tiled.default, convolution)
+    torch.library.opcheck(operators.int8_static_conv2d_coded.default, (*convolution, 0.5, 9, 9, 255))
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -220,7 +247,7 @@ def test_a_convolution_is_exported_with_free_batch_and_image(tiled: bool) -> Non
     class Convolution(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             image = static.affine_codes(x, 0.013, 9).permute(0, 2, 3, 1).contiguous()
-            return function(image, weight, *layer.rest(), 9, 3, 3, (2, 1), (1, 0), (1, 2))
+            return function(image, weight, *layer.rest(), 9, 3, 3, (2, 1), (1, 0, 0, 1), (1, 2))
 
     free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
     program = torch.export.export(Convolution(), (torch.randn(2, 2, 9, 10),), dynamic_shapes=(free,)).module()
@@ -241,10 +268,12 @@ def test_a_thousand_layers_are_the_references_bit_by_bit(kernels: Kernels) -> No
         rows, k = choose.randint(1, 40), choose.choice([1, 2, 3, 4, 27, 63, 64, 65, 100, 128])
         assert_linear(kernels, codes(rows, k, generator=generator), Layer.random(n, k, zero_point, generator))
         kernel, stride, dilation = ((choose.randint(1, 3), choose.randint(1, 2)) for _ in range(3))
-        padding, c = (choose.randint(0, 2), choose.randint(0, 3)), choose.choice([1, 2, 3, 4, 7, 16, 65])
+        padding, c = tuple(choose.randint(0, 3) for _ in range(4)), choose.choice([1, 2, 3, 4, 7, 16, 65])
         x = codes(choose.randint(1, 3), choose.randint(7, 10), choose.randint(3, 9), c, generator=generator)
         layer = Layer.random(n, kernel[0] * kernel[1] * c, zero_point, generator)
         assert_conv2d(kernels, x, layer, kernel, stride, padding, dilation)
+        layer = Layer.random(c, kernel[0] * kernel[1], zero_point, generator)
+        assert_conv2d(kernels, x, layer, kernel, stride, padding, dilation, groups=c)
 
 
 @settings(deadline=None, max_examples=60)
@@ -262,20 +291,41 @@ def test_linear_is_the_reference_bit_by_bit(
     st.integers(1, 80),
     pairs,
     pairs,
-    st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    st.tuples(*[st.integers(0, 4)] * 4),
     pairs,
     zero_points,
     st.integers(0, 10**6),
 )
 def test_convolutions_are_the_reference_bit_by_bit(
-    kernels: Kernels, shape: tuple[int, int, int, int], n: int, kernel: Pair, stride: Pair, padding: Pair,
+    kernels: Kernels, shape: tuple[int, int, int, int], n: int, kernel: Pair, stride: Pair, padding: Sides,
     dilation: Pair, zero_point: int, seed: int,
 ) -> None:  # fmt: skip
-    fits = [shape[1 + i] + 2 * padding[i] > (kernel[i] - 1) * dilation[i] for i in (0, 1)]
+    fits = [shape[1 + i] + padding[i] + padding[2 + i] > (kernel[i] - 1) * dilation[i] for i in (0, 1)]
     if all(fits):
         generator = torch.Generator().manual_seed(seed)
         layer = Layer.random(n, kernel[0] * kernel[1] * shape[3], zero_point, generator)
         assert_conv2d(kernels, codes(*shape, generator=generator), layer, kernel, stride, padding, dilation)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.integers(2, 150)),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    pairs,
+    st.tuples(*[st.integers(0, 4)] * 4),
+    pairs,
+    zero_points,
+    st.integers(0, 10**6),
+)
+def test_depthwise_convolutions_are_the_reference_bit_by_bit(
+    kernels: Kernels, shape: tuple[int, int, int, int], kernel: Pair, stride: Pair, padding: Sides, dilation: Pair,
+    zero_point: int, seed: int,
+) -> None:  # fmt: skip
+    fits = [shape[1 + i] + padding[i] + padding[2 + i] > (kernel[i] - 1) * dilation[i] for i in (0, 1)]
+    if all(fits):
+        generator, groups = torch.Generator().manual_seed(seed), shape[3]
+        layer = Layer.random(groups, kernel[0] * kernel[1], zero_point, generator)
+        assert_conv2d(kernels, codes(*shape, generator=generator), layer, kernel, stride, padding, dilation, groups)
 
 
 @pytest.mark.parametrize(("k", "n"), [(64, 64), (192, 130), (61, 67), (1, 15), (1152, 48)])
@@ -292,7 +342,11 @@ def test_layers_of_networks(kernels: Kernels) -> None:
                                                 (256, 7, 256, 3, 1, 1), (64, 28, 33, 1, 1, 0)):  # fmt: skip
         layer = Layer.random(n, kernel * kernel * c, 3, generator)
         x = codes(2, size, size, c, generator=generator)
-        assert_conv2d(kernels, x, layer, (kernel, kernel), (stride, stride), (padding, padding), (1, 1))
+        assert_conv2d(kernels, x, layer, (kernel, kernel), (stride, stride), (padding,) * 4, (1, 1))
+    for c, size, kernel, stride in ((32, 20, 3, 1), (96, 15, 3, 2), (240, 9, 5, 1), (1152, 7, 5, 1)):
+        layer = Layer.random(c, kernel * kernel, 3, generator)
+        x, padding = codes(2, size, size, c, generator=generator), kernel // 2
+        assert_conv2d(kernels, x, layer, (kernel, kernel), (stride, stride), (padding,) * 4, (1, 1), groups=c)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 33])
@@ -312,6 +366,15 @@ def test_the_largest_sums_fit(kernels: Kernels, rows: int) -> None:
             assert torch.equal(kernels.linear(x, layer), expected.expand(rows, 18))
 
 
+@pytest.mark.parametrize("groups", [1, 20])
+def test_codes_of_outputs_that_are_not_finite_are_those_of_activations(kernels: Kernels, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer, x = Layer.random(20, 9 * 20 // groups, 8, generator), codes(1, 5, 5, 20, generator=generator)
+    layer.bias[1], layer.bias[2], layer.bias[17], layer.scale[18] = torch.nan, torch.inf, -torch.inf, torch.inf
+    layer.bias[3], layer.bias[4] = 1e30, -1e30
+    assert_conv2d(kernels, x, layer, (3, 3), (1, 1), (0,) * 4, (1, 1), groups)
+
+
 def test_large_enough_to_run_in_parallel_and_the_same_on_one_thread(kernels: Kernels) -> None:
     generator = torch.Generator().manual_seed(0)
     wide, tall = Layer.random(500, 150, 8, generator), Layer.random(40, 150, 8, generator)
@@ -319,13 +382,15 @@ def test_large_enough_to_run_in_parallel_and_the_same_on_one_thread(kernels: Ker
     few, many = codes(37, 150, generator=generator), codes(900, 150, generator=generator)
     aligned, in_place = Layer.random(96, 64, 8, generator), codes(1024, 64, generator=generator)
     images = codes(5, 28, 28, 16, generator=generator)
+    deep, depthwise = codes(3, 28, 28, 100, generator=generator), Layer.random(100, 9, 8, generator)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert_linear(kernels, few, wide)
             assert_linear(kernels, many, tall)
             assert_linear(kernels, in_place, aligned)
-            assert_conv2d(kernels, images, conv, (3, 3), (1, 1), (1, 1), (1, 1))
+            assert_conv2d(kernels, images, conv, (3, 3), (1, 1), (1,) * 4, (1, 1))
+            assert_conv2d(kernels, deep, depthwise, (3, 3), (1, 1), (1,) * 4, (1, 1), groups=100)
     finally:
         torch.set_num_threads(before)
 

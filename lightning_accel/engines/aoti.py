@@ -37,6 +37,7 @@ _OPERATORS = (  # which the kernels implement
     "int4_int8_linear",
     "int8_static_linear_tiled",
     "int8_static_conv2d_tiled",
+    "int8_static_conv2d_coded",
     "int8_feed_forward",
     "int8_static_feed_forward",
     "attention",
@@ -98,7 +99,8 @@ class CompilerMissing(RuntimeError):
 def lower(model: torch.nn.Module) -> torch.nn.Module:
     """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer.
 
-    An embedding is in tiles only where it is tied to a layer: gathering whole rows is faster.
+    An embedding is in tiles only where it is tied to a layer: gathering whole rows is faster. Convolutions in groups of
+    several channels have no kernel, and stay in aten operators.
     """
     from ..quantize.layers import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
     from ..quantize.ops import int8_embedding_reference, int8_embedding_tiled, int8_linear_tiled, tile
@@ -112,7 +114,7 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
     tiles: dict[int, tuple[Tensor, Tensor]] = {}  # the plain weight is kept too, so that its id stays its own
     modules: list[Any] = list(model.modules())
     for module in modules:
-        if type(module) in functions:
+        if type(module) in functions and not (isinstance(module, Int8StaticConv) and module.in_groups()):
             plain = module.codes
             if id(plain) not in tiles:
                 tiles[id(plain)] = plain, tile(plain)

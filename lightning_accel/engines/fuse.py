@@ -1,7 +1,11 @@
-"""Feed-forward blocks of a captured program: two integer layers and the activation between them become one operator.
+"""Integer layers of a captured program that follow each other: what is between them goes into an operator.
 
-A block is found where the first layer's output goes through one activation into the second layer, and nowhere else, in
-float32. What torch.export leaves on the way and computes nothing is passed over. All else stays as it is.
+Feed-forward blocks, two layers and the activation between them, become one operator. A convolution whose output goes
+into another one, past a ReLU, a ReLU6 or another clamp at most, puts out the codes that the other takes: the codes of
+clamped values are clamped codes.
+
+Both are found where the first layer's output goes to the second, and nowhere else, in float32. What torch.export leaves
+on the way and computes nothing is passed over. All else stays as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +20,13 @@ _aten = torch.ops.aten
 
 
 def fuse(program: torch.export.ExportedProgram) -> int:
-    """Fuses the feed-forward blocks of `program`, in place, and returns how many there were."""
+    """Fuses integer layers of `program`, in place, and returns how many pairs there were."""
+    found = _feed_forwards(program) + _convolutions(program)
+    program.graph_module.recompile()
+    return found
+
+
+def _feed_forwards(program: torch.export.ExportedProgram) -> int:
     from ..quantize.fused import ACTIVATIONS
 
     operators = torch.ops.lightning_accel
@@ -32,7 +42,32 @@ def fuse(program: torch.export.ExportedProgram) -> int:
         code = list(ACTIVATIONS).index(activation[0])
         _become(second, fused.default, (*_all(first), *_all(second)[1:], code, *quantization))
         found += 1
-    program.graph_module.recompile()
+    return found
+
+
+def _convolutions(program: torch.export.ExportedProgram) -> int:
+    operators = torch.ops.lightning_accel
+    found = 0
+    for node in list(program.graph.nodes):
+        x, factor, zero_point = _affine(node)
+        clamped = _image(x)
+        limits = _clamp(clamped)
+        turned = clamped if limits is None else _image(clamped.args[0])  # type: ignore[union-attr]
+        conv = _alone(turned.args[0]) if turned is not None and _is_permute(turned, _NCHW) else None
+        if conv is None or conv.target is not operators.int8_static_conv2d_tiled.default or node.meta["val"].dim() != 4:
+            continue
+        least, most = (_code(limit, factor, zero_point) for limit in limits or (-math.inf, math.inf))
+        with program.graph.inserting_before(node):
+            arguments = (*_all(conv), factor, zero_point, least, most)
+            coded = program.graph.call_function(operators.int8_static_conv2d_coded.default, arguments)
+        coded.meta["val"] = node.meta["val"].permute(_NHWC)
+        for user in [user for user in node.users if _is_permute(user, _NHWC)]:
+            user.replace_all_uses_with(coded)
+            program.graph.erase_node(user)
+        _become(node, _aten.permute.default, (coded, list(_NCHW)))
+        if not _uses(node):
+            _erase(dict.fromkeys([node]))
+        found += 1
     return found
 
 
@@ -40,6 +75,11 @@ def _become(node: Node, operator: Any, arguments: tuple) -> None:
     """Makes `node` call `operator`, under its own name, and takes out what only it used."""
     idle = dict.fromkeys(node.all_input_nodes)
     node.target, node.args, node.kwargs = operator, arguments, {}
+    _erase(idle)
+
+
+def _erase(idle: dict[Node, None]) -> None:
+    """Takes out those nodes that nothing uses, and what only they used."""
     while idle:
         before, _ = idle.popitem()
         if before.op == "call_function" and not _uses(before):
@@ -110,6 +150,42 @@ def _affine(node: Any) -> tuple[Any, Any, Any]:
         return nothing
     same = _operands(equal, _aten.eq.Tensor) == (clamped, clamped) and isinstance(offset, int) and offset == zero_point
     return (x, factor, zero_point) if same else nothing
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+_NCHW, _NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def _image(node: Any) -> Node | None:
+    """`_alone`, past the height of 1 that one-dimensional convolutions are given and lose."""
+    found = _alone(node)
+    while found is not None and found.target in (_aten.squeeze.dim, _aten.unsqueeze.default) and found.args[1] == -2:
+        found = _alone(found.args[0])
+    return found
+
+
+def _is_permute(node: Node, order: tuple[int, ...]) -> bool:
+    return node.target is _aten.permute.default and tuple(node.args[1]) == order  # type: ignore[arg-type]
+
+
+def _clamp(node: Node | None) -> tuple[float, float] | None:
+    """The least and the most that `node` leaves of values, if it is a clamp around 0."""
+    if node is None:
+        return None
+    if node.target in (_aten.relu.default, _aten.relu_.default):
+        return 0.0, math.inf
+    if node.target in (_aten.hardtanh.default, _aten.hardtanh_.default, _aten.clamp.default, _aten.clamp_.default):
+        _, low, high = _all(node)
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        return (low, high) if low <= 0 <= high else None
+    return None
+
+
+def _code(value: float, factor: float, zero_point: int) -> int:
+    from ..quantize.static import codes_by_factor
+
+    return int(codes_by_factor(torch.tensor(value), factor, zero_point))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------

@@ -88,21 +88,15 @@ def _lower_static(layer: Int8StaticLinear) -> None:
 
 def _lower_conv(layer: Int8StaticConv) -> None:
     _, zero = onnx_graph.quantizer(layer)
-    kernel = layer.geometry[0]
-    weight = layer.codes.unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2)  # [N, C, height, width]
+    weight = onnx_graph.weight_NCHW(layer)
     around = onnx_graph.buffer(layer, "weight_NCHW", (weight.int() + _MIDDLE).to(torch.uint8).contiguous())
     middle = onnx_graph.buffer(layer, "middle", _MIDDLE, torch.uint8)
 
     def function(
         codes: Tensor, _: Tensor, start: Tensor, scale: Tensor, bias: Tensor, zero_point: int, *window: Any
     ) -> Tensor:
-        height, width, stride, padding, dilation = window
         x = codes.permute(0, 3, 1, 2)
-        sizes = [(x.shape[2 + i] + 2 * padding[i] - (kernel[i] - 1) * dilation[i] - 1) // stride[i] + 1 for i in (0, 1)]
-        sums = onnx_graph.node(
-            "ConvInteger", [x, around, zero, middle], (x.shape[0], weight.shape[0], *sizes), torch.int32,
-            kernel_shape=[height, width], strides=list(stride), dilations=list(dilation), pads=[*padding, *padding],
-        )  # fmt: skip
+        sums = onnx_graph.convolution("ConvInteger", x, [around, zero, middle], torch.int32, *window)
         return sums.float().permute(0, 2, 3, 1) * scale + bias
 
     layer.function = function

@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..capture import Capture
     from ..loaded import Run
-    from ..quantize.layers import Int4Embedding, Int4Linear
+    from ..quantize.layers import Int4Embedding, Int4Linear, Int8StaticConv
 
 OPSET = 21  # the first with 4-bit weights and blocks in DequantizeLinear
 MOST_BYTES = 2**31 - 2**20  # of one protobuf file
@@ -32,6 +32,26 @@ def node(op: str, inputs: Sequence[Tensor], shape: Sequence[Any], dtype: torch.d
     operators: Any = torch.onnx.ops
     version = 1 if "::" in op else OPSET
     return operators.symbolic(op, inputs, attributes, dtype=dtype, shape=tuple(shape), version=version)
+
+
+def convolution(
+    op: str, x: Tensor, rest: Sequence[Tensor], dtype: torch.dtype, height: int, width: int, stride: tuple[int, int],
+    padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int,
+) -> Tensor:  # fmt: skip
+    """[B, N, OH, OW] of `x` [B, C, H, W] by a node for convolutions, which takes the weight [N, ..] first of `rest`."""
+    from ..quantize.static import conv2d_shape
+
+    sizes = (x.shape[0], *x.shape[2:])
+    batch, *size, channels = conv2d_shape(sizes, len(rest[0]), height, width, *stride, *padding, *dilation)
+    return node(
+        op, [x, *rest], (batch, channels, *size), dtype, kernel_shape=[height, width], strides=list(stride),
+        pads=list(padding), dilations=list(dilation), group=groups,
+    )  # fmt: skip
+
+
+def weight_NCHW(layer: Int8StaticConv) -> Tensor:
+    """int8 [N, C / groups, height, width] of a convolution."""
+    return layer.codes.unflatten(1, (*layer.geometry[0], -1)).permute(0, 3, 1, 2).contiguous()
 
 
 def int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:

@@ -69,16 +69,14 @@ def _lower_static(layer: Int8StaticLinear) -> None:
 
 def _lower_conv(layer: Int8StaticConv) -> None:
     dequantize, gain = _dequantizer(layer), _gain(layer)
-    kernel = layer.geometry[0]
-    codes = layer.codes.unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2).contiguous()  # [N, C, height, width]
-    weight = onnx_graph.buffer(layer, "weight_NCHW", codes)
+    weight = onnx_graph.buffer(layer, "weight_NCHW", onnx_graph.weight_NCHW(layer))
 
     def function(
         codes: Tensor, _: Tensor, start: Tensor, scale: Tensor, bias: Tensor, zero_point: int, *window: Any
     ) -> Tensor:
-        stride, padding, dilation = window[2:]
         w = onnx_graph.node("DequantizeLinear", [weight, gain], weight.shape, torch.float32, axis=0)
-        return F.conv2d(dequantize(codes.permute(0, 3, 1, 2)), w, bias, stride, padding, dilation).permute(0, 2, 3, 1)
+        x = dequantize(codes.permute(0, 3, 1, 2))  # back as it was: no transposition is left between the two
+        return onnx_graph.convolution("Conv", x, [w, bias], torch.float32, *window).permute(0, 2, 3, 1)
 
     layer.function = function
 

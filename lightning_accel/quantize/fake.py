@@ -27,6 +27,7 @@ from .int4 import round_groups
 from .layers import check_not_converted
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
 from .ops import MOST_INT8_INPUTS, round_rows
+from .padded import zero_padding
 from .ranges import AffineFakeQuantizer
 from .static import MOST_INPUTS
 
@@ -168,7 +169,7 @@ def prepare_as_planned_(model: nn.Module, config: QuantConfig, coverage: Coverag
     modules = dict(select.named_modules(model))
     for entry in coverage.entries:
         module = modules[entry.name]
-        if entry.done is not None and type(module) in _FAKE:
+        if entry.done is not None and type(module) not in _PLAIN:
             _swap_class(module, entry.name, entry.done, config)
         if entry.reason is not None:
             module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
@@ -230,7 +231,8 @@ def unprepare_(model: nn.Module) -> nn.Module:
                 delattr(module, quantizer)
             if (norm := module.__dict__.pop("norm", None)) is not None:
                 thaw_norm_(norm)
-            module.__class__ = _PLAIN[type(module)]
+            module.__dict__.pop("around", None)
+            module.__class__ = module.__dict__.pop("float_class", _PLAIN[type(module)])
         elif type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
     return model
@@ -259,7 +261,7 @@ def _most_inputs(module: nn.Module) -> int:
 
 
 def _kind(module: nn.Module) -> str:
-    return _PLAIN.get(type(module), type(module)).__name__
+    return module.__dict__.get("float_class", _PLAIN.get(type(module), type(module))).__name__
 
 
 def _in_fused_operators(model: nn.Module) -> dict[int, str]:
@@ -293,16 +295,17 @@ def _why_not(module: nn.Module, scheme: str | None, known: str | None) -> str | 
     if scheme is None or known is not None:
         return known if scheme is not None else "excluded by overrides"
     if type(module) not in _FAKE and type(module) not in _PLAIN:
-        parent = next((plain.__name__ for plain in _FAKE if isinstance(module, plain)), None)
-        return f"a subclass of {parent} may compute something else" if parent else f"no {scheme} form of this module"
+        parent = next((plain for plain in _FAKE if isinstance(module, plain)), None)
+        if parent is None:
+            return f"no {scheme} form of this module"
+        if not issubclass(parent, nn.Conv1d | nn.Conv2d) or zero_padding(module) is None:
+            return f"a subclass of {parent.__name__} may compute something else"
     if any(isinstance(value, Tensor) and name.endswith(("weight", "bias")) for name, value in vars(module).items()):
         return "a hook makes its weight (weight_norm, spectral_norm, prune of torch.nn.utils); remove it before"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients is not supported"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and scheme != "int8-static":
         return f"{scheme} has no form of convolutions; write overrides={{'pattern': 'int8-static'}} for it"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
-        return "convolutions in groups have no integer kernel"
     if scheme == "int8-static" and _most_inputs(module) > MOST_INPUTS:
         return f"sums over more than {MOST_INPUTS:,} inputs could overflow int32"
     return None
@@ -378,9 +381,13 @@ def _check_tied(modules: dict[str, nn.Module], schemes: dict[str, str | None]) -
 
 
 def _swap_class(module: Any, name: str, scheme: str, config: QuantConfig) -> None:
+    if type(module) not in _FAKE:  # a convolution that pads with zeros
+        module.__dict__.update(float_class=type(module), around=zero_padding(module))
+        module.__class__ = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
     module.__class__ = _FAKE[type(module)]
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         module.__dict__["norm"] = None
+        module.__dict__.setdefault("around", None)
     for attribute in _activations(module):
         setattr(module, attribute, _activation_quantizer(name, scheme, config))
     module.weight_fake_quantizer = _weight_quantizer(scheme, config)

@@ -147,8 +147,8 @@ class Int8StaticLinear(_Static):
 class Int8StaticConv(_Static):
     """A convolution, one- or two-dimensional, with static uint8 activations, for inference.
 
-    Its weight is [out, height * width * in]: the channels of a pixel lie beside each other, in the codes too. It has
-    the attributes of a convolution, of which models ask for the length of their outputs (transformers' Whisper).
+    Its weight is [out, height * width * in / groups]: the channels of a pixel lie beside each other, in the codes
+    too. It has the attributes of a convolution: transformers' Whisper asks for the length of its outputs.
     """
 
     function: Callable[..., Tensor] = staticmethod(int8_static_conv2d_reference)
@@ -159,7 +159,8 @@ class Int8StaticConv(_Static):
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self._around = list(conv._reversed_padding_repeated_twice)
+        self._around = list(conv._reversed_padding_repeated_twice if conv.around is None else conv.around)
+        self._pad_mode = conv.padding_mode if conv.around is None else "zeros"
         self.geometry = tuple(
             (*(1,) * (2 - self.dims), *sizes) for sizes in (conv.kernel_size, conv.stride, conv.dilation)
         )
@@ -167,25 +168,27 @@ class Int8StaticConv(_Static):
     def forward(self, x: Tensor) -> Tensor:
         batched = x.dim() == self.dims + 2
         x = x if batched else x.unsqueeze(0)
-        ends = self._around if self.dims == 2 else [*self._around, 0, 0]  # left, right, top, bottom
-        even = ends[0] == ends[1] and ends[2] == ends[3]
-        if self.padding_mode != "zeros":
-            x = nn.functional.pad(x, self._around, mode=self.padding_mode)
-        elif not even:
-            x = nn.functional.pad(x, self._around)
-        padding = (ends[2], ends[0]) if even and self.padding_mode == "zeros" else (0, 0)
+        left, right, top, bottom = [*self._around, 0, 0][:4]
+        if self._pad_mode != "zeros":
+            x = nn.functional.pad(x, self._around, mode=self._pad_mode)
+            left = right = top = bottom = 0
         codes = self.quantize(x if self.dims == 2 else x.unsqueeze(-2)).permute(0, 2, 3, 1).contiguous()
-        (kernel, stride, dilation) = self.geometry
+        kernel, stride, dilation = self.geometry
         y = self.function(
-            codes, self.codes, self.start, self.scale, self.bias, self.zero_point, *kernel, stride, padding, dilation
-        )
+            codes, self.codes, self.start, self.scale, self.bias, self.zero_point, *kernel, stride,
+            (top, left, bottom, right), dilation, self.groups,
+        )  # fmt: skip
         y = y.permute(0, 3, 1, 2).to(x.dtype)
         y = y if self.dims == 2 else y.squeeze(-2)
         return y if batched else y.squeeze(0)
 
+    def in_groups(self) -> bool:
+        """Whether it has groups of several channels, and so is neither a whole convolution nor a depthwise one."""
+        return self.groups > 1 and not self.groups == self.in_channels == self.out_channels
+
     @property
     def weight(self) -> Tensor:
-        """float32 [out, in, (height,) width]."""
+        """float32 [out, in / groups, (height,) width]."""
         return super().weight.unflatten(1, (*self.geometry[0][2 - self.dims :], -1)).movedim(-1, 1)
 
     def extra_repr(self) -> str:

@@ -32,22 +32,37 @@ from .. import select
 
 
 class _FakeQuantizedConv:
-    """What the fake-quantized convolutions share; `norm` is the BatchNorm to be absorbed, or `None`."""
+    """What the fake-quantized convolutions share.
+
+    Attributes:
+        norm: the BatchNorm to be absorbed, or `None`.
+        around: of a subclass, the zeros that it puts around its input (`padded.zero_padding`); else `None`.
+    """
 
     activation_fake_quantizer: nn.Module
     weight_fake_quantizer: nn.Module
     weight: Tensor
     bias: Tensor | None
     norm: Any
+    around: tuple[int, ...] | None
 
     def forward(self, x: Tensor) -> Tensor:
         factor = norm_factor(self.norm)
         weight = folded_weight(self)
         rounded = self.weight_fake_quantizer(weight.flatten(1)).view_as(weight)
-        y = self._conv_forward(self.activation_fake_quantizer(x), rounded, None)  # type: ignore[attr-defined]
+        y = self._convolve(self.activation_fake_quantizer(x), rounded)
         shape = (-1, *[1] * (weight.dim() - 2))
         y = y if factor is None else y / factor.view(shape).to(y.dtype)
         return y if self.bias is None else y + self.bias.view(shape).to(y.dtype)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        conv: Any = self
+        if self.around is None:
+            return conv._conv_forward(x, weight, None)
+        function, ends = F.conv1d if weight.dim() == 3 else F.conv2d, self.around[::2]
+        if ends == self.around[1::2]:
+            return function(x, weight, None, conv.stride, ends[::-1], conv.dilation, conv.groups)
+        return function(F.pad(x, self.around), weight, None, conv.stride, 0, conv.dilation, conv.groups)
 
 
 class FakeQuantizedConv1d(_FakeQuantizedConv, nn.Conv1d):

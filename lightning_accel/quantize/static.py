@@ -13,10 +13,14 @@ A product is one int32 sum a channel. The zero point's share of it is known befo
     y = float(codes_x @ codes_w.T + start) * (scale_x * scale_w) + bias
 
 A convolution is the same product over its windows: activations [B, H, W, C] (channels last), weights [N, kh * kw * C],
-inputs in the order of a window, padding by the zero point, the code of 0. Sums are exact up to `MOST_INPUTS` inputs.
+inputs in the order of a window, padding by the zero point, the code of 0. In groups a channel has the inputs of its own
+group only, [N, kh * kw * C / groups]. Sums are exact up to `MOST_INPUTS` inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +29,7 @@ from .ops import TINY, untile
 
 CODES = 255  # the largest code of an activation
 MOST_INPUTS = (2**31 - 1) // (CODES * 127)  # of a channel (kh * kw * C in a convolution): one more could pass int32
+FLOAT_INPUTS = 2**24 // (CODES * 127)  # of a channel, whose sums float32 holds exactly
 
 
 def affine(low: float, high: float) -> tuple[float, int]:
@@ -102,15 +107,23 @@ def int8_static_conv2d_reference(
     kernel_height: int,
     kernel_width: int,
     stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
 ) -> Tensor:
-    """float32 [B, OH, OW, N] of uint8 `codes` [B, H, W, C] and int8 `weight` [N, kh * kw * C].
+    """float32 [B, OH, OW, N] of uint8 `codes` [B, H, W, C] and int8 `weight` [N, kh * kw * C / groups].
 
-    The product of `int8_static_linear_reference` over windows; beyond the borders every code is `zero_point`.
+    The product of `int8_static_linear_reference` over windows; beyond the borders, where `padding` (top, left, bottom,
+    right) reaches, every code is `zero_point`.
     """
-    (top, left), (down, across) = padding, dilation
-    x = torch.nn.functional.pad(codes, (0, 0, left, left, top, top), value=zero_point)
+    top, left, bottom, right = padding
+    x = torch.nn.functional.pad(codes, (0, 0, left, right, top, bottom), value=zero_point)
+    if groups > 1:
+        exact = torch.float32 if weight.shape[1] <= FLOAT_INPUTS else torch.float64
+        w = weight.unflatten(1, (kernel_height, kernel_width, -1)).permute(0, 3, 1, 2).to(exact)
+        sums = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2).to(exact), w, None, stride, 0, dilation, groups)
+        return (sums.permute(0, 2, 3, 1).to(torch.int32) + start).float() * scale + bias
+    down, across = dilation
     x = x.unfold(1, (kernel_height - 1) * down + 1, stride[0]).unfold(2, (kernel_width - 1) * across + 1, stride[1])
     windows = x[..., ::down, ::across].permute(0, 1, 2, 4, 5, 3).flatten(3)
     return int8_static_linear_reference(windows, weight, start, scale, bias)
@@ -141,13 +154,16 @@ def _conv2d_tiled(
     kernel_width: int,
     stride_height: int,
     stride_width: int,
-    padding_height: int,
-    padding_width: int,
+    top: int,
+    left: int,
+    bottom: int,
+    right: int,
     dilation_height: int,
     dilation_width: int,
+    groups: int,
 ) -> Tensor:
-    weight = untile(tiles, len(scale), kernel_height * kernel_width * codes.shape[3])
-    geometry = (stride_height, stride_width), (padding_height, padding_width), (dilation_height, dilation_width)
+    weight = untile(tiles, len(scale), kernel_height * kernel_width * codes.shape[3] // groups)
+    geometry = (stride_height, stride_width), (top, left, bottom, right), (dilation_height, dilation_width), groups
     return int8_static_conv2d_reference(
         codes, weight, start, scale, bias, zero_point, kernel_height, kernel_width, *geometry
     )
@@ -157,9 +173,57 @@ def _conv2d_tiled(
 def _(
     codes: Tensor, tiles: Tensor, start: Tensor, scale: Tensor, bias: Tensor, zero_point: int, *window: int
 ) -> Tensor:
-    kernel, stride, padding, dilation = (window[i : i + 2] for i in range(0, 8, 2))
-    size = [(codes.shape[1 + i] + 2 * padding[i] - (kernel[i] - 1) * dilation[i] - 1) // stride[i] + 1 for i in (0, 1)]
-    return scale.new_empty(codes.shape[0], *size, scale.shape[0])
+    return scale.new_empty(conv2d_shape(codes.shape[:3], len(scale), *window))
+
+
+def conv2d_shape(
+    size: Sequence[int], channels: int, kernel_height: int, kernel_width: int, stride_height: int, stride_width: int,
+    top: int, left: int, bottom: int, right: int, dilation_height: int, dilation_width: int, groups: int = 1,
+) -> tuple[int, ...]:  # fmt: skip
+    """Shape [B, OH, OW, N] of a convolution's output, of an input of the sizes [B, H, W]."""
+    batch, height, width = size
+    down = height + top + bottom - (kernel_height - 1) * dilation_height - 1
+    across = width + left + right - (kernel_width - 1) * dilation_width - 1
+    return batch, down // stride_height + 1, across // stride_width + 1, channels
+
+
+@torch.library.custom_op("lightning_accel::int8_static_conv2d_coded", mutates_args=())
+def _conv2d_coded(
+    codes: Tensor,
+    tiles: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    zero_point: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride_height: int,
+    stride_width: int,
+    top: int,
+    left: int,
+    bottom: int,
+    right: int,
+    dilation_height: int,
+    dilation_width: int,
+    groups: int,
+    factor: float,
+    zero: int,
+    least: int,
+    most: int,
+) -> Tensor:
+    """The codes, from `least` to `most`, of a convolution's output; `engines.fuse` puts it into programs."""
+    y = _conv2d_tiled(
+        codes, tiles, start, scale, bias, zero_point, kernel_height, kernel_width, stride_height, stride_width,
+        top, left, bottom, right, dilation_height, dilation_width, groups,
+    )  # fmt: skip
+    return codes_by_factor(y, factor, zero).clamp(least, most)
+
+
+@_conv2d_coded.register_fake
+def _(
+    codes: Tensor, tiles: Tensor, start: Tensor, scale: Tensor, bias: Tensor, zero_point: int, *window: Any
+) -> Tensor:
+    return codes.new_empty(conv2d_shape(codes.shape[:3], len(scale), *window[:11]))
 
 
 def int8_static_linear_tiled(codes: Tensor, tiles: Tensor, start: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -177,11 +241,12 @@ def int8_static_conv2d_tiled(
     kernel_height: int,
     kernel_width: int,
     stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
 ) -> Tensor:
     """`int8_static_conv2d_reference` with weights from `ops.tile`; compiled programs call the C++ kernel instead."""
     return torch.ops.lightning_accel.int8_static_conv2d_tiled(
         codes.contiguous(), tiles, start, scale, bias, zero_point, kernel_height, kernel_width,
-        *stride, *padding, *dilation,
+        *stride, *padding, *dilation, groups,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 // y[M, N] = float(codes[M, K] @ w[N, K].T + start[N]) * scale[N] + bias[N]: uint8 activations with one scale and zero
 // point a layer, int8 weights with one scale an output channel; linear layers, and convolutions of [B, H, W, C]. Mean
 // what the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same
-// order of float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache.
+// order of float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache;
+// depthwise.h has those where each channel is a group.
 
+#include "depthwise.h"
 #include "static.h"
 
 namespace {
@@ -58,14 +60,14 @@ inline int64_t threads() {
 
 constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that one task copies and multiplies: they stay in the cache
 
-template <class Source>
-void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
+template <class Source, class Out>
+void multiply(const Source& source, int64_t M, const Weights& w, const Out& out) {
   const int64_t K4 = (w.K + kCols - 1) / kCols, tiles = (w.N + kRows - 1) / kRows, stride = ((w.K + 63) / 64 | 1) * 64;
   const int64_t panels = (tiles + kPanel - 1) / kPanel, whole = source.in_place();
   const auto products = [&](const uint8_t* codes, int64_t ld, int64_t m, int64_t count, int64_t from, int64_t to) {
     const int64_t t = from * kPanel;
     product<true>({reinterpret_cast<const int8_t*>(codes), ld}, count, w.tiles + t * K4 * kTile, K4,
-                  std::min(to * kPanel, tiles) - t, t * kRows, w.N - t * kRows, Scaled{{w}, y + m * w.N});
+                  std::min(to * kPanel, tiles) - t, t * kRows, w.N - t * kRows, out.after(m));
   };
   static thread_local Buffer<uint8_t> scratch;
   const int64_t share = (M + threads() - 1) / threads() + 31;  // of a thread, to be rounded down to a multiple of 32
@@ -100,14 +102,42 @@ void multiply(const Source& source, int64_t M, const Weights& w, float* y) {
   run(0, blocks, M * w.N * w.K, [](int64_t) {}, each(block));
 }
 
-void linear(const uint8_t* codes, int64_t M, const Weights& w, float* y) {
-  multiply(Matrix{codes, M, w.K}, M, w, y);
+template <class Out>
+void linear(const uint8_t* codes, int64_t M, const Weights& w, const Out& out) {
+  multiply(Matrix{codes, M, w.K}, M, w, out);
 }
 
-void conv2d(const Windows& x, int64_t batch, const Weights& w, float* y) {
+template <class Out>
+void conv2d(const Windows& x, int64_t batch, int64_t groups, const Weights& w, const Out& out) {
   const int64_t M = batch * x.out_height * x.out_width;
-  const bool pixels = x.kernel_height * x.kernel_width * x.stride_height * x.stride_width == 1 && !x.top && !x.left;
-  pixels ? linear(x.codes, M, w, y) : multiply(x, M, w, y);
+  if (groups > 1) return depthwise(x, batch, w.tiles, out);
+  const bool pixels = x.kernel_height * x.kernel_width * x.stride_height * x.stride_width == 1 && M == batch * x.H * x.W;
+  pixels ? linear(x.codes, M, w, out) : multiply(x, M, w, out);
+}
+
+struct Convolution {
+  Windows x;
+  Weights w;
+  int64_t batch, groups, shape[4];  // of the output
+};
+
+// Checks the inputs of a convolution and finds the shape of its output.
+AOTITorchError open(AtenTensorHandle codes, AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale,
+                    AtenTensorHandle bias, int64_t bottom, int64_t right, Convolution* conv) {
+  int64_t dims, *sizes;
+  Windows& x = conv->x;
+  Weights& w = conv->w;
+  if (open(tiles, start, scale, bias, &w) || rows(codes, &x.codes, &dims, &sizes) || dims != 4) return AOTI_TORCH_FAILURE;
+  conv->batch = sizes[0], x.H = sizes[1], x.W = sizes[2], x.C = sizes[3];
+  const int64_t down = x.H + x.top + bottom - (x.kernel_height - 1) * x.down - 1;
+  const int64_t across = x.W + x.left + right - (x.kernel_width - 1) * x.across - 1;
+  if (conv->groups > 1 && (conv->groups != x.C || conv->groups != w.N)) return AOTI_TORCH_FAILURE;  // not depthwise
+  if (down < 0 || across < 0) return AOTI_TORCH_FAILURE;  // smaller than a window
+  x.out_height = down / x.stride_height + 1, x.out_width = across / x.stride_width + 1;
+  const int64_t shape[] = {conv->batch, x.out_height, x.out_width, w.N};
+  std::copy(shape, shape + 4, conv->shape);
+  w.K = x.kernel_height * x.kernel_width * x.C / conv->groups;
+  return AOTI_TORCH_SUCCESS;
 }
 
 }  // namespace
@@ -122,30 +152,37 @@ LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_linear_tiled(
   if (open(tiles, start, scale, bias, &w)) return AOTI_TORCH_FAILURE;
   if (AOTITorchError error = open(codes, scale, out, &call)) return error;
   w.K = call.K;
-  linear(call.x, call.M, w, call.y);
+  linear(call.x, call.M, w, Scaled{{w}, call.y});
   return AOTI_TORCH_SUCCESS;
 }
 
-LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_conv2d_tiled(
-    AtenTensorHandle codes, AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale,
-    AtenTensorHandle bias, int64_t zero_point, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
-    int64_t stride_width, int64_t padding_height, int64_t padding_width, int64_t dilation_height,
-    int64_t dilation_width, AtenTensorHandle* out) {
-  const uint8_t* x;
-  int64_t dims, *sizes;
-  Weights w;
-  if (open(tiles, start, scale, bias, &w) || rows(codes, &x, &dims, &sizes) || dims != 4) return AOTI_TORCH_FAILURE;
-  const int64_t batch = sizes[0], H = sizes[1], W = sizes[2], C = sizes[3];
-  const int64_t down = H + 2 * padding_height - (kernel_height - 1) * dilation_height - 1;
-  const int64_t across = W + 2 * padding_width - (kernel_width - 1) * dilation_width - 1;
-  if (down < 0 || across < 0) return AOTI_TORCH_FAILURE;  // smaller than a window
-  const int64_t out_height = down / stride_height + 1, out_width = across / stride_width + 1;
-  const int64_t shape[] = {batch, out_height, out_width, w.N};
+#define CONVOLUTION \
+  AtenTensorHandle codes, AtenTensorHandle tiles, AtenTensorHandle start, AtenTensorHandle scale, AtenTensorHandle bias, \
+      int64_t zero_point, int64_t kernel_height, int64_t kernel_width, int64_t stride_height, int64_t stride_width, \
+      int64_t top, int64_t left, int64_t bottom, int64_t right, int64_t dilation_height, int64_t dilation_width, \
+      int64_t groups
+#define OPEN_CONVOLUTION(conv) \
+  Convolution conv{}; \
+  conv.x = {nullptr, 0, 0, 0, 0, 0, zero_point, kernel_height, kernel_width, stride_height, stride_width, top, left, \
+            dilation_height, dilation_width}; \
+  conv.groups = groups; \
+  if (open(codes, tiles, start, scale, bias, bottom, right, &conv)) return AOTI_TORCH_FAILURE
+
+LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_conv2d_tiled(CONVOLUTION, AtenTensorHandle* out) {
+  OPEN_CONVOLUTION(conv);
   float* y;
-  if (AOTITorchError error = allocate(4, shape, out, &y)) return error;
-  w.K = kernel_height * kernel_width * C;
-  conv2d({x, H, W, C, out_height, out_width, zero_point, kernel_height, kernel_width, stride_height, stride_width,
-          padding_height, padding_width, dilation_height, dilation_width},
-         batch, w, y);
+  if (AOTITorchError error = allocate(4, conv.shape, out, &y)) return error;
+  conv2d(conv.x, conv.batch, groups, conv.w, Scaled{{conv.w}, y});
+  return AOTI_TORCH_SUCCESS;
+}
+
+LIGHTNING_ACCEL_EXPORT AOTITorchError aoti_torch_cpu_int8_static_conv2d_coded(
+    CONVOLUTION, double factor, int64_t zero, int64_t least, int64_t most, AtenTensorHandle* out) {
+  OPEN_CONVOLUTION(conv);
+  uint8_t* y;
+  if (AOTITorchError error = allocate(4, conv.shape, out, &y)) return error;
+  const Affine as{static_cast<float>(factor), static_cast<int32_t>(zero), static_cast<int32_t>(least),
+                  static_cast<int32_t>(most)};
+  conv2d(conv.x, conv.batch, groups, conv.w, Coded{{conv.w}, as, y});
   return AOTI_TORCH_SUCCESS;
 }

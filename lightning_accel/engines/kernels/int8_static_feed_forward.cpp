@@ -9,7 +9,7 @@
 namespace {
 
 template <int64_t kind>
-struct Coded {  // the epilogue of the first product: clamp(round(activation * factor) + zero_point, 0, 255), NaN as 0.0
+struct Activated {  // the epilogue of the first product: clamp(round(activation * factor) + zero_point, 0, 255), NaN as 0.0
   Scale value;
   float factor, zero_point;
   uint8_t* codes;
@@ -66,7 +66,7 @@ void feed_forward(const uint8_t* x, int64_t M, const Weights& first, const Weigh
     const Codes in{reinterpret_cast<const int8_t*>(in_place ? x + begin * first.K : s.in.data()),
                    in_place ? first.K : ld_in};
     channels<true>(in, count, first, thread, threads,
-                   Coded<kind>{{first}, factor, zero_point, s.between.data(), ld});
+                   Activated<kind>{{first}, factor, zero_point, s.between.data(), ld});
     barrier();
     channels<true>({reinterpret_cast<const int8_t*>(s.between.data()), ld}, count, second, thread, threads,
                    Scaled{{second}, y + begin * second.N});

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -39,6 +40,10 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline void store(Lanes in, float* p, Floats x) { _mm512_mask_storeu_ps(p, in, x); }
 inline void store_bytes(uint8_t* p, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+inline void store_bytes(int64_t count, uint8_t* p, Ints x) {
+  if (count >= kLanes) store_bytes(p, x);
+  else _mm_mask_storeu_epi8(p, first(count), _mm512_cvtepi32_epi8(x));
 }
 
 inline Ints all(int32_t x) { return _mm512_set1_epi32(x); }
@@ -85,6 +90,12 @@ inline void store(Lanes in, float* p, Floats x) { _mm256_maskstore_ps(p, in, x);
 inline void store_bytes(uint8_t* p, Ints x) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+inline void store_bytes(int64_t count, uint8_t* p, Ints x) {
+  uint8_t bytes[kLanes];
+  if (count >= kLanes) return store_bytes(p, x);
+  store_bytes(bytes, x);
+  std::memcpy(p, bytes, std::max<int64_t>(count, 0));
 }
 
 inline Ints all(int32_t x) { return _mm256_set1_epi32(x); }

@@ -31,19 +31,20 @@ AOTITorchError rows(AtenTensorHandle x, const T** pointer, int64_t* dims, int64_
   return data(x, pointer);
 }
 
-// Allocates a contiguous float32 output.
-inline AOTITorchError allocate(int64_t dims, const int64_t* shape, AtenTensorHandle* out, float** y) {
+// Allocates a contiguous output.
+template <class T>
+AOTITorchError allocate(int64_t dims, const int64_t* shape, AtenTensorHandle* out, T** y) {
   int64_t strides[kMaxDims], step = 1;
   for (int64_t d = dims - 1; d >= 0; d--) {
     strides[d] = step;
     step *= shape[d];
   }
-  if (AOTITorchError error = aoti_torch_empty_strided(dims, shape, strides, aoti_torch_dtype_float32(),
+  if (AOTITorchError error = aoti_torch_empty_strided(dims, shape, strides, dtype_of(*y),
                                                       aoti_torch_device_type_cpu(), 0, out))
     return error;
   void* p;
   if (aoti_torch_get_data_ptr(*out, &p)) return AOTI_TORCH_FAILURE;
-  *y = static_cast<float*>(p);
+  *y = static_cast<T*>(p);
   return AOTI_TORCH_SUCCESS;
 }
 

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "products.h"
 #include "shim.h"
 
@@ -40,6 +42,8 @@ struct Scaled {  // an epilogue: scaled sums are the output
   Scale value;
   float* y;
 
+  Scaled after(int64_t rows) const { return {value, y + rows * value.w.N}; }
+
 #ifdef LANES
   struct Column {
     Scale::Column value;
@@ -56,6 +60,47 @@ struct Scaled {  // an epilogue: scaled sums are the output
 #else
   void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
     for (int64_t i = 0; i < std::min(count, kRows); i++) y[m * value.w.N + n + i] = value(n + i, sums[i]);
+  }
+#endif
+};
+
+struct Affine {  // codes of floats: clamp(round(x * factor) + zero, least, most), NaN as 0.0
+  float factor;
+  int32_t zero, least, most;  // least <= zero <= most
+};
+
+struct Coded {  // an epilogue: the codes of scaled sums are the output
+  Scale value;
+  Affine as;
+  uint8_t* codes;
+
+  Coded after(int64_t rows) const { return {value, as, codes + rows * value.w.N}; }
+
+#ifdef LANES
+  struct Column {
+    Scale::Column value;
+    Floats factor, low, high;
+    Ints zero;
+    uint8_t* codes;
+    int64_t stride, count;
+
+    void store(int64_t m, Ints sums) const {
+      const Floats moved = number_or(value(sums) * factor, all(0.0f));
+      store_bytes(count, codes + m * stride, add(ints(min(max(moved, low), high)), zero));
+    }
+  };
+  Column at(int64_t n, int64_t count) const {
+    const float low = static_cast<float>(as.least - as.zero), high = static_cast<float>(as.most - as.zero);
+    return {value.at(n, first(count)), all(as.factor), all(low), all(high), all(as.zero), codes + n, value.w.N, count};
+  }
+#else
+  void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
+    for (int64_t i = 0; i < std::min(count, kRows); i++) {
+      const float moved = value(n + i, sums[i]) * as.factor;
+      const float low = static_cast<float>(as.least - as.zero), high = static_cast<float>(as.most - as.zero);
+      const float code = moved == moved ? std::min(std::max(moved, low), high) : 0.0f;
+      codes[m * value.w.N + n + i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(code)) + as.zero);
+    }
   }
 #endif
 };
@@ -78,9 +123,17 @@ struct Matrix {  // rows as they are in memory
   const uint8_t* codes;
   int64_t M, K;
 
-  // Rows from the first one on, a multiple of 16, that products can read where they are: up to 63 bytes past the end of
-  // a row, which meet weights of 0, but not past the end of the last.
-  int64_t in_place() const { return K % 64 == 0 ? M / 16 * 16 : 0; }
+  // Rows from the first one on that products can read where they are. They read a row in steps; what is past its end
+  // meets weights of 0, but past the end of the last there may be no memory. AMX reads 16 rows at a time.
+  int64_t in_place() const {
+#ifdef AMX
+    return K % 64 == 0 ? M / 16 * 16 : 0;
+#elif defined(AVX2) && !defined(__AVXVNNI__)
+    return K % 16 == 0 ? M : 0;
+#else
+    return K % kCols == 0 ? M : 0;
+#endif
+  }
   void copy_rows(int64_t m, int64_t count, uint8_t* to, int64_t stride) const {
     copy(to, stride, codes + m * K, K, K, count);
   }
