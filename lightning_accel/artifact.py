@@ -25,6 +25,7 @@ from .loaded import LoadedModel, LoadedSeq2Seq, at_threads
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+FOLDERS = ("transformers",)  # engines whose program is a folder
 
 _DTYPES = {
     "C64": torch.complex64,
@@ -215,7 +216,7 @@ def answering(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def program_files(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The files of a program, each with `file` and `sha256`: its own first."""
-    return [entry, *(entry[name] for name in ("nodes", "data") if name in entry)]
+    return [entry, *(entry[name] for name in ("nodes", "data") if name in entry), *entry.get("files", ())]
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
@@ -245,7 +246,8 @@ def check_file(directory: Path, name: str, digest: str) -> Path:
     Raises:
         ArtifactError: outside the folder, missing, truncated or changed.
     """
-    if Path(name).name != name or name == "..":
+    folder, _, file = name.rpartition("/")
+    if Path(file).name != file or file in ("", "..") or folder not in ("", *FOLDERS):
         raise ArtifactError(f"the manifest names the file {name!r}, outside the artifact; do not load it")
     path = directory / name
     if not path.is_file():
@@ -264,9 +266,10 @@ def load(directory: str | Path, *, engine: str | None = None, threads: int | Non
     Args:
         directory: what Export or export_model wrote.
         engine: `None` takes the first of torch's own programs (`"aoti"`, its variants for other CPUs, `"portable"`)
-            that runs here. Others, where they were built, are taken by name only (`"onnx"`, `"openvino"`), with their
-            own packages, or by `"fastest"`: the one that was fastest when the artifact was exported, of those that run
-            here and answer the golden inputs as they should.
+            that runs here. Others, where they were built, are taken by name only (`"onnx"`, `"openvino"`,
+            `"transformers"`, `"gguf"`), with their own packages, or by `"fastest"`: the one that was fastest when the
+            artifact was exported, of those that compute what was trained, run here and answer the golden inputs as
+            they should.
         threads: how many this model runs with, whatever torch has; by default torch's number. An engine that is not
             torch's own keeps the number that there was when it was loaded.
 
@@ -315,15 +318,18 @@ write load('DIR') with the directory that Export or export_model wrote
 
 
 def _load_fastest(directory: Path, manifest: dict[str, Any], threads: int | None) -> LoadedModel:
-    """The first engine of the ranking that runs here and computes what it did when it was exported.
+    """The first engine of the ranking that runs here and computes what it did when it was exported, and was trained.
 
     Where `aoti` cannot run, its variants for other CPUs come in its place.
     """
     from . import engines
     from .verify import verify_golden
 
-    built = list(dict.fromkeys(entry["engine"] for entry in manifest["programs"]))
-    timed = [row["engine"] for row in manifest.get("ranking", ()) if row["slower"] is not None]
+    own = {entry["engine"] for entry in manifest["programs"] if "activations" in entry}  # rounded by rules of their own
+    own |= engines.UNTIMED.keys()
+    built = list(dict.fromkeys(entry["engine"] for entry in manifest["programs"] if entry["engine"] not in own))
+    ranked = [row["engine"] for row in manifest.get("ranking", ()) if row["slower"] is not None]
+    timed = [name for name in ranked if name not in own]
     if not timed and len(built) > 1:
         raise ArtifactError(
             f"the engines of {directory} were not timed; export with measure=True, or write load(dir, "

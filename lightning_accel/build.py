@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 import warnings
@@ -45,7 +46,7 @@ def write(
         say(f"building the {name} program")
         before = set(path.iterdir())
         try:
-            programs[name] = _programs(name, path, final, inputs, dynamic_shapes, stored)
+            programs[name] = _programs(name, path, final, inputs, dynamic_shapes, stored, assets)
         except CompilerMissing as error:
             warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
             failed[name] = f"not built: {error}"
@@ -66,7 +67,7 @@ def write(
         manifest["weights"] = _file(path / artifact.WEIGHTS)
     if labels := _labels(final.deployed):
         manifest["labels"] = labels
-    manifest["golden"] = _golden(path, final, inputs, logits_only=any(entry["cache"] for entry in entries))
+    manifest["golden"] = _golden(path, final, inputs, list(programs), any(entry["cache"] for entry in entries))
     manifest["assets"] = [
         {"name": name, **_file(_copied(source, path / Path(name).name))} for name, source in assets.items()
     ]
@@ -88,10 +89,13 @@ def _programs(
     inputs: ExampleInputs,
     dynamic_shapes: Any,
     stored: dict[str, Tensor],
+    assets: Mapping[str, str | Path],
 ) -> list[dict[str, Any]]:
     """Builds an engine's programs; their manifest entries. Adds the weights that they share to `stored`."""
     engine = engines.get(name)
     captures = capture(engine.lower(copy.deepcopy(final.deployed)), inputs, dynamic_shapes)
+    for captured in captures.values():
+        captured.assets = assets
     built = {role: engine.build(captured, path, role) for role, captured in captures.items()}
     return [
         {
@@ -121,6 +125,7 @@ def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor
 
 
 _PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json")  # what `text`, `vision` and `speech` read
+_BESIDE = ("tokenizer_config.json", "chat_template.jinja")  # special tokens, and conversations
 
 
 def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
@@ -145,13 +150,22 @@ def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
             f"processor={processor!r} is neither a tokenizer or processor of transformers nor the folder of one; write "
             "processor=AutoTokenizer.from_pretrained(path), or assets={'tokenizer.json': path}"
         )
-    found = {name: folder / name for name in _PROCESSOR_FILES if (folder / name).is_file()}
+    found = {name: folder / name for name in (*_PROCESSOR_FILES, "vocab.json") if (folder / name).is_file()}
+    beside = {name: folder / name for name in _BESIDE if (folder / name).is_file()}
+    if "tokenizer.json" in found or not _is_ctc(beside):
+        found.pop("vocab.json", None)
     if not found:
         raise ValueError(
             f"{processor!r} has none of {', '.join(_PROCESSOR_FILES)}; a slow tokenizer has no tokenizer.json, so take "
             "a fast one"
         )
-    return found
+    return found | beside
+
+
+def _is_ctc(files: Mapping[str, Path]) -> bool:
+    """Whether a tokenizer's words are in its `vocab.json` alone, as wav2vec2's are."""
+    name = "tokenizer_config.json"
+    return name in files and "word_delimiter_token" in json.loads(files[name].read_text())
 
 
 def _labels(model: Any) -> dict[str, Any] | None:
@@ -173,14 +187,21 @@ def _file(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": artifact.sha256(path)}
 
 
-def _golden(path: Path, final: Finalized, inputs: ExampleInputs, logits_only: bool) -> dict[str, str]:
-    """Inputs and the eager model's outputs, which `lightning-accel verify` runs again."""
+def _golden(
+    path: Path, final: Finalized, inputs: ExampleInputs, names: Sequence[str], logits_only: bool
+) -> dict[str, str]:
+    """Inputs and the eager model's outputs, which `lightning-accel verify` runs again.
+
+    Where an engine rounds activations in its own way, its outputs stand beside them: `ENGINE.output.N`.
+    """
     args, kwargs = split_inputs(inputs)
     named = dict(zip(input_names(final.deployed, args, kwargs), (*args, *kwargs.values()), strict=True))
-    output = call_example(final.deployed, inputs)
-    outputs = [output.logits] if logits_only else flatten_output(output)[0]
     tensors = {f"input.{name}": value for name, value in named.items() if isinstance(value, Tensor)}
-    tensors |= {f"output.{i}": t for i, t in enumerate(outputs)}
+    own = {f"{name}.": model for name in names if (model := engines.reference(name, final.deployed)) is not None}
+    for prefix, model in {"": final.deployed, **own}.items():
+        output = call_example(model, inputs)
+        outputs = [output.logits] if logits_only else flatten_output(output)[0]
+        tensors |= {f"{prefix}output.{i}": t for i, t in enumerate(outputs)}
     artifact.save_weights({n: t.contiguous() for n, t in tensors.items()}, path / "golden.safetensors")
     return _file(path / "golden.safetensors")
 

@@ -36,6 +36,9 @@ class Capture:
         dynamic_shapes: as torch.export takes them, one entry an input.
         inputs, outputs, cache: as the manifest holds them.
         extra: further constants that an export lifted out of the code.
+        model: what was captured, as it was given.
+        constants: its inputs in a call that are no tensors.
+        assets: files that travel with the model, by name.
     """
 
     module: nn.Module
@@ -45,6 +48,9 @@ class Capture:
     outputs: dict[str, Any]
     cache: dict[str, Any] | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    model: nn.Module = field(default_factory=nn.Identity)
+    constants: dict[str, Any] = field(default_factory=dict)
+    assets: Mapping[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters, buffers and lifted constants, each distinct tensor once, detached."""
@@ -127,12 +133,16 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any
     if is_causal_lm(model):
         from .capture_causal import capture_causal_lm
 
-        return {"decoder": capture_causal_lm(model)}
-    if is_seq2seq(model):
+        captures = {"decoder": capture_causal_lm(model)}
+    elif is_seq2seq(model):
         from .capture_seq2seq import capture_seq2seq
 
-        return capture_seq2seq(model, example_inputs, dynamic_shapes)
-    return {"forward": capture_module(model, example_inputs, dynamic_shapes)}
+        captures = capture_seq2seq(model, example_inputs, dynamic_shapes)
+    else:
+        captures = {"forward": capture_module(model, example_inputs, dynamic_shapes)}
+    for captured in captures.values():
+        captured.model = model
+    return captures
 
 
 def call_example(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -212,7 +222,8 @@ def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shap
     def captured(tensors: dict[str, Tensor], shapes: tuple) -> Capture:
         positional = tuple(tensors.get(n, v) for n, v in zip(names, args, strict=False))
         flat = _Flat(model, positional, {k: tensors.get(k, v) for k, v in kwargs.items()})
-        return Capture(flat, tuple(tensors.values()), shapes, [], structure)
+        fixed = {n: v for n, v in zip(names, (*args, *kwargs.values()), strict=True) if n not in tensors}
+        return Capture(flat, tuple(tensors.values()), shapes, [], structure, constants=fixed)
 
     if dynamic_shapes is not None:
         given = dynamic_shapes

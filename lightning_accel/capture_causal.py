@@ -97,7 +97,7 @@ def sliced_cache(cache: Sequence[Tensor], filled: int, new: int, made: list[Tens
     return Cache(layers=[Sliced(k, v) for k, v in zip(cache[::2], cache[1::2], strict=True)])
 
 
-class _CausalLM(nn.Module):
+class CausalLM(nn.Module):
     """(ids [B,T], positions [B,T], mask [B,S], wanted [B,K], cache) -> [logits [B,K,V]], S slots filled afterwards.
 
     Attributes:
@@ -182,7 +182,7 @@ def capture_causal_lm(model: Any) -> Capture:
         "vocabulary": vocabulary,
         **generation_spec(model),
     }
-    return Capture(_CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
+    return Capture(CausalLM(model), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
 
 
 def generation_spec(model: Any) -> dict[str, Any]:

@@ -33,14 +33,14 @@ def capture_seq2seq(model: Any, example_inputs: ExampleInputs, dynamic_shapes: A
     source = {n: v for n, v in named.items() if isinstance(v, Tensor) and not n.startswith("decoder_")}
     own, cross = _cache_shapes(model, source)
     use_own_attention(model)
-    encoder = capture_module(_Encoder(model), source, dynamic_shapes)
+    encoder = capture_module(Encoder(model), source, dynamic_shapes)
     limit = getattr(model.get_encoder().config, "max_position_embeddings", None)  # of a table, which has no more rows
     for size in (s for spec in encoder.inputs for s in spec["shape"] if isinstance(s, dict) and s["name"] == "length"):
         size["max"] = min(size["max"], limit or size["max"])
     return {"encoder": encoder, "decoder": _decoder(model, own, cross)}
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     """Source inputs by name -> keys and values [B, E, heads, head_dim] of cross-attention, layer by layer."""
 
     def __init__(self, model: Any) -> None:
@@ -64,7 +64,7 @@ class _Encoder(nn.Module):
         return [t.transpose(1, 2).contiguous() for layer in layers for t in (layer.keys, layer.values)]
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
     """(ids [B,T], mask [B,S], source mask [B,E], wanted [B,K], [*cross, *cache]) -> [logits [B,K,V]].
 
     Attributes:
@@ -142,7 +142,7 @@ def _decoder(model: Any, own: list[tuple[int, int]], cross: list[tuple[int, int]
         **generation_spec(model),
         "start": _start(model),
     }
-    return Capture(_Decoder(model, len(own) // 2), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
+    return Capture(Decoder(model, len(own) // 2), example, dynamic, inputs, {"type": "tensor", "index": 0}, spec)
 
 
 def _start(model: Any) -> list[int]:

@@ -7,6 +7,7 @@ verified against the trained model and timed against the float model; a failure 
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from .quantize import QuantConfig
 from .quantize.adapters import adapted_layers, merge_adapters
 from .race import time_
 from .report import ExportReport
-from .verify import READS, DriftError, Verification, verify, with_noise
+from .verify import READS, DriftError, Verification, compare, verify, with_noise
 
 Metric = Callable[[Any, Sequence[Any]], float]  # (model, batches) -> float; lower is better unless it says so
 METRIC_TOLERANCE = 0.01  # share by which the artifact's metric may differ from the trained model's
@@ -72,9 +73,10 @@ def export_model(
         masks: from `prune_model_`; structured ones are cut out.
         engines: programs to build; the first of torch's own, `"aoti"` and `"portable"`, is the one that `load` takes.
             `"aoti_avx512"` and `"aoti_avx2"` are compiled for other CPUs than this one, for where `"aoti"` cannot run.
-            Others (`"onnx"`, `"openvino"`) are extras of this package. `"auto"` builds all that are installed. Where
-            others are built, all are timed against each other, for `load(directory, engine="fastest")`; one that cannot
-            be built or does not compute what was trained is left out, and the report says why.
+            Others (`"onnx"`, `"openvino"`, `"transformers"`, `"gguf"`) are extras of this package. `"auto"` builds all
+            that are installed. Where others are built, all are timed against each other, for `load(directory,
+            engine="fastest")`; one that cannot be built or does not compute what was trained is left out, and the
+            report says why.
         data: held-out batches for verification and `metric`: mappings of keyword inputs, tensors, or tuples whose
             first item is the input.
         split: where `data` comes from, as the manifest says it.
@@ -156,6 +158,9 @@ def check_options(
             that is no file, or a least speedup that nothing measures.
     """
     engines, left_out = all_engines.chosen(engines)
+    if measure and engines[0] in all_engines.UNTIMED:
+        first, why = engines[0], all_engines.UNTIMED[engines[0]]
+        raise ValueError(f"{first} is {why}; write measure=False, or engines=('aoti', {first!r})")
     if min_speedup is not None and not measure:
         raise ValueError(f"min_speedup={min_speedup} needs measure=True: without it no speed is known")
     if reference is not None and measure:
@@ -269,7 +274,8 @@ def _verify_all(path: Path, manifest: dict[str, Any], final: Finalized, held_out
             why = str(error).removesuffix(READS) if drifted else in_a_line(error)  # torch's own do not drift
             for program in (p for p in manifest["programs"] if p["engine"] == entry["engine"]):
                 for file in artifact.program_files(program):
-                    (path / file["file"]).unlink()
+                    (path / file["file"]).unlink(missing_ok=True)  # an encoder and a decoder may share theirs
+            shutil.rmtree(path / entry["engine"], ignore_errors=True)
             manifest["programs"] = others
             if "weights" in manifest and not any(program["weights"] for program in others):
                 (path / manifest.pop("weights")["file"]).unlink()
@@ -285,17 +291,26 @@ def _verify_program(
     held_out: Sequence[ExampleInputs],
     noisy: Callable[[int], Callable[[ExampleInputs], Any]],
 ) -> None:
-    loaded = artifact.load(path, engine=entry["engine"])
+    name = entry["engine"]
+    loaded = artifact.load(path, engine=name)
     plain = caller(final.plain) if final.quantized else None
-    figures: Verification = verify(held_out, caller(loaded), caller(final.trained), plain, entry["engine"], noisy)
+    trained, deployed = final.trained, final.trained if plain is None else final.deployed
+    if (own := all_engines.reference(name, final.deployed)) is not None:
+        verify(held_out, caller(final.deployed), caller(trained), plain, f"{name} (the integers)", noisy)
+        entry["activations"] = compare(held_out, caller(loaded), caller(trained), plain).as_dict()
+        trained = deployed = own
+
+        def noisy(seed: int) -> Callable[[ExampleInputs], Any]:
+            return caller(with_noise(own, seed))
+
+    figures: Verification = verify(held_out, caller(loaded), caller(trained), plain, name, noisy)
     entry["verification"] = figures.as_dict()
     if entry["cache"]:
         few = [first_rows(held_out[0], 2, length=32)]
-        verify(few, _stepwise(loaded), caller(final.trained), plain, f"{entry['engine']} (with the cache)", noisy)
-    programs = [p for p in manifest["programs"] if p["engine"] == entry["engine"]]
+        verify(few, _stepwise(loaded), caller(trained), plain, f"{name} (with the cache)", noisy)
+    programs = [p for p in manifest["programs"] if p["engine"] == name]
     least = [_least(inputs, programs) for inputs in held_out[:1]]  # shows a size that was mistaken for a constant
-    reference = final.trained if plain is None else final.deployed
-    verify(least, caller(loaded), caller(reference), plain, f"{entry['engine']} (least sizes)", noisy)
+    verify(least, caller(loaded), caller(deployed), plain, f"{name} (least sizes)", noisy)
 
 
 def _stepwise(model: Any) -> Callable[[ExampleInputs], Tensor]:

@@ -69,7 +69,9 @@ def time_(
             report.over_eager[workload] = eager.seconds[workload].median / spread.median
     manifest["timings"] = [row for name, m in measured.items() for row in _timings(name, m, default)]
     manifest["speedup"] = {"over_float_same_engine": report.speedup, "over_eager": report.over_eager}
-    manifest["ranking"] += [{"engine": name, "slower": None, "why": why} for name, why in failed.items()]
+    built = {entry["engine"] for entry in manifest["programs"]}
+    untimed = {name: why for name, why in engines.UNTIMED.items() if name in built}
+    manifest["ranking"] += [{"engine": name, "slower": None, "why": why} for name, why in (failed | untimed).items()]
     if rivals or default not in engines.TORCH:
         medians = {
             name: {workload: spread.median for workload, spread in measured[target].seconds.items()}
@@ -92,7 +94,7 @@ def _failing(targets: Mapping[str, Target]) -> dict[str, str]:
 def _rivals(manifest: Mapping[str, Any]) -> list[str]:
     """The engines beside the default one, where others than torch's own are among them."""
     default, *others = dict.fromkeys(entry["engine"] for entry in manifest["programs"])
-    others = [name for name in others if name not in engines.VARIANTS]
+    others = [name for name in others if name not in engines.VARIANTS and name not in engines.UNTIMED]
     return others if {default, *others} - set(engines.TORCH) else []
 
 

@@ -46,6 +46,13 @@ class ExportReport:
         if not self.speedup:
             lines.append("speed: not measured")
         lines += [f"engine {row['engine']}: {row['why']}" for row in self.manifest.get("ranking", ())]
+        lines += [
+            f"engine {entry['engine']}: the trained integers; activations are rounded by its own rule, which makes a "
+            f"relative error of {entry['activations']['error_trained']:.2g} against the trained model and of "
+            f"{entry['activations']['error_plain']:.2g} against the float model"
+            for entry in self.manifest["programs"]
+            if "activations" in entry
+        ]
         for metric in self.manifest["metrics"]:
             lines.append(
                 f"{metric['name']}: {metric['value']:.4f} ({metric['split']}, {metric['n']} batches; "

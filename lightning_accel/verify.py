@@ -91,16 +91,9 @@ def verify(
     Raises:
         DriftError: the program computes something else; the message holds the figures.
     """
-    tally = _Tally()
-    with torch.no_grad():
-        for x in inputs:
-            answers = [call(x) for call in (artifact, trained, plain or trained)]
-            alone = isinstance(answers[0], Tensor)  # a causal LM's program gives its logits only
-            ours, fake, full = (_tensors(answer, x, alone) for answer in answers)
-            if any(not torch.isfinite(t).all() for t in ours):
-                raise DriftError(f"the {name} program puts out NaN or infinite values on held-out inputs")
-            logits = int(_logits(answers[0], x) is not None)
-            tally.add(ours, fake, full, logits if plain is not None else 0)
+    tally = _tally(inputs, artifact, trained, plain)
+    if not tally.finite:
+        raise DriftError(f"the {name} program puts out NaN or infinite values on held-out inputs")
     result = Verification(tally.positions, _error(tally.all_trained), _error(tally.all_plain))
     if plain is None:
         _check_error(result.error_trained, ROUNDING, f"float rounding explains {ROUNDING:g}", name)
@@ -111,6 +104,30 @@ def verify(
     except DriftError as error:
         raise DriftError(f"{error}{READS}") from None
     return result
+
+
+def compare(inputs: Sequence[Any], artifact: Call, trained: Call, plain: Call | None) -> Verification:
+    """The figures of `verify` without its demands: what rounding activations otherwise than in training changes."""
+    tally = _tally(inputs, artifact, trained, plain)
+    result = Verification(tally.positions, _error(tally.all_trained), _error(tally.all_plain))
+    if tally.rows:
+        rows = torch.cat(tally.rows)
+        result.kl_trained, result.kl_plain = rows[:, :2].double().mean(0).tolist()
+        result.agreement = rows[:, -1].mean().item()
+    return result
+
+
+@torch.no_grad()
+def _tally(inputs: Sequence[Any], artifact: Call, trained: Call, plain: Call | None) -> _Tally:
+    tally = _Tally()
+    for x in inputs:
+        answers = [call(x) for call in (artifact, trained, plain or trained)]
+        alone = isinstance(answers[0], Tensor)  # a causal LM's program gives its logits only
+        ours, fake, full = (_tensors(answer, x, alone) for answer in answers)
+        tally.finite &= all(bool(torch.isfinite(t).all()) for t in ours)
+        logits = int(_logits(answers[0], x) is not None)
+        tally.add(ours, fake, full, logits if plain is not None else 0)
+    return tally
 
 
 def _check_quantized(
@@ -132,7 +149,7 @@ class _Tally:
     """Sums over batches: [squared difference, squared size] of outputs, and a row of figures a position of logits."""
 
     def __init__(self) -> None:
-        self.positions = 0
+        self.positions, self.finite = 0, True
         self.all_trained, self.all_plain, self.rest_trained, self.rest_plain = ([0.0, 0.0] for _ in range(4))
         self.rows: list[Tensor] = []  # [P, 6]: KL, KL, largest error, largest error, margin, same prediction
 
@@ -304,7 +321,9 @@ def verify_golden(model: LoadedModel, golden: Mapping[str, Tensor] | None = None
         golden = artifact.load_weights(artifact.check_file(model.directory, **_digest(model.manifest["golden"])))
     entry = model.entry
     inputs = {n.removeprefix("input."): t.clone() for n, t in golden.items() if n.startswith("input.")}
-    outputs = [golden[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in golden))]
+    own = f"{entry['engine']}.output."
+    prefix = own if any(name.startswith(own) for name in golden) else "output."
+    outputs = [golden[f"{prefix}{i}"] for i in range(sum(name.startswith(prefix) for name in golden))]
     answers = model(**inputs), structure(entry["outputs"], outputs)
     tally = _Tally()
     ours, expected = (_tensors(answer, inputs, alone=False) for answer in answers)

@@ -304,7 +304,7 @@ def test_auto_builds_what_is_installed_and_says_what_is_not(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else found(name, *a))
     names, left_out = engines.chosen("auto")
-    assert names == ("aoti", "portable", "onnx")
+    assert names == ("aoti", "portable", "onnx", "transformers", "gguf")
     assert left_out == {"openvino": "openvino not installed: pip install 'lightning-accel[openvino]'"}
     with pytest.raises(ValueError, match="openvino cannot be built: openvino not installed: pip install 'light"):
         engines.chosen(("aoti", "openvino"))

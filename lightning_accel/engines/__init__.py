@@ -4,9 +4,11 @@
     build(capture, directory, name)       writes one program into `directory`; returns its manifest entry
     unusable(entry)                       why this machine cannot run the program, or None
     open(path, entry, weights)            a function from flat inputs to flat outputs
+    reference(model)                      of `FILES` only: the model with activations as the engine rounds them, or None
 
 `unusable` and `open` of `TORCH` import torch only; the other engines' packages are extras of this one, imported where
 they are needed. Loading takes one of `TORCH`, in the order in which the export named them, unless another is asked for.
+`FILES` are for other runtimes, which round activations by rules of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import importlib.util
 import platform
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 VARIANTS = ("aoti_avx512", "aoti_avx2")  # of `aoti`, for other CPUs than the one that exports
 TORCH = ("aoti", *VARIANTS, "portable")
@@ -23,7 +26,11 @@ OWN = ("aoti", "portable")  # what goes wrong there fails an export; any other e
 NEEDS = {  # packages that building takes, of the extra of the same name
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "onnx", "onnxscript"),
+    "transformers": ("transformers", "torchao", "safetensors"),
+    "gguf": ("gguf",),
 }
+FILES = ("transformers", "gguf")
+UNTIMED = {"gguf": "not timed: llama.cpp runs it, and it is only read back here"}
 NAMES = (*TORCH, *NEEDS)
 
 
@@ -36,6 +43,11 @@ def get(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"unknown engine {name!r}; write one of {NAMES}")
     return importlib.import_module(f".{name}", __name__)
+
+
+def reference(name: str, model: Any) -> Any:
+    """A deployed model with activations as an engine of `FILES` rounds them; `None` where they are as trained."""
+    return get(name).reference(model) if name in FILES else None
 
 
 def not_installed(name: str) -> str | None:
