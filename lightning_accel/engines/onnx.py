@@ -1,7 +1,7 @@
 """ONNX Runtime: one ONNX file, which plain onnxruntime runs too.
 
 Layers in the forms that its CPU kernels are made for: `int8` as MatMulInteger of rows quantized to uint8 around 128,
-the same codes as everywhere; `int8-static` as QuantizeLinear and DequantizeLinear around MatMul, and as ConvInteger;
+the same codes as everywhere; `int8-static` as QuantizeLinear and DequantizeLinear around MatMul and Conv;
 4-bit weights as MatMulNBits, whose own 8-bit activations (a scale a block, not a row) stand for those of `int4-int8`.
 """
 
@@ -87,17 +87,17 @@ def _lower_static(layer: Int8StaticLinear) -> None:
 
 
 def _lower_conv(layer: Int8StaticConv) -> None:
-    _, zero = onnx_graph.quantizer(layer)
-    weight = onnx_graph.weight_NCHW(layer)
-    around = onnx_graph.buffer(layer, "weight_NCHW", (weight.int() + _MIDDLE).to(torch.uint8).contiguous())
-    middle = onnx_graph.buffer(layer, "middle", _MIDDLE, torch.uint8)
+    scale, zero = onnx_graph.quantizer(layer)
+    weight = onnx_graph.buffer(layer, "weight_NCHW", onnx_graph.weight_NCHW(layer))
+    gain = onnx_graph.buffer(layer, "gain", layer.scale / layer.input_scale, torch.float32)
 
     def function(
-        codes: Tensor, _: Tensor, start: Tensor, scale: Tensor, bias: Tensor, zero_point: int, *window: Any
+        codes: Tensor, _: Tensor, start: Tensor, scales: Tensor, bias: Tensor, zero_point: int, *window: Any
     ) -> Tensor:
-        x = codes.permute(0, 3, 1, 2)
-        sums = onnx_graph.convolution("ConvInteger", x, [around, zero, middle], torch.int32, *window)
-        return sums.float().permute(0, 2, 3, 1) * scale + bias
+        codes = codes.permute(0, 3, 1, 2)  # back as it was: no transposition is left between the two
+        x = onnx_graph.node("DequantizeLinear", [codes, scale, zero], codes.shape, torch.float32)
+        w = onnx_graph.node("DequantizeLinear", [weight, gain], weight.shape, torch.float32, axis=0)
+        return onnx_graph.convolution("Conv", x, [w, bias], torch.float32, *window).permute(0, 2, 3, 1)
 
     layer.function = function
 
@@ -118,10 +118,10 @@ def _lower_int4(layer: Int4Linear, packed: dict[int, tuple[Tensor, Tensor]]) -> 
 
 def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     """Writes `NAME.onnx`."""
-    from ..quantize.layers import Int8StaticLinear
+    from ..quantize.layers import Int8StaticConv, Int8StaticLinear
 
     onnx_graph.write(capture, directory / f"{name}.onnx")
-    static = any(isinstance(module, Int8StaticLinear) for module in capture.module.modules())
+    static = any(isinstance(module, Int8StaticConv | Int8StaticLinear) for module in capture.module.modules())
     return {"file": f"{name}.onnx", "isa": ["vnni"] if static else None, "weights": {}}
 
 

@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "products.h"
+#include "static.h"
 
 namespace {
 
@@ -25,17 +25,31 @@ inline void transpose(__m512i* r) {
 
 // Weights in the order in which interleaving leaves channels: 16 n + 4 i .. 16 n + 4 i + 3 in quarter n of register i.
 struct Deep {
-  Buffer<__m512i> registers;  // [steps, K4, 4]
+  Buffer<int8_t> weights;  // [steps, K4, 4 registers]
+  Buffer<float> channels;  // [steps, 3, 64], start, scale and bias
 
-  void pack(const int8_t* tiles, int64_t C, int64_t K4) {
-    const int64_t count = (C + kRows - 1) / kRows;
-    registers.grow((count + 3) / 4 * K4 * 4);
+  void pack(const Weights& w, int64_t K4) {
+    const int8_t* tiles = w.tiles;
+    const int64_t C = w.N, count = (C + kRows - 1) / kRows;
+    channels.grow((count + 3) / 4 * 192);
+    for (int64_t n = 0; n < C; n += kDeep)
+      for (int64_t part = 0; part < 3; part++) {
+        const void* all[3] = {w.start, w.scale, w.bias};
+        const float* from = static_cast<const float*>(all[part]);
+        __m512i r[4];
+        for (int64_t i = 0; i < 4; i++) r[i] = bits(load(first(C - n - 16 * i), from + n + 16 * i));
+        transpose(r);
+        for (int64_t i = 0; i < 4; i++)
+          _mm512_storeu_si512(channels.data() + n * 3 + part * kDeep + 16 * i, r[i]);
+      }
+    weights.grow((count + 3) / 4 * K4 * 4 * kTile);
     for (int64_t t = 0; t < count; t += 4)
       for (int64_t k = 0; k < K4; k++) {
-        __m512i* r = registers.data() + t * K4 + 4 * k;
+        __m512i r[4];
         for (int64_t i = 0; i < 4; i++)
           r[i] = t + i < count ? load(tiles + ((t + i) * K4 + k) * kTile) : _mm512_setzero_si512();
         transpose(r);
+        for (int64_t i = 0; i < 4; i++) _mm512_store_si512(weights.data() + (t * K4 + 4 * k + i) * kTile, r[i]);
       }
   }
 };
@@ -43,24 +57,32 @@ struct Deep {
 template <class Out>
 void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const Deep& w, int64_t m,
               const Out& out) {
-  const __m512i* weights = w.registers.data();
-  for (int64_t n = 0; n < C; n += kDeep, weights += 4 * K4) {
+  const int8_t* weights = w.weights.data();
+  for (int64_t n = 0; n < C; n += kDeep, weights += 4 * K4 * kTile) {
     const int64_t left = C - n;
     const __mmask64 in = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+    const float* scale = w.channels.data() + n * 3 + kDeep;
+    const int32_t* start = reinterpret_cast<const int32_t*>(scale - kDeep);
     const decltype(out.at(0, 0)) columns[4] = {out.at(n, left), out.at(n + 16, left - 16), out.at(n + 32, left - 32),
                                                out.at(n + 48, left - 48)};
     const uint8_t* const* from = inputs;
     for (int64_t o = 0; o < outputs; o++) {
       __m512i sums[4] = {};
-      for (int64_t k = 0; k < K4; k++, from += 4) {
+      const int8_t* at = weights;
+      for (int64_t k = 0; k < K4; k++, from += 4, at += 4 * kTile) {
         const __m512i x0 = _mm512_maskz_loadu_epi8(in, from[0] + n), x1 = _mm512_maskz_loadu_epi8(in, from[1] + n);
         const __m512i x2 = _mm512_maskz_loadu_epi8(in, from[2] + n), x3 = _mm512_maskz_loadu_epi8(in, from[3] + n);
         const __m512i a = _mm512_unpacklo_epi8(x0, x1), b = _mm512_unpackhi_epi8(x0, x1);
         const __m512i c = _mm512_unpacklo_epi8(x2, x3), d = _mm512_unpackhi_epi8(x2, x3);
-        sums[0] = dot(sums[0], _mm512_unpacklo_epi16(a, c), weights[4 * k]);
-        sums[1] = dot(sums[1], _mm512_unpackhi_epi16(a, c), weights[4 * k + 1]);
-        sums[2] = dot(sums[2], _mm512_unpacklo_epi16(b, d), weights[4 * k + 2]);
-        sums[3] = dot(sums[3], _mm512_unpackhi_epi16(b, d), weights[4 * k + 3]);
+        sums[0] = dot(sums[0], _mm512_unpacklo_epi16(a, c), load(at));
+        sums[1] = dot(sums[1], _mm512_unpackhi_epi16(a, c), load(at + 1 * kTile));
+        sums[2] = dot(sums[2], _mm512_unpacklo_epi16(b, d), load(at + 2 * kTile));
+        sums[3] = dot(sums[3], _mm512_unpackhi_epi16(b, d), load(at + 3 * kTile));
+      }
+      if constexpr (std::is_same_v<Out, Coded>) {
+        const __m512i codes = pack_codes<4>(out.as, sums, kDeep, start, scale, scale + kDeep);
+        _mm512_mask_storeu_epi8(out.codes + (m + o) * C + n, in, codes);
+        continue;
       }
       transpose(sums);
       for (int64_t i = 0; i < 4 && 16 * i < left; i++) columns[i].store(m + o, sums[i]);
@@ -75,8 +97,9 @@ constexpr int64_t kDeep = 16;
 struct Deep {  // weights of two inputs beside each other, in 16 bits, of channels 0-3 and 8-11, then of the others
   Buffer<int16_t> pairs;  // [steps, K4, 2, 32]
 
-  void pack(const int8_t* tiles, int64_t C, int64_t K4) {
-    const int64_t count = (C + kRows - 1) / kRows * K4;
+  void pack(const Weights& w, int64_t K4) {
+    const int8_t* tiles = w.tiles;
+    const int64_t count = (w.N + kRows - 1) / kRows * K4;
     pairs.grow(count * kTile);
     for (int64_t t = 0; t < count; t++)
       for (int64_t n = 0; n < kRows; n++)
@@ -120,7 +143,7 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
 struct Deep {
   const int8_t* tiles;
 
-  void pack(const int8_t* w, int64_t, int64_t) { tiles = w; }
+  void pack(const Weights& w, int64_t) { tiles = w.tiles; }
 };
 
 template <class Out>
@@ -140,10 +163,10 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
 
 // Covers all output rows of images with windows `x` (int8_static.cpp).
 template <class Windows, class Out>
-void depthwise(const Windows& x, int64_t batch, const int8_t* tiles, const Out& out) {
+void depthwise(const Windows& x, int64_t batch, const Weights& w, const Out& out) {
   static thread_local Deep packed;
   const int64_t K4 = (x.kernel_height * x.kernel_width + kCols - 1) / kCols;
-  packed.pack(tiles, x.C, K4);
+  packed.pack(w, K4);
   const Deep& weights = packed;  // of this thread: in the others of a team the name means their own
   const auto row = [&](int64_t r) {
     static thread_local std::vector<const uint8_t*> inputs;

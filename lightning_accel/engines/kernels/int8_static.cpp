@@ -5,7 +5,6 @@
 // depthwise.h has those where each channel is a group.
 
 #include "depthwise.h"
-#include "static.h"
 
 namespace {
 
@@ -110,7 +109,7 @@ void linear(const uint8_t* codes, int64_t M, const Weights& w, const Out& out) {
 template <class Out>
 void conv2d(const Windows& x, int64_t batch, int64_t groups, const Weights& w, const Out& out) {
   const int64_t M = batch * x.out_height * x.out_width;
-  if (groups > 1) return depthwise(x, batch, w.tiles, out);
+  if (groups > 1) return depthwise(x, batch, w, out);
   const bool pixels = x.kernel_height * x.kernel_width * x.stride_height * x.stride_width == 1 && M == batch * x.H * x.W;
   pixels ? linear(x.codes, M, w, out) : multiply(x, M, w, out);
 }

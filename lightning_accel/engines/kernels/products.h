@@ -11,6 +11,10 @@
 //     void store(int64_t m, int64_t n, int64_t count, const int32_t* sums)
 // For signed codes it has besides
 //     int32_t start(int64_t m)                         // -128 * sum of the codes of row m
+// and, on AVX512, it may take several registers at once, of `count` channels:
+//     template <int N> void store_row(int64_t m, int64_t n, int64_t count, const Ints* sums)
+// which it says by
+//     static constexpr bool kTakesRows = true
 
 #pragma once
 
@@ -63,6 +67,11 @@ struct Codes {
 
 #ifdef VNNI
 
+template <class Out, class = void>
+struct TakesRows : std::false_type {};
+template <class Out>
+struct TakesRows<Out, std::void_t<decltype(Out::kTakesRows)>> : std::true_type {};
+
 // sums + u * s, of unsigned by signed bytes. Of the intrinsic in its place GCC 12 keeps the sums of `block` in memory, and
 // it takes 2.4 times as long.
 inline __m512i dot(__m512i sums, __m512i u, __m512i s) {
@@ -94,6 +103,10 @@ inline void block(const Codes& x, int64_t m, const int8_t* w, int64_t K4, int64_
       for (int j = 0; j < N; j++)
         sums[i][j] = kUnsigned ? dot(sums[i][j], codes, tiles[j]) : dot(sums[i][j], tiles[j], codes);
     }
+  }
+  if constexpr (N > 1 && TakesRows<Out>::value) {
+    for (int i = 0; i < M; i++) out.template store_row<N>(m + i, n, channels, sums[i]);
+    return;
   }
   for (int j = 0; j < N; j++) {
     const auto column = out.at(n + j * kRows, channels - j * kRows);

@@ -69,12 +69,56 @@ struct Affine {  // codes of floats: clamp(round(x * factor) + zero, least, most
   int32_t zero, least, most;  // least <= zero <= most
 };
 
+#ifdef VNNI
+// Codes of N registers of sums of `count` channels, packed four by four within quarters of a register. What belongs to the
+// channels is in the order of the sums.
+template <int N>
+inline __m512i pack_codes(const Affine& as, const __m512i* sums, int64_t count, const int32_t* start, const float* scale,
+                          const float* bias) {
+  __m512i q[4] = {};
+  const auto codes_of = [&](int i, Ints s, Floats w, Floats b) {
+    Floats moved = (floats(add(sums[i], s)) * w + b) * all(as.factor);
+    if (as.least != as.zero) moved = number_or(moved, all(0.0f));  // else a NaN becomes the least integer
+    q[i] = ints(_mm512_min_ps(all(65536.0f), moved));             // of a NaN, the second
+  };
+  if (count >= 16 * N) {
+    for (int i = 0; i < N; i++)
+      codes_of(i, load(start + 16 * i), _mm512_loadu_ps(scale + 16 * i), _mm512_loadu_ps(bias + 16 * i));
+  } else {
+    for (int i = 0; i < N; i++) {
+      const Lanes in = first(count - 16 * i);
+      codes_of(i, load(in, start + 16 * i), load(in, scale + 16 * i), load(in, bias + 16 * i));
+    }
+  }
+  const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(as.zero));
+  const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero);
+  const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero);
+  const __m512i codes = _mm512_min_epu8(_mm512_packus_epi16(low, high), _mm512_set1_epi8(static_cast<char>(as.most)));
+  return _mm512_max_epu8(codes, _mm512_set1_epi8(static_cast<char>(as.least)));
+}
+#endif
+
 struct Coded {  // an epilogue: the codes of scaled sums are the output
   Scale value;
   Affine as;
   uint8_t* codes;
 
   Coded after(int64_t rows) const { return {value, as, codes + rows * value.w.N}; }
+
+#ifdef VNNI
+  static constexpr bool kTakesRows = true;
+  template <int N>
+  void store_row(int64_t m, int64_t n, int64_t count, const Ints* sums) const {
+    const Weights& w = value.w;
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i packed =
+        _mm512_permutexvar_epi32(order, pack_codes<N>(as, sums, count, w.start + n, w.scale + n, w.bias + n));
+    uint8_t* to = codes + m * w.N + n;
+    if (N == 4 && count >= 64) _mm512_storeu_si512(to, packed);
+    else if (N == 2 && count >= 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(packed));
+    else _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - std::min<int64_t>(count, 16 * N)), packed);
+  }
+#endif
 
 #ifdef LANES
   struct Column {
