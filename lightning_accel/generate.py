@@ -83,6 +83,12 @@ class Cache:
         self.tensors = [tensor.index_select(0, rows) for tensor in self.tensors]
         self.ids_BS, self.mask_BS, self.lengths_B = self.ids_BS[rows], self.mask_BS[rows], self.lengths_B[rows]
 
+    def keep(self, count: int) -> None:
+        """Forgets all but the first `count` slots."""
+        self.ids_BS, self.mask_BS = self.ids_BS[:, :count], self.mask_BS[:, :count]
+        self.filled, self.lengths_B = self.ids_BS.shape[1], self.mask_BS.sum(1)
+        self.unread_BT = self.unread_BT[:, :0]
+
     def check_room(self, new: int) -> None:
         """Raises ValueError unless `new` more tokens a row fit."""
         if self.filled + new > self.capacity:

@@ -111,10 +111,16 @@ class LoadedModel:
         return open_tokenizer(self)
 
     def generate_text(self, prompt: Any, max_new_tokens: int = 64, **options: Any) -> Any:
-        """Continues texts; see `lightning_accel.text.generate_text`."""
+        """Continues texts, or answers them; see `lightning_accel.text.generate_text`."""
         from . import text
 
         return text.generate_text(self, prompt, max_new_tokens, **options)
+
+    def chat(self, messages: Any, max_new_tokens: int = 64, **options: Any) -> Any:
+        """The next answer in a conversation; see `lightning_accel.chat.chat`."""
+        from . import chat
+
+        return chat.chat(self, messages, max_new_tokens, **options)
 
     def classify(self, inputs: Any, top_k: int = 1) -> Any:
         """The likeliest classes of texts or images, by the tokenizer or image processor that travels with the model.

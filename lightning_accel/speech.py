@@ -1,10 +1,13 @@
-"""Speech in, text out: Whisper's features and prompts over a loaded artifact, with torch and `tokenizers` alone."""
+"""Speech in, text out, over a loaded artifact: Whisper's features and prompts, with torch and `tokenizers` alone, and
+models that give letters for frames (CTC, as wav2vec2), with torch alone.
+"""
 
 from __future__ import annotations
 
 import json
 import wave
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +30,10 @@ def transcribe(
     max_new_tokens: int | None = None,
     **options: Any,
 ) -> str:
-    """The text of a recording; longer ones are read in pieces of 30 seconds.
+    """The text of a recording; Whisper reads longer ones in pieces of 30 seconds.
+
+    A CTC model's likeliest letter of each frame, repetitions once and blanks left out (Graves et al. 2006,
+    doi:10.1145/1143844.1143891); it takes no other arguments than the recording.
 
     Args:
         audio: path of a WAV file (PCM, 16 bits), or mono samples [n] in [-1, 1].
@@ -43,8 +49,15 @@ def transcribe(
     from .loaded import LoadedSeq2Seq
 
     names = model.input_names
+    if names[0] == "input_values":
+        if language is not None or task != "transcribe" or max_new_tokens is not None or options:
+            raise ValueError("a CTC model writes down what it hears; write transcribe(audio) without other options")
+        return _transcribe_ctc(model, audio, sampling_rate)
     if not isinstance(model, LoadedSeq2Seq) or names[0] != "input_features":
-        raise ValueError(f"this model takes {', '.join(names)}, no speech; transcribe needs an artifact of Whisper")
+        raise ValueError(
+            f"this model takes {', '.join(names)}, no speech; transcribe needs an artifact of Whisper, or of a CTC "
+            "model such as wav2vec2"
+        )
     config = json.loads(model.asset(PREPROCESSOR).read_text())
     samples = _samples(audio, sampling_rate, config["sampling_rate"])
     begin = _begin(model, language, task)
@@ -57,6 +70,48 @@ def transcribe(
         ).tolist()
         texts.append(model.tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip())
     return " ".join(text for text in texts if text)
+
+
+def _transcribe_ctc(model: LoadedModel, audio: Any, sampling_rate: int | None) -> str:
+    config = json.loads(model.asset(PREPROCESSOR).read_text())
+    samples = _samples(audio, sampling_rate, config["sampling_rate"])
+    if config["do_normalize"]:
+        samples = (samples - samples.mean()) / (samples.var(correction=0) + 1e-7).sqrt()
+    specs = {spec["name"]: spec for spec in model.entry["inputs"]}
+    size = specs["input_values"]["shape"][1]
+    pieces = samples.split(size) if isinstance(size, int) else (samples,)
+    frames = [_frames(model, piece, size if isinstance(size, int) else len(piece)) for piece in pieces]
+    return ctc_text([i for ids in frames for i in ids], json.loads(model.asset("vocab.json").read_text()),
+                    json.loads(model.asset("tokenizer_config.json").read_text()))  # fmt: skip
+
+
+def _frames(model: LoadedModel, samples: Tensor, size: int) -> list[int]:
+    """The likeliest token of each frame of a piece, filled up with silence to the model's length."""
+    filled = torch.nn.functional.pad(samples, (0, size - len(samples)))[None]
+    inputs = {"input_values": filled}
+    if "attention_mask" in model.input_names:
+        inputs["attention_mask"] = (torch.arange(size) < len(samples)).to(torch.int64)[None]
+    output = model(**inputs)
+    logits = output["logits"] if isinstance(output, dict) else output
+    count = max(1, logits.shape[1] * len(samples) // size)
+    return logits[0, :count].argmax(-1).tolist()
+
+
+def ctc_text(ids: list[int], words: dict[str, int], config: dict[str, Any]) -> str:
+    """The text of the likeliest token of each frame.
+
+    Args:
+        words: token -> id, a `vocab.json`.
+        config: a `tokenizer_config.json`; its padding token is CTC's blank.
+
+    >>> ctc_text([1, 1, 0, 1, 2, 2, 1, 0], {"<pad>": 0, "A": 1, "|": 2}, {"word_delimiter_token": "|"})
+    'AA A'
+    """
+    names = {i: word for word, i in words.items()}
+    blank, between = config.get("pad_token", "<pad>"), config["word_delimiter_token"]
+    letters = [names[i] for i, _ in groupby(ids)]
+    text = "".join(" " if letter == between else letter for letter in letters if letter != blank).strip()
+    return text.lower() if config.get("do_lower_case") else text
 
 
 def _begin(model: LoadedModel, language: str | None, task: str) -> list[int]:

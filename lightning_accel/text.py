@@ -14,7 +14,7 @@ from torch import Tensor
 from .generate import Cache
 
 if TYPE_CHECKING:
-    from .loaded import LoadedModel
+    from .loaded import LoadedModel, LoadedSeq2Seq
 
 TOKENIZER = "tokenizer.json"
 _CONTEXT = 8  # tokens before a new one that decide how it is written: spaces, halves of characters
@@ -55,7 +55,7 @@ def generate_text(
     cache: Cache | None = None,
     **sampling: Any,
 ) -> str | list[str] | Iterator[str]:
-    """Continues a text, or several at once; greedy by default.
+    """Continues a text, or several at once; greedy by default. An encoder-decoder model answers it, as in translation.
 
     Args:
         prompt: a text, or a list of texts.
@@ -63,7 +63,8 @@ def generate_text(
         stop: texts before which an answer ends; it ends at the model's end-of-text token too.
         stream: return an iterator over the pieces of one answer instead, as they come.
         cache: of `model.new_cache`, to go on with a conversation: `prompt` is then only what is new.
-        sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, as in `generate`.
+        sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, as in `generate`; of encoder-decoder
+            models `num_beams`, `length_penalty` and `decoder_input_ids` too.
 
     Returns:
         what was added, without the prompt: a text, or a list of texts where a list was given.
@@ -73,27 +74,70 @@ def generate_text(
     """
     from .loaded import LoadedSeq2Seq
 
-    if isinstance(model, LoadedSeq2Seq):
-        raise ValueError(
-            "an encoder-decoder model answers sources: give model.generate(...) its inputs "
-            f"{', '.join(model.encoder.input_names)}, encoded by model.tokenizer; recordings go to model.transcribe"
-        )
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    if prompts and all(isinstance(item, dict) for item in prompts):
+        raise ValueError("prompt is a conversation; write model.chat(messages)")
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompt={prompt!r} is no text and no list of texts; token ids go to model.generate")
     if stream and len(prompts) > 1:
         raise ValueError(f"{len(prompts)} prompts cannot be streamed as one text; write stream=True with one prompt")
-    begins = cache is None or cache.filled == 0
-    encoded = [e.ids for e in model.tokenizer.encode_batch(prompts, add_special_tokens=begins)]
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    writers = [_Writer(model.tokenizer, ids, stops) for ids in encoded]
-    ends = frozenset(model.entry["cache"].get("stop", ())) if model.entry["cache"] else frozenset()
-    tokens: Any = model.generate(encoded, max_new_tokens, stream=True, cache=cache, **sampling)
-    pieces = _write(tokens, writers, ends)
+    if isinstance(model, LoadedSeq2Seq):
+        if cache is not None:
+            raise ValueError("an encoder-decoder model answers one source at a time, without cache=")
+        pieces = _answers(model, prompts, max_new_tokens, stop, stream, **sampling)
+    else:
+        begins = cache is None or cache.filled == 0
+        encoded = [e.ids for e in model.tokenizer.encode_batch(prompts, add_special_tokens=begins)]
+        pieces = continue_ids(model, encoded, max_new_tokens, stop, cache, **sampling)
     if stream:
         return (piece for (piece,) in pieces)
     answers = ["".join(row) for row in zip(*pieces, strict=True)]
     return answers[0] if isinstance(prompt, str) else answers
+
+
+def continue_ids(
+    model: LoadedModel,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: str | Sequence[str],
+    cache: Cache | None,
+    **sampling: Any,
+) -> Iterator[list[str]]:
+    """The new piece of each row's text, token by token, after prompts of token ids."""
+    tokens: Any = model.generate(encoded, max_new_tokens, stream=True, cache=cache, **sampling)
+    return _write(tokens, [_Writer(model.tokenizer, ids, _texts(stop)) for ids in encoded], _ends(model))
+
+
+def _answers(
+    model: LoadedSeq2Seq, sources: list[str], max_new_tokens: int, stop: Any, stream: bool, **sampling: Any
+) -> Iterator[list[str]]:
+    """The new piece of each answer, token by token; all at once where beams are searched."""
+    names = model.encoder.input_names
+    if unknown := set(names) - {"input_ids", "attention_mask"}:
+        what = "recordings go to model.transcribe" if "input_features" in unknown else "give model.generate its inputs"
+        raise ValueError(f"a text does not give the input {min(unknown)!r} of this model; {what}")
+    encoded = [e.ids for e in model.tokenizer.encode_batch(sources)]
+    length = max(len(ids) for ids in encoded)
+    if "attention_mask" not in names and any(len(ids) < length for ids in encoded):
+        raise ValueError("texts of different lengths need a model with an attention_mask; give them one by one")
+    inputs = {
+        "input_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids in encoded]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded]),
+    }
+    given: Any = {name: inputs[name] for name in names}
+    greedy = stream or sampling.get("num_beams", 1) == 1
+    tokens = model.generate(**given, max_new_tokens=max_new_tokens, stream=greedy, **sampling)
+    writers = [_Writer(model.tokenizer, [], _texts(stop)) for _ in sources]
+    return _write(tokens if greedy else iter(tokens.unbind(1)), writers, _ends(model))
+
+
+def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _ends(model: LoadedModel) -> frozenset[int]:
+    """Token ids that end an answer."""
+    return frozenset(model.entry["cache"].get("stop", ())) if model.entry["cache"] else frozenset()
 
 
 def _write(tokens: Iterator[Tensor], writers: list[_Writer], ends: frozenset[int]) -> Iterator[list[str]]:

@@ -229,7 +229,7 @@ def test_bad_inputs_say_what_to_write(pair: tuple[str, Any, LoadedSeq2Seq]) -> N
     for wrong, message in (({"num_beams": 0}, "num_beams=0 must"), ({"num_beams": 2, "stream": True}, "nor streamed")):
         with pytest.raises(ValueError, match=message):
             ours.generate(**given, **wrong)
-    with pytest.raises(ValueError, match="an encoder-decoder model answers sources"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json|a text does not give the input 'input_features'"):
         ours.generate_text("a text")
     with pytest.raises(ValueError, match="answers one source at a time"):
         ours.new_cache(capacity=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import wave
@@ -15,6 +16,11 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -22,7 +28,7 @@ from transformers import (
 from transformers import WhisperProcessor as Processor
 
 from lightning_accel import export_model, load
-from lightning_accel.speech import log_mel, mel_filters, read_wav
+from lightning_accel.speech import ctc_text, log_mel, mel_filters, read_wav
 
 RATE, VOCABULARY = 16000, 60
 START, PLAIN, END = 57, 58, 59  # start of transcript, no timestamps, end of text
@@ -133,3 +139,60 @@ def test_speech_needs_torch_and_tokenizers_alone(whisper: tuple[Any, Any, Any], 
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code, str(whisper[2].directory), str(path)], check=True)
+
+
+# --- CTC --------------------------------------------------------------------------------------------------------------
+
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJ"]
+
+
+@pytest.fixture(scope="module")
+def hearer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A small wav2vec2, its processor, and a folder of its portable program for pieces of half a second."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (8, 8), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    config = Wav2Vec2Config(**sizes, **convolutions, **positions, vocab_size=len(LETTERS), pad_token_id=0)
+    model = Wav2Vec2ForCTC(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30.0)
+    folder = tmp_path_factory.mktemp("ctc")
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(LETTERS)}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), do_lower_case=True)
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer)
+    options: dict[str, Any] = {"engines": ("portable",), "measure": False, "processor": processor}
+    export_model(model, folder / "m", example_inputs={"input_values": torch.randn(2, RATE // 2)}, **options)
+    return model, processor, folder / "m"
+
+
+@torch.no_grad()
+def test_frames_become_letters_as_by_transformers(hearer: tuple[Any, Any, Path]) -> None:
+    model, processor, folder = hearer
+    ours = load(folder)
+    for seed in range(3):
+        samples = speech(0.5, seed)
+        given = processor(samples.numpy(), sampling_rate=RATE, return_tensors="pt")["input_values"]
+        ids = model(given).logits.argmax(-1)
+        expected = processor.batch_decode(ids)[0]
+        assert ours.transcribe(samples, sampling_rate=RATE) == expected
+        assert len(set(expected)) > 2
+
+
+def test_longer_recordings_are_read_in_pieces_and_shorter_ones_filled_up(hearer: tuple[Any, Any, Path]) -> None:
+    ours = load(hearer[2])
+    for seconds in (0.2, 1.3):
+        assert ours.transcribe(speech(seconds), sampling_rate=RATE)
+    for options in ({"language": "en"}, {"max_new_tokens": 3}, {"temperature": 1.0}):
+        with pytest.raises(ValueError, match="a CTC model writes down what it hears"):
+            ours.transcribe(speech(0.2), sampling_rate=RATE, **options)
+    with pytest.raises(ValueError, match="the audio is of 8000 Hz"):
+        ours.transcribe(speech(0.2), sampling_rate=8000)
+
+
+def test_repetitions_collapse_unless_a_blank_is_between() -> None:
+    words = {letter: i for i, letter in enumerate(LETTERS)}
+    config = {"pad_token": "<pad>", "word_delimiter_token": "|"}
+    assert ctc_text([6, 6, 0, 6, 4, 4, 5, 5, 4], words, config) == "BB A"
+    assert ctc_text([0, 0], words, config) == "" and ctc_text([], words, config) == ""
+    assert ctc_text([1, 5, 2], words, config | {"do_lower_case": True}) == "<s>a</s>", "only the blank is left out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,21 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from jinja2.exceptions import SecurityError
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTImageProcessor,
+)
 
 from lightning_accel import Export, export_model, load
+from lightning_accel.chat import _compiled, render
+from lightning_accel.generate import Cache
 from lightning_accel.loaded import LoadedModel
 from lightning_accel.text import _Writer
 from lightning_accel.vision import prepare, read_image
@@ -135,6 +146,132 @@ def test_text_needs_torch_and_tokenizers_alone(writer: tuple[Any, LoadedModel]) 
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code, str(writer[1].directory)], check=True)
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message.role not in ('user', 'assistant') %}\
+{{ raise_exception('who is ' + message.role) }}{% endif %}<{{ message.role }}>{% if message.role == 'assistant' %}\
+{% generation %}{{ message.content }}{% endgeneration %}{{ eos_token }}{% else %}{{ message.content | trim }}{% endif %}
+{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+TALK = [
+    {"role": "user", "content": " The import statement "},
+    {"role": "assistant", "content": "imports — é"},
+    {"role": "user", "content": "What is it?"},
+]
+
+
+@pytest.fixture(scope="module")
+def talker(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any, LoadedModel]:
+    """A language model, a tokenizer with a template, and the portable program."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    model = tiny.llama(vocab_size=300, max_position_embeddings=256)
+    folder = tmp_path_factory.mktemp("chat") / "artifact"
+    export_model(model, folder, engines=("portable",), measure=False, processor=tokenizer)
+    return model, tokenizer, load(folder)
+
+
+@torch.no_grad()
+def test_a_conversation_is_written_and_answered_as_by_transformers(talker: tuple[Any, Any, LoadedModel]) -> None:
+    model, tokenizer, ours = talker
+    for variables in ({}, {"tools": [{"name": "<f>é"}]}):
+        text = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True, **variables)
+        assert render(ours, TALK, **variables) == text
+    given = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=30, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    expected = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert ours.chat(TALK, 30) == expected
+    assert "".join(ours.chat(TALK, 30, stream=True)) == expected
+    stop = expected[9:11]
+    assert ours.chat(TALK, 30, stop=stop) == expected[: expected.index(stop)]
+
+
+def test_a_cache_reads_only_what_a_conversation_gained_and_forgets_what_was_changed(
+    talker: tuple[Any, Any, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, ours = talker
+    cache, read = ours.new_cache(capacity=200), []
+    step = Cache.step
+
+    def counting(self: Cache, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(ids.shape[1])
+        return step(self, ids, *rest)
+
+    monkeypatch.setattr(Cache, "step", counting)
+    first = ours.chat(TALK[:1], 8, cache=cache)
+    begun = read[0]
+    read.clear()
+    talk = [*TALK[:1], {"role": "assistant", "content": first}, TALK[2]]
+    assert ours.chat(talk, 8, cache=cache) == ours.chat(talk, 8)
+    whole = read[8]
+    assert read[0] <= whole - begun, "the first message is not read again"
+    assert ours.chat(TALK, 8, cache=cache) == ours.chat(TALK, 8), "another answer than the one in the cache"
+    assert ours.chat(TALK, 8, cache=cache) == ours.chat(TALK, 8), "the same again"
+    with pytest.raises(ValueError, match=r"the cache has 2 rows; a conversation needs model.new_cache\(capacity"):
+        ours.chat(TALK, 8, cache=ours.new_cache(capacity=99, batch=2))
+
+
+def test_what_is_no_conversation_and_a_tokenizer_without_a_template_are_refused(
+    talker: tuple[Any, Any, LoadedModel], writer: tuple[Any, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, ours = talker
+    for wrong in ("hello", [], ["hello"]):
+        with pytest.raises(ValueError, match="is no conversation; write"):
+            ours.chat(wrong)
+    with pytest.raises(ValueError, match=r"write model\.chat\(messages\)"):
+        ours.generate_text(TALK)
+    with pytest.raises(ValueError, match="refuses the messages: who is system"):
+        ours.chat([{"role": "system", "content": "be brief"}])
+    with pytest.raises(ValueError, match="no template of conversations; export it with processor="):
+        writer[1].chat(TALK)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match="conversations need the package jinja2: pip install jinja2"):
+        ours.chat(TALK)
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
+    for source in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}"):
+        with pytest.raises(SecurityError):
+            _compiled(source).render(messages=[])
+
+
+# --- encoder-decoder models -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_answers_of_an_encoder_decoder_model_are_those_of_transformers(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 300}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=2, pad_token_id=0))
+    for parameter in model.eval().parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(2.0)
+    example = dict(tokenizer(["one text", "a"], padding=True, return_tensors="pt", return_token_type_ids=False))
+    export_model(
+        model, tmp_path / "m", example_inputs=example, engines=("portable",), measure=False, processor=tokenizer
+    )
+    ours, expected = load(tmp_path / "m"), []
+    for prompt in PROMPTS:
+        given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**given, max_new_tokens=20, do_sample=False)
+        expected.append(tokenizer.decode(ids[0, 1:], skip_special_tokens=True))
+    assert [ours.generate_text(prompt, 20) for prompt in PROMPTS] == expected
+    assert ours.generate_text(PROMPTS, 20) == expected and len(set(expected)) == 3
+    assert "".join(ours.generate_text(PROMPTS[0], 20, stream=True)) == expected[0]
+    given = tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False)
+    beams = model.generate(**given, max_new_tokens=20, do_sample=False, num_beams=3, length_penalty=1.0)
+    found = ours.generate_text(PROMPTS[0], 20, num_beams=3)
+    assert found == tokenizer.decode(beams[0, 1:], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="one source at a time, without cache="):
+        ours.generate_text(PROMPTS[0], cache=load(tmp_path / "m"))
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
