@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import Export, QuantConfig, QuantizationAwareTraining, export_model, load
-from lightning_accel.quantize import freeze_, is_prepared
+from lightning_accel.quantize import freeze_, is_prepared, prepare_
 from lightning_accel.quantize.norms import norms_of
 from lightning_accel.quantize.observers import MOMENTUM, batch_range
 from lightning_accel.quantize.ranges import affine_quantizers, static_state
@@ -210,3 +211,22 @@ def test_a_callback_begins_anew_for_another_network(tmp_path: Any) -> None:
     assert [state for state, _ in seen] == [state for state, _ in states]
     assert_same(weights(found), weights(expected))
     assert norms_of(found.model) == {"features.0": "features.1", "features.3": "features.4"}
+
+
+def test_a_range_that_one_rank_alone_has_found_is_everyones() -> None:
+    """Two ranks, of which the first has run the first layer only: an expert without tokens on it."""
+    callback, network = qat(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    prepare_(network, STATIC)
+    first, second, third = (quantizer.range for quantizer in affine_quantizers(network).values())
+    first.copy_(torch.tensor([-1.0, 3.0]))
+    other = torch.tensor([[-3.0, 5.0, 1.0], [-2.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+
+    def reduce(own: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "sum"
+        return own + other
+
+    ranks: Any = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))
+    whole: Any = nn.ModuleDict({"model": network})
+    callback._agree(ranks, whole)
+    assert first.tolist() == [-2.0, 4.0] and second.tolist() == [-2.0, 2.0]
+    assert third.tolist() == [torch.inf, -torch.inf], "not yet found by any"

@@ -246,6 +246,22 @@ def test_infinite_activations_saturate_and_nan_is_zero_evaluated_and_converted()
     assert fake.train()(strange).isnan().any(1).tolist() == [False, False, True], "the loss shows that it diverged"
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_rounds_nothing_before_there_is_a_range(frozen: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 4)).train()
+    prepare_(model, STATIC)
+    if frozen:
+        freeze_(model)
+    x = batches(1, seed=9)[0][:3]
+    strange = x.clone()
+    strange[0, 1] = torch.inf
+    quantizer = model[0].activation_fake_quantizer
+    assert torch.equal(quantizer(strange), strange) and not quantizer.found
+    assert not torch.equal(quantizer(x), x) and quantizer.range.tolist() == [x.min(), x.max()]
+    quantizer(2 * x)
+    assert (quantizer.range.tolist() == [x.min(), x.max()]) == frozen
+
+
 # --- fake-quantized, converted ----------------------------------------------------------------------------------------
 
 

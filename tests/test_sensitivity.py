@@ -58,6 +58,29 @@ def test_a_tied_head_is_one_unit_with_its_embedding() -> None:
     quantize_model(model, QuantConfig("int8", overrides=overrides))
 
 
+def test_what_fits_no_scheme_that_was_measured_stays_in_float_and_counts() -> None:
+    model, batches = network()
+    found = sensitivity(model, batches, ("int4-int8",))
+    assert found.unfit == {"5": 4 * 48 * 5}
+    overrides = allocate(found, loss=10.0)
+    assert overrides == {"0": "int4-int8", "3": "int4-int8", "5": None}
+    assert isinstance(quantize_model(model, QuantConfig("int8", overrides=overrides))[5], nn.Linear)
+    smallest = sum(row["int4-int8"] for row in found.size.values()) + found.unfit["5"]
+    with pytest.raises(ValueError, match=rf"schemes take {smallest} \(960 of them fit none\); write size={smallest}"):
+        allocate(found, size=smallest - 1)
+    assert allocate(found, size=smallest) == overrides
+
+
+def test_embeddings_and_tied_heads_are_measured_in_int8_static() -> None:
+    model = tiny.llama(intermediate_size=64)
+    batch = {"input_ids": tiny.ids(4, 12), "labels": tiny.ids(4, 12)}
+    found = sensitivity(model, [batch] * 8, ("int8-static",))
+    assert not found.unfit and "int8-static" in found.increase["model.embed_tokens+lm_head"]
+    alone = nn.Sequential(nn.Embedding(16, 8), nn.Flatten(), nn.Linear(32, 4))
+    found = sensitivity(alone, [(torch.randint(0, 16, (4, 4)), torch.arange(4))] * 8, ("int8-static",))
+    assert found.size["0"]["int8-static"] == 16 * 8 + 4 * 16 and found.size["2"]["int8-static"] == 4 * 32 + 8 * 4
+
+
 class NamedLikePatterns(nn.Module):
     def __init__(self) -> None:
         super().__init__()

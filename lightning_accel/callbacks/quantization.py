@@ -177,11 +177,14 @@ class QuantizationAwareTraining(AccelCallback):
         self.log_value("active", float(self.prepared))
 
     def _agree(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gives every rank the mean of the ranks' ranges (contract 10)."""
+        """Gives every rank the mean of the ranges that the ranks have found (contract 10)."""
         if ranges := [quantizer.range for quantizer in affine_quantizers(self.target(pl_module)).values()]:
-            mean = trainer.strategy.reduce(torch.stack(ranges), reduce_op="mean")
-            for range_, agreed in zip(ranges, mean, strict=True):
-                range_.copy_(agreed)
+            own = torch.stack(ranges)
+            found = own.isfinite().all(1, keepdim=True)
+            sums = trainer.strategy.reduce(torch.cat([torch.where(found, own, 0.0), found.float()], 1), reduce_op="sum")
+            for range_, (low, high, ranks) in zip(ranges, sums, strict=True):
+                if ranks:
+                    range_.copy_(torch.stack([low, high]) / ranks)
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the hooks off."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..measure import machine
 from . import onnx_graph
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     import openvino
 
     from ..artifact import sha256
+    from ..quantize.layers import Int8StaticConv, Int8StaticLinear
 
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "program.onnx"
@@ -119,7 +121,9 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
         openvino.save_model(openvino.convert_model(path), directory / f"{name}.xml", compress_to_fp16=False)
     group = _activation_group(capture.module)
     data = {"file": f"{name}.bin", "sha256": sha256(directory / f"{name}.bin")}
-    return {"file": f"{name}.xml", "data": data, "isa": None, "weights": {}, "options": {"activation_group": group}}
+    static = any(isinstance(module, Int8StaticConv | Int8StaticLinear) for module in capture.module.modules())
+    isa = ["vnni"] if static else None
+    return {"file": f"{name}.xml", "data": data, "isa": isa, "weights": {}, "options": {"activation_group": group}}
 
 
 def _activation_group(model: torch.nn.Module) -> int:
@@ -137,6 +141,8 @@ def unusable(entry: dict[str, Any]) -> str | None:
     """Why the program cannot run here."""
     if importlib.util.find_spec("openvino") is None:
         return "openvino is not installed: pip install 'lightning-accel[openvino]'"
+    if entry["isa"] and not machine()["vnni"]:
+        return "without VNNI its products of int8-static layers add in 16 bits, which can overflow"
     return None
 
 

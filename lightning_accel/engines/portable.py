@@ -102,8 +102,13 @@ def unusable(entry: dict[str, Any]) -> str | None:
 def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
     """Loads the program; its weights stay mapped from the folder's one file."""
     check_archive(path)
+    from .._int_mm import SATURATES, mend_
+
     with _LOADING:
-        program = torch.export.load(path).module()
+        program: Any = torch.export.load(path).module()
+    if SATURATES:
+        mend_(program.graph)
+        program.recompile()
     tensors = [weights[entry["weights"][str(i)]] for i in range(len(entry["weights"]))]
     layouts = entry.get("layouts", {})
     tensors = [_untile(t, layouts[str(i)]) if str(i) in layouts else t for i, t in enumerate(tensors)]

@@ -15,7 +15,7 @@ import glob
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,11 +40,13 @@ class Sensitivity:
         loss: of the float model.
         increase: module -> scheme -> loss with that module alone quantized, minus `loss`.
         size: module -> scheme (and `"float"`) -> bytes of its weight and scales.
+        unfit: modules with weights that fit none of the schemes -> bytes of their weight.
     """
 
     loss: float
     increase: dict[str, dict[str, float]]
     size: dict[str, dict[str, int]]
+    unfit: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         schemes = sorted({scheme for row in self.increase.values() for scheme in row})
@@ -107,8 +109,11 @@ def sensitivity(
         raise ValueError("the loader gives no batches; sensitivity needs held-out data")
     model = unprepare_(copy.deepcopy(select.unwrap(model)))
     model.eval()
-    configs = {scheme: QuantConfig(scheme, group_size=group_size, observer=observer) for scheme in schemes}
+    every = dict.fromkeys((*schemes, *SCHEMES))
+    configs = {scheme: QuantConfig(scheme, group_size=group_size, observer=observer) for scheme in every}
     everything, reached = _reached(model, configs)
+    fit = set().union(*(reached[scheme] for scheme in schemes))
+    unfit = [name for name in everything if name not in fit and any(name in names for names in reached.values())]
 
     def measured() -> float:
         return sum(float(loss(model, batch)) for batch in batches) / len(batches)
@@ -116,27 +121,28 @@ def sensitivity(
     base = measured()
     if not math.isfinite(base):
         raise ValueError(f"the loss of the float model is {base}; look at the batches and the weights")
-    ranges, unreached = _ranges(model, batches, loss, configs.get("int8-static"))
-    if "int8-static" in reached:
-        reached["int8-static"] -= unreached
+    ranges, unreached = _ranges(model, batches, loss, configs["int8-static"] if "int8-static" in schemes else None)
+    reached["int8-static"] -= unreached
     increase: dict[str, dict[str, float]] = {}
     size: dict[str, dict[str, int]] = {}
-    for unit in _units(model, [name for name in everything if any(name in names for names in reached.values())]):
+    for unit in _units(model, [name for name in everything if name in fit]):
         shapes = shapes_of(select.get_module(model, unit[0]))
         label = "+".join(unit)
-        increase[label], size[label] = {}, {FLOAT: sum(4 * rows * inputs for rows, inputs in shapes)}
+        increase[label], size[label] = {}, {FLOAT: _float_bytes(model, unit[0])}
         for scheme in (s for s in schemes if reached[s].issuperset(unit)):
             alone = plan(model, configs[scheme], only=dict.fromkeys(unit, scheme))
             prepare_as_planned_(model, configs[scheme], alone)
             load_static_state_(model, ranges)
             increase[label][scheme] = measured() - base
-            size[label][scheme] = sum(_bytes(scheme, *shape, group_size) for shape in shapes)
+            done = next(entry.done for entry in alone.entries if entry.done is not None)
+            size[label][scheme] = sum(_bytes(done, *shape, group_size) for shape in shapes)
             unprepare_(model)
+    left = {label: size.pop(label)[FLOAT] for label, row in increase.items() if not row}
+    left |= {"+".join(unit): _float_bytes(model, unit[0]) for unit in _units(model, unfit)}
     increase = {label: row for label, row in increase.items() if row}
-    size = {label: size[label] for label in increase}
     if not increase:
         raise ValueError(f"no module fits {tuple(schemes)} with groups of {group_size}; add 'int8' to schemes")
-    return Sensitivity(base, increase, size)
+    return Sensitivity(base, increase, size, left)
 
 
 def _reached(model: nn.Module, configs: Mapping[str, QuantConfig]) -> tuple[list[str], dict[str, set[str]]]:
@@ -144,8 +150,13 @@ def _reached(model: nn.Module, configs: Mapping[str, QuantConfig]) -> tuple[list
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of groups that do not divide: such schemes are left out
         plans = {scheme: plan(model, config).entries for scheme, config in configs.items()}
-    reached = {s: {e.name for e in entries if e.done == s} for s, entries in plans.items()}
+    reached = {s: {e.name for e in entries if e.done == s or _as_int8(e, s)} for s, entries in plans.items()}
     return [entry.name for entry in next(iter(plans.values()))], reached
+
+
+def _as_int8(entry: select.Entry, scheme: str) -> bool:
+    """Whether it is an embedding in int8-static, which is that of int8."""
+    return scheme == "int8-static" and entry.done == "int8" and entry.reason is None
 
 
 def _ranges(
@@ -163,6 +174,8 @@ def _ranges(
 
 def allocate(found: Sensitivity, *, size: float | None = None, loss: float | None = None) -> dict[str, str | None]:
     """A scheme for each module, as `QuantConfig(overrides=...)` takes it; `None` leaves a module in float.
+
+    Modules that fit no scheme that was measured stay in float, and count.
 
     Args:
         size: at most so many bytes (an int), or such a share of the float weights (a float in (0, 1]), at little loss.
@@ -197,10 +210,17 @@ def allocate(found: Sensitivity, *, size: float | None = None, loss: float | Non
         prices |= {(b[1] - a[1]) / (a[2] - b[2]) for a in rows for b in rows if a[2] > b[2] and b[1] > a[1]}
     choices = [at(price * (1 + 1e-9)) for price in sorted(prices)]
     if size is not None:
-        most = size * sum(row[FLOAT] for row in found.size.values()) if isinstance(size, float) else size
+        rest = sum(found.unfit.values())
+        whole = rest + sum(row[FLOAT] for row in found.size.values())
+        most = (size * whole if isinstance(size, float) else size) - rest
         fits = [choice for choice in choices if _size(choice) <= most]
         if not fits:
-            raise ValueError(f"size={size} is {most:.0f} bytes, the smallest schemes take {_size(choices[-1])}")
+            least = rest + _size(choices[-1])
+            of = f" ({rest} of them fit none)" if rest else ""
+            raise ValueError(
+                f"size={size} is {most + rest:.0f} bytes, the smallest schemes take {least}{of}; write size={least}, "
+                "or measure smaller schemes: sensitivity(..., schemes=('int8', 'int4-int8'))"
+            )
         best = _fill(min(fits, key=_loss), list(options.values()), lambda choice: _size(choice) <= most, _loss)
     else:
         assert loss is not None
@@ -209,6 +229,7 @@ def allocate(found: Sensitivity, *, size: float | None = None, loss: float | Non
             raise ValueError(f"loss={loss} is below what any choice costs ({min(map(_loss, choices)):.4g}); raise it")
         best = _fill(min(within, key=_size), list(options.values()), lambda choice: _loss(choice) <= loss, _size)
     schemes = {name: None if row[0] == FLOAT else row[0] for name, row in zip(options, best, strict=True)}
+    schemes |= dict.fromkeys(found.unfit)  # or the config's own scheme would take them, unmeasured
     return {glob.escape(part): scheme for name, scheme in schemes.items() for part in name.split("+")}
 
 
@@ -245,6 +266,10 @@ def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
         module = select.get_module(model, name)
         units.setdefault(id(getattr(module, "weight", module)), []).append(name)
     return list(units.values())
+
+
+def _float_bytes(model: nn.Module, name: str) -> int:
+    return sum(4 * rows * inputs for rows, inputs in shapes_of(select.get_module(model, name)))
 
 
 def _bytes(scheme: str, rows: int, inputs: int, group: int) -> int:

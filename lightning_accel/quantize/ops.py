@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .._int_mm import int_mm
+
 TINY = 1e-30  # keeps 1 / scale finite for a row of zeros
 MOST_INT8_INPUTS = (2**31 - 1) // 127**2  # of a layer: int32 sums of more products of int8 codes could overflow
 
@@ -62,10 +64,7 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
     rows = x.float().reshape(-1, x.shape[-1])
     scales = row_scales(rows)
     codes = torch.nan_to_num(row_codes(rows, scales), nan=0.0).to(torch.int8)
-    if weight.shape[1] == 1:  # torch._int_mm leaves its output unset there (seen in 2.13 on a CPU)
-        codes, weight = torch.nn.functional.pad(codes, (0, 1)), torch.nn.functional.pad(weight, (0, 1))
-    sums = torch._int_mm(codes, weight.t())
-    y = sums.float() * scales * scale
+    y = int_mm(codes, weight.t()).float() * scales * scale
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 

@@ -60,6 +60,7 @@ class AffineFakeQuantizer(FakeQuantizerBase):
     def __init__(self, observer: str, name: str = "") -> None:
         super().__init__()
         self.enabled, self.observer, self.frozen, self.name = True, observer, False, name
+        self._found = False  # as `found` was when it was last asked for, which waits for the device
         self.sample: Sample | None = None
         self.range = torch.tensor([torch.inf, -torch.inf])
 
@@ -74,9 +75,13 @@ class AffineFakeQuantizer(FakeQuantizerBase):
         if self.sample is not None:
             self.sample.add(x)
             return x
-        if self.training and not self.frozen and not _recomputing():
-            self._follow(x)
-        elif not self.training and not self.found:
+        if self.training:
+            self._found = self._found or self.found
+            if not (self.frozen and self._found) and not _recomputing():
+                self._follow(x)
+            if not (self._found or self.found):
+                return x
+        elif not self.found:
             raise ValueError(
                 f"int8-static has no range of activations yet for {self.name or '<root>'!r}: train a step, or write "
                 "calibrate_(model, batches); if training never runs it, "

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._int_mm import int_mm
 from .ops import TINY, untile
 
 CODES = 255  # the largest code of an activation
@@ -88,12 +89,10 @@ def int8_static_linear_reference(codes: Tensor, weight: Tensor, start: Tensor, s
 
     y = float(codes @ weight.T + start) * scale + bias
     """
-    # torch._int_mm takes int8: codes - 128, and 128 * sum(weight) goes back into the sums
+    # int_mm takes int8: codes - 128, and 128 * sum(weight) goes back into the sums
     rows = (codes.reshape(-1, codes.shape[-1]) ^ 128).view(torch.int8)
     start = start + 128 * weight.sum(1, dtype=torch.int32)
-    if weight.shape[1] == 1:  # torch._int_mm leaves its output unset there (seen in 2.13 on a CPU)
-        rows, weight = torch.nn.functional.pad(rows, (0, 1)), torch.nn.functional.pad(weight, (0, 1))
-    y = (torch._int_mm(rows, weight.t()) + start).float() * scale + bias
+    y = (int_mm(rows, weight.t()) + start).float() * scale + bias
     return y.reshape(*codes.shape[:-1], weight.shape[0])
 
 
