@@ -167,7 +167,8 @@ def rows(name: str, scheme: str, seed: int, folder: Path) -> list[str]:
         found.append(
             f"| {name} | {scheme} | {seed} | {program['engine']} | {share:.1%} | {v['kl_trained']:.1e}{noise} "
             f"| {v['kl_plain']:.1e} | {v['kl_trained'] / v['kl_plain']:.4f} | {v['agreement']:.2%} "
-            f"| {v['agreement_over_margin']:.2%} | {metrics['loss (trained)']:.5f} | {metrics['loss (artifact)']:.5f} |"
+            f"| {v['agreement_over_margin']:.2%} of {v['over_margin']:.1%} "
+            f"| {metrics['loss (trained)']:.5f} | {metrics['loss (artifact)']:.5f} |"
         )
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import artifact
 from .engines import aoti
+from .select import named
 
 
 @dataclass
@@ -92,9 +93,8 @@ def describe(directory: str | Path) -> str:
         lines += _program_lines(entry)
     for coverage in manifest["coverage"]:
         lines += [
-            f"  skipped by {coverage['technique']}: {e['name']} ({e['kind']}, {e['parameters']:,} parameters): "
-            f"{e['reason']}"
-            for e in coverage["entries"]
+            f"  skipped by {coverage['technique']}: {note}: {e['reason']}"
+            for e, note in zip(coverage["entries"], named(coverage), strict=True)
             if not e["done"]
         ]
     return "\n".join(lines)

@@ -167,12 +167,19 @@ class Coverage:
         flops = self.share_of_flops
         head = f"{self.technique}: {self.share_of_parameters:.1%} of parameters"
         head += f", {flops:.1%} of FLOPs" if flops is not None else ""
-        notes = [
-            f"  {'' if e.done else 'skipped '}{e.name} ({e.kind}, {e.parameters:,} parameters): {e.reason}"
-            for e in self.entries
-            if e.reason
-        ]
+        notes = [f"  {'' if e.done else 'skipped '}{note}: {e.reason}"
+                 for e, note in zip(self.entries, named(self.as_dict()), strict=True) if e.reason]  # fmt: skip
         return "\n".join([head, *notes])
+
+
+def named(coverage: Mapping[str, Any]) -> list[str]:
+    """Each entry of a coverage in words: its name and kind, its parameters and its share of FLOPs."""
+    total = sum(entry["flops"] or 0 for entry in coverage["entries"])
+    return [
+        f"{e['name']} ({e['kind']}, {e['parameters']:,} parameters"
+        + (f", {e['flops'] / total:.1%} of FLOPs)" if e["flops"] else ")")
+        for e in coverage["entries"]
+    ]
 
 
 def copy_model(model: nn.Module) -> Any:

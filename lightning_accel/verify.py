@@ -56,6 +56,7 @@ class Verification:
         error_trained, error_plain: relative L2 error of the float outputs.
         margin: logit margin above which predictions must agree, from the errors of the calibration half.
         agreement: share of positions of the test half with the same prediction, and of those over the margin.
+        over_margin: share of positions of the test half that are over the margin.
     """
 
     positions: int
@@ -68,6 +69,7 @@ class Verification:
     margin: float | None = None
     agreement: float | None = None
     agreement_over_margin: float | None = None
+    over_margin: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for the manifest."""
@@ -203,7 +205,7 @@ def _check_predictions(result: Verification, tally: _Tally, name: str) -> None:
         return
     result.margin = 2 * max(error_P[:half].max().item(), KL_FRACTION**0.5 * error_plain_P[:half].max().item())
     same, over = same_P[half:], gap_P[half:] > result.margin
-    result.agreement = same.mean().item()
+    result.agreement, result.over_margin = same.mean().item(), over.float().mean().item()
     result.agreement_over_margin = same[over].mean().item() if over.any() else 1.0
     if result.agreement_over_margin < 1.0:
         raise DriftError(

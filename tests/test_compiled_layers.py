@@ -94,6 +94,31 @@ def test_each_layer_of_a_compiled_program_is_the_converted_one(every_layer: Buil
             assert torch.equal(compiled[name], expected), name
 
 
+@pytest.mark.parametrize("seeds", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_seeds_and_sizes_of_inputs_change_nothing(every_layer: Built, seeds: int) -> None:
+    fake, converted = every_layer.eager, convert_(copy.deepcopy(every_layer.eager))
+    compiled, portable = every_layer.load("aoti"), every_layer.load("portable")
+    for seed in range(seeds):
+        given = inputs(1 + seed % 7, 1, seed)
+        given["x"] *= 10.0 ** (seed % 5 - 2)
+        eager, trained, ours = converted(**given), fake(**given), compiled(**given)
+        for name, expected in eager.items():
+            if name in ("int4_weight", "int4_int8"):
+                layer, x = getattr(converted, name), given["x"]
+                bound = linear_bound(x if name == "int4_weight" else round_rows(x), layer.weight, layer.bias)
+                assert ((ours[name] - expected).abs() <= bound).all(), (seed, name)
+            else:
+                assert torch.equal(ours[name], expected), (seed, name)
+            if name in ("linear", "bare"):
+                layer, x = getattr(fake, name), given["x"][..., :5] if name == "bare" else given["x"]
+                bound = linear_bound(layer.activation_fake_quantizer(x), layer.weight_fake_quantizer(layer.weight),
+                                     layer.bias)  # fmt: skip
+                assert ((trained[name] - expected).abs() <= bound).all(), (seed, name)
+        if seed % 20 == 0:
+            assert all(torch.equal(y, eager[name]) for name, y in portable(**given).items()), seed
+
+
 @torch.no_grad()
 def test_values_out_of_range_are_cut_off_in_a_compiled_program_too(every_layer: Built) -> None:
     given = inputs(seed=5)

@@ -137,7 +137,8 @@ def test_a_thousand_layers_have_the_same_codes_and_sums_fake_quantized_converted
     for seed in range(1000):
         torch.manual_seed(seed)
         n, out = 1 + seed % 67, 1 + seed % 20
-        x, model = kinds_of_rows(1 + seed % 5, n, KINDS[seed % 3], seed), nn.Sequential(nn.Linear(n, out))
+        kind, model = KINDS[seed % len(KINDS)], nn.Sequential(nn.Linear(n, out))
+        x = kinds_of_rows(1 + seed % 5, n, kind, seed)
         prepare_(model, INT8)
         fake, rounded = model[0], model[0].activation_fake_quantizer(x)
         weight, y = fake.weight_fake_quantizer(fake.weight), fake(x)
@@ -147,7 +148,8 @@ def test_a_thousand_layers_have_the_same_codes_and_sums_fake_quantized_converted
         assert torch.equal(layer.weight, weight), seed
         assert torch.equal(untile(tile(layer.codes), out, n), layer.codes), seed
         assert torch.equal(layer(x), numpy_linear(x, fake.weight.detach(), fake.bias.detach())), seed
-        assert ((layer(x).double() - y.double()).abs() <= linear_bound(rounded, weight, fake.bias)).all(), seed
+        if kind != "huge":  # float32 does not hold their products
+            assert ((layer(x).double() - y.double()).abs() <= linear_bound(rounded, weight, fake.bias)).all(), seed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

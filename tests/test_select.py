@@ -78,7 +78,7 @@ def test_coverage_shares_and_reasons() -> None:
     assert coverage.share_of_parameters == 0.6
     assert coverage.share_of_flops == 0.2
     assert "pruning: 60.0% of parameters, 20.0% of FLOPs" in str(coverage)
-    assert "skipped b (Conv2d, 40 parameters): no int8 form" in str(coverage)
+    assert "skipped b (Conv2d, 40 parameters, 60.0% of FLOPs): no int8 form" in str(coverage)
     assert coverage.as_dict()["entries"][0]["done"] == "half"
 
 

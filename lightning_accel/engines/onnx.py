@@ -132,14 +132,9 @@ def unusable(entry: dict[str, Any]) -> str | None:
     """Why the program cannot run here."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed: pip install 'lightning-accel[onnx]'"
-    if entry["isa"] and not _vnni():
+    if entry["isa"] and not onnx_graph.vnni():
         return "without VNNI its products of int8-static layers add in 16 bits, which can overflow"
     return None
-
-
-def _vnni() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
 def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -149,7 +144,7 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3  # errors
-    if not _vnni():
+    if not onnx_graph.vnni():
         # products of uint8 by int8 add two of them in 16 bits there, which can overflow; this makes it uint8 by uint8
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

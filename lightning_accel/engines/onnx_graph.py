@@ -27,6 +27,12 @@ MOST_BYTES = 2**31 - 2**20  # of one protobuf file
 INT4 = "int4_codes"  # the name of buffers [rows, n] of int8 that are stored in 4 bits
 
 
+def vnni() -> bool:
+    """Whether the CPU adds products of bytes in 32 bits; without, the runtimes' static kernels add pairs in 16."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
 def node(op: str, inputs: Sequence[Tensor], shape: Sequence[Any], dtype: torch.dtype, **attributes: Any) -> Tensor:
     """A node of the ONNX graph, traced in place of what it computes; `"com.microsoft::MatMulNBits"` has a domain."""
     operators: Any = torch.onnx.ops

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..measure import machine
 from . import onnx_graph
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def unusable(entry: dict[str, Any]) -> str | None:
     """Why the program cannot run here."""
     if importlib.util.find_spec("openvino") is None:
         return "openvino is not installed: pip install 'lightning-accel[openvino]'"
-    if entry["isa"] and not machine()["vnni"]:
+    if entry["isa"] and not onnx_graph.vnni():
         return "without VNNI its products of int8-static layers add in 16 bits, which can overflow"
     return None
 

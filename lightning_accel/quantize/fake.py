@@ -22,7 +22,7 @@ from .._warn import warn
 from ..select import Coverage, Entry
 from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
-from .config import QuantConfig
+from .config import GROUPS, QuantConfig
 from .int4 import round_groups
 from .layers import check_not_converted
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
@@ -322,7 +322,9 @@ def _fitting(name: str, module: Any, scheme: str | None, group: int) -> tuple[st
         return scheme, None
     divisors = [n for n in range(2, inputs + 1) if inputs % n == 0]
     reason = f"int8 in place of {scheme}: groups of {group} do not divide its {inputs} inputs (divisors: {divisors})"
-    warn(f"{name}: {reason}")
+    other = next((n for n in GROUPS if inputs % n == 0), None)
+    write = f"group_size={other}" if other else f"overrides={{{name!r}: 'int8'}} for this, without a warning"
+    warn(f"{name}: {reason}; write QuantConfig({scheme!r}, {write})")
     return "int8", reason
 
 
