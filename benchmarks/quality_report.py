@@ -65,6 +65,7 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
         return "\n".join([*lines, f"| float | not run |{' |' * (len(heads) - 2)}"])
     each = ", ".join(f"{scale * _scores(control)[i].mean():{form}}" for i in range(len(control)))
     lines.append(f"| float | {scale * _scores(control).mean():{form}} | | {each} |{' |' * (len(heads) - 4)}")
+    trained: list[dict[str, Any]] = []
     for scheme in task.schemes:
         apart: dict[str, tuple[list[int], Tensor]] = {}
         for method in task.methods:
@@ -75,6 +76,7 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
                 why = next((cell["unavailable"] for cell in saved.values()), "not run")
                 lines.append(f"| {label} | {why} |{' |' * (len(heads) - 2)}")
                 continue
+            trained += done.values()
             ours = _scores(done)
             differences = ours - _scores({s: control[s] for s in done})
             apart[method] = (sorted(done), differences)
@@ -88,7 +90,8 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
                     f"{cell['bytes'] / cell['float_bytes']:.3f}"]
             lines.append("| " + " | ".join(row) + " |")
     cell = next(iter(control.values()))
-    return "\n".join([*lines, "", *_notes(task, control), json.dumps(cell["settings"]), "",
+    settings = dict.fromkeys(json.dumps(one["settings"]) for one in [cell, *trained])
+    return "\n".join([*lines, "", *_notes(task, control), *settings, "",
                       json.dumps({"machine": cell["machine"], "versions": cell["versions"]})])
 
 

@@ -324,7 +324,7 @@ def test_a_cpu_without_the_instructions_of_the_other_is_recognised(decoder, alte
     [
         (
             ("avx2", "fma3"),
-            "SLOW: quantized layers run in plain loops, slower than a float32 export",
+            "SLOW: quantized layers run in plain loops, slower than a float32 export (quantize=None)",
             "avx512_vnni, avx512_bw, avx512_dq, avx512_vl",
         ),
         (

@@ -290,7 +290,7 @@ def slow_kernels(entry: Mapping[str, Any]) -> str | None:
         return None
     why = f"as the CPU that compiled them has no {', '.join(missing)}"
     if any(name not in entry["isa"] for name in _AVX2):
-        return f"SLOW: quantized layers run in plain loops, slower than a float32 export, {why}"
+        return f"SLOW: quantized layers run in plain loops, slower than a float32 export (quantize=None), {why}"
     path = "AVX-VNNI" if "avx_vnni" in entry["isa"] else "AVX2"
     return f"quantized layers run with {path}, slower than with AVX512-VNNI, {why}"
 

@@ -66,7 +66,9 @@ def _check_finite(model: nn.Module) -> None:
     for name, module in select.named_modules(model):
         for part, tensor in module._parameters.items() if type(module) in FAKE_TYPES else ():
             if tensor is not None and not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}.{part} holds NaN or infinite values; train again or exclude {name!r}")
+                raise ValueError(
+                    f"{name}.{part} holds NaN or infinite values; train again, or write overrides={{{name!r}: None}}"
+                )
 
 
 def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], Codes]) -> nn.Module:
@@ -82,7 +84,10 @@ def _convert(module: Any, name: str, codes: dict[tuple[Any, ...], Codes]) -> nn.
         group = getattr(module.weight_fake_quantizer, "group", None)
         codes[key] = quantize_rows(weight) if group is None else quantize_groups(weight, group)
         if not torch.isfinite(codes[key][1]).all():
-            raise ValueError(f"{name}.weight holds values past 5e5, too large for a float16 scale; exclude {name!r}")
+            raise ValueError(
+                f"{name}.weight holds values past 5e5, too large for a float16 scale; write "
+                f"overrides={{{name!r}: 'int8'}}"
+            )
         if group is not None and 0 < (largest := float(weight.abs().max())) < SMALLEST:
             raise ValueError(
                 f"{name}.weight holds values up to {largest:.2g}, too small for a float16 scale; write "

@@ -106,7 +106,7 @@ def sensitivity(
     if not schemes or isinstance(schemes, str):
         raise ValueError(f"schemes={schemes!r} is no list of schemes; write schemes=('int8', 'int4-int8')")
     if not batches:
-        raise ValueError("the loader gives no batches; sensitivity needs held-out data")
+        raise ValueError("the loader gives no batches; write sensitivity(model, [(x, y), ...]) with held-out data")
     model = unprepare_(copy.deepcopy(select.unwrap(model)))
     model.eval()
     every = dict.fromkeys((*schemes, *SCHEMES))
