@@ -315,7 +315,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     prepare_(model, QuantConfig("int8"))
     model[0].in_proj_weight.data[40, 3] = float("nan")
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"0\.in_proj_weight holds NaN or infinite values; .* write overrides=\{'0': None\}"):
+    with pytest.raises(ValueError, match=r"0\.in_proj_weight holds NaN or infinite values; .* overrides=\{'0': None\}"):
         convert_(model)
     assert snapshot(model) == before
 

@@ -301,7 +301,7 @@ def _why_not(module: nn.Module, scheme: str | None, known: str | None) -> str | 
         if not issubclass(parent, nn.Conv1d | nn.Conv2d) or zero_padding(module) is None:
             return f"a subclass of {parent.__name__} may compute something else"
     if any(isinstance(value, Tensor) and name.endswith(("weight", "bias")) for name, value in vars(module).items()):
-        return "a hook makes its weight; call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove first"
+        return "a hook makes its weight; take it off before: remove_weight_norm, remove_spectral_norm or prune.remove"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "an embedding with max_norm or sparse gradients is not supported"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and scheme != "int8-static":
