@@ -6,7 +6,7 @@
     python benchmarks/quality.py --out out/quick --quick
 
 A cell is a task, a method, a scheme and a seed. Cells of a seed share initial weights, batches and their order, steps,
-random numbers and, but for `Settings.qat_lr`, the learning rate: `float` trains the control, `ptq` quantizes that
+random numbers and, but for `Settings.taught_lr`, the learning rate: `float` trains the control, `ptq` quantizes that
 control, `qat` trains again from the same start with quantization simulated, `taught` as `qat`, but by the control's
 logits alone. Each is scored on the same held-out examples as the converted model, whose integer arithmetic is that of
 the artifact. A finished cell is a JSON file with every example's score.
@@ -98,7 +98,7 @@ def run(cell: Cell, task: Task, settings: Settings, data: Data, out: Path) -> di
                 teacher = task.build().eval()
                 teacher.load_state_dict(torch.load(control))
                 callbacks.append(Distillation(TAUGHT, teacher=teacher, student="model"))
-            fit(model, replace(settings, lr=settings.qat_lr or settings.lr), data, cell.seed, *callbacks)
+            fit(model, replace(settings, lr=settings.taught_lr or settings.lr), data, cell.seed, *callbacks)
         ranges = calibration(settings, data) if cell.method == "ptq" else None  # QAT has found its own
         model = quantize_model(model, config, calibration=ranges)
     for part, batches in (("validation", data.validation), ("scores", data.test)):
@@ -176,7 +176,7 @@ def run_all(tasks: list[str], seeds: list[int], out: Path, quick: bool) -> None:
     for cell in cells(tasks, seeds):
         task = TASKS[cell.task]
         settings = task.quick if quick else task.settings
-        settings = settings if cell.method in ("qat", "taught") else replace(settings, qat_lr=None)
+        settings = settings if cell.method == "taught" else replace(settings, taught_lr=None)
         if _finished(cell, settings, out):
             continue
         if cell.task not in loaded:

@@ -30,7 +30,7 @@ class Settings:
     begin: float  # share of training before quantization is simulated
     precision: str = "32-true"
     calibration: int = 8  # training batches that a scheme with static ranges sees after training
-    qat_lr: float | None = None  # where the validation split prefers another one than the control's
+    taught_lr: float | None = None  # of QAT taught by the control, where the validation split prefers another one
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,8 @@ TASKS = {
     "smollm2": Task(
         "SmolLM2-135M, Brown corpus",
         FOUR_BITS,
-        Settings(train=300, validation=16, test=64, epochs=1, batch=1, lr=5e-5, begin=0.0, precision=BF16, qat_lr=1e-4),
+        Settings(train=300, validation=16, test=64, epochs=1, batch=1, lr=5e-5, begin=0.0, precision=BF16,
+                 taught_lr=1e-4),
         Settings(train=4, validation=1, test=2, epochs=1, batch=2, lr=1e-5, begin=0.0, precision=BF16),
         load_brown, build_smollm2, loss=True, methods=("ptq", "taught", "qat"),
     ),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import artifact, engines, select
 from .capture import Capture, call_example, capture, flatten_output, input_names
+from .chat import CONFIG, TEMPLATE
 from .engines.aoti import CompilerMissing
 from .finalize import Finalized
 from .inputs import ExampleInputs, copy_inputs, split_inputs
@@ -125,7 +126,6 @@ def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor
 
 
 _PROCESSOR_FILES = ("tokenizer.json", "preprocessor_config.json")  # what `text`, `vision` and `speech` read
-_BESIDE = ("tokenizer_config.json", "chat_template.jinja")  # special tokens, and conversations
 
 
 def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
@@ -151,7 +151,7 @@ def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
             "processor=AutoTokenizer.from_pretrained(path), or assets={'tokenizer.json': path}"
         )
     found = {name: folder / name for name in (*_PROCESSOR_FILES, "vocab.json") if (folder / name).is_file()}
-    beside = {name: folder / name for name in _BESIDE if (folder / name).is_file()}
+    beside = {name: folder / name for name in (CONFIG, TEMPLATE) if (folder / name).is_file()}
     if "tokenizer.json" in found or not _is_ctc(beside):
         found.pop("vocab.json", None)
     if not found:
@@ -164,8 +164,7 @@ def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
 
 def _is_ctc(files: Mapping[str, Path]) -> bool:
     """Whether a tokenizer's words are in its `vocab.json` alone, as wav2vec2's are."""
-    name = "tokenizer_config.json"
-    return name in files and "word_delimiter_token" in json.loads(files[name].read_text())
+    return CONFIG in files and "word_delimiter_token" in json.loads(files[CONFIG].read_text())
 
 
 def _labels(model: Any) -> dict[str, Any] | None:

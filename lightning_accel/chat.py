@@ -9,6 +9,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .generate import Cache
@@ -77,9 +78,8 @@ def render(model: LoadedModel, messages: Messages, add_generation_prompt: bool =
     if isinstance(messages, str) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise ValueError(f"messages={messages!r} is no conversation; write [{{'role': 'user', 'content': 'text'}}]")
     names = {asset["name"] for asset in model.manifest["assets"]}
-    config = json.loads(model.asset(CONFIG).read_text()) if CONFIG in names else {}
-    source = model.asset(TEMPLATE).read_text() if TEMPLATE in names else config.get("chat_template")
-    if not isinstance(source, str):
+    source, config = template_and_config({name: model.asset(name) for name in (TEMPLATE, CONFIG) if name in names})
+    if source is None:
         raise ValueError(
             "this artifact has no template of conversations; export it with processor= a tokenizer that has a "
             "chat_template, or write the prompt yourself: model.generate_text(prompt)"
@@ -94,6 +94,13 @@ def render(model: LoadedModel, messages: Messages, add_generation_prompt: bool =
         return _compiled(source).render(**special, **given, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise ValueError(f"the template of conversations refuses the messages: {error}") from error
+
+
+def template_and_config(files: Mapping[str, Path]) -> tuple[str | None, dict[str, Any]]:
+    """The template of conversations, and the tokenizer's configuration, from the files that travel with a model."""
+    config = json.loads(Path(files[CONFIG]).read_text()) if CONFIG in files else {}
+    source = Path(files[TEMPLATE]).read_text() if TEMPLATE in files else config.get("chat_template")
+    return source if isinstance(source, str) else None, config
 
 
 def _compiled(source: str) -> Any:

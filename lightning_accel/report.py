@@ -65,11 +65,9 @@ class ExportReport:
 
 def _slow_kernels(manifest: Mapping[str, Any]) -> list[str]:
     """One line where quantized layers run without the instructions that make them fastest."""
-    techniques = [coverage["technique"] for coverage in manifest["coverage"] if "quantization" in coverage["technique"]]
-    slow = [aoti.slow_kernels(entry) for entry in manifest["programs"][:1] if "arch" in entry and techniques]
-    float_rows = "; many rows of int4-weight (prefill) are slower there than float32, those of int4-int8 are not"
-    more = float_rows if any("int4-weight" in technique for technique in techniques) else ""
-    return [reason + more for reason in slow if reason]
+    schemes = [coverage["technique"] for coverage in manifest["coverage"] if "quantization" in coverage["technique"]]
+    slow = [aoti.slow_kernels(entry, schemes) for entry in manifest["programs"][:1] if "arch" in entry and schemes]
+    return [reason for reason in slow if reason]
 
 
 def _coverage_line(coverage: Mapping[str, Any]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from .. import select
 from ..quantize import QuantConfig, freeze_, is_prepared, prepare_
 from ..quantize.norms import NormWatch, fold_
-from ..quantize.ranges import affine_quantizers, load_static_state_, static_state, thaw_
+from ..quantize.ranges import affine_quantizers, average_, load_static_state_, static_state, thaw_
 from ..schedule import check_position, position
 from ..select import Coverage
 from .base import AccelCallback
@@ -179,12 +179,7 @@ class QuantizationAwareTraining(AccelCallback):
     def _agree(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives every rank the mean of the ranges that the ranks have found (contract 10)."""
         if ranges := [quantizer.range for quantizer in affine_quantizers(self.target(pl_module)).values()]:
-            own = torch.stack(ranges)
-            found = own.isfinite().all(1, keepdim=True)
-            sums = trainer.strategy.reduce(torch.cat([torch.where(found, own, 0.0), found.float()], 1), reduce_op="sum")
-            for range_, (low, high, ranks) in zip(ranges, sums, strict=True):
-                if ranks:
-                    range_.copy_(torch.stack([low, high]) / ranks)
+            average_(ranges, partial(trainer.strategy.reduce, reduce_op="sum"))
 
     def release(self, pl_module: pl.LightningModule) -> None:
         """Takes the hooks off."""

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,8 +283,12 @@ def isa() -> list[str]:
     return [name for name in _ISA if capabilities.get(name)]
 
 
-def slow_kernels(entry: Mapping[str, Any]) -> str | None:
-    """Why the kernels of quantized layers are not at their fastest in a program, or None where they are."""
+def slow_kernels(entry: Mapping[str, Any], schemes: Sequence[str] = ()) -> str | None:
+    """Why the kernels of quantized layers are not at their fastest in a program, or None where they are.
+
+    Args:
+        schemes: what the model was quantized with, in words.
+    """
     missing = [name for name in _FAST if name not in entry["isa"]]
     if not missing:
         return None
@@ -292,7 +296,9 @@ def slow_kernels(entry: Mapping[str, Any]) -> str | None:
     if any(name not in entry["isa"] for name in _AVX2):
         return f"SLOW: quantized layers run in plain loops, slower than a float32 export (quantize=None), {why}"
     path = "AVX-VNNI" if "avx_vnni" in entry["isa"] else "AVX2"
-    return f"quantized layers run with {path}, slower than with AVX512-VNNI, {why}"
+    rows = "; its many rows (prefill) are slower than float32 in int4-weight, not in int4-int8"
+    more = rows if any("int4-weight" in scheme for scheme in schemes) else ""
+    return f"quantized layers run with {path}, slower than with AVX512-VNNI, {why}{more}"
 
 
 def unusable(entry: dict[str, Any]) -> str | None:

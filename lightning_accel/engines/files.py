@@ -7,9 +7,7 @@ Their files hold the trained integers; activations are rounded by the rule of th
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,13 +70,3 @@ def check_configuration(model: Any, config: Any) -> nn.Module:
                 "than the configuration can say"
             )
     return plain
-
-
-def chat_template(assets: Mapping[str, Any]) -> str | None:
-    """The template of a conversation among the files that travel with a model."""
-    if "chat_template.jinja" in assets:
-        return Path(assets["chat_template.jinja"]).read_text()
-    if "tokenizer_config.json" in assets:
-        found = json.loads(Path(assets["tokenizer_config.json"]).read_text()).get("chat_template")
-        return found if isinstance(found, str) else None
-    return None

@@ -179,6 +179,8 @@ def _write_tokenizer(writer: Any, model: Any, assets: Mapping[str, Any]) -> None
         return
     import gguf
 
+    from ..chat import template_and_config
+
     made = json.loads(Path(assets["tokenizer.json"]).read_text())
     words = {**made["model"]["vocab"], **{token["content"]: token["id"] for token in made["added_tokens"]}}
     size = model.config.vocab_size
@@ -199,7 +201,8 @@ def _write_tokenizer(writer: Any, model: Any, assets: Mapping[str, Any]) -> None
     writer.add_token_merges(merges)
     writer.add_add_space_prefix(False)
     _write_ends(writer, model, made)
-    if template := files.chat_template(assets):
+    template, _ = template_and_config(assets)
+    if template is not None:
         writer.add_chat_template(template)
 
 

@@ -118,11 +118,8 @@ def _lower_int4(layer: Int4Linear, packed: dict[int, tuple[Tensor, Tensor]]) -> 
 
 def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     """Writes `NAME.onnx`."""
-    from ..quantize.layers import Int8StaticConv, Int8StaticLinear
-
     onnx_graph.write(capture, directory / f"{name}.onnx")
-    static = any(isinstance(module, Int8StaticConv | Int8StaticLinear) for module in capture.module.modules())
-    return {"file": f"{name}.onnx", "isa": ["vnni"] if static else None, "weights": {}}
+    return {"file": f"{name}.onnx", "isa": onnx_graph.static_isa(capture.module), "weights": {}}
 
 
 # --- run side --------------------------------------------------------------------------------------------------------
@@ -132,9 +129,7 @@ def unusable(entry: dict[str, Any]) -> str | None:
     """Why the program cannot run here."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed: pip install 'lightning-accel[onnx]'"
-    if entry["isa"] and not onnx_graph.vnni():
-        return "without VNNI its products of int8-static layers add in 16 bits, which can overflow"
-    return None
+    return onnx_graph.overflows(entry)
 
 
 def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:

@@ -27,6 +27,19 @@ MOST_BYTES = 2**31 - 2**20  # of one protobuf file
 INT4 = "int4_codes"  # the name of buffers [rows, n] of int8 that are stored in 4 bits
 
 
+def static_isa(model: torch.nn.Module) -> list[str] | None:
+    """What layers with static ranges ask of the CPU, for `isa` of a manifest's entry."""
+    from ..quantize.layers import Int8StaticConv, Int8StaticLinear
+
+    return ["vnni"] if any(isinstance(m, Int8StaticConv | Int8StaticLinear) for m in model.modules()) else None
+
+
+def overflows(entry: dict[str, Any]) -> str | None:
+    """Why this CPU cannot run a program with what `static_isa` says, or `None`."""
+    short = entry["isa"] and not vnni()
+    return "without VNNI its products of int8-static layers add in 16 bits, which can overflow" if short else None
+
+
 def vnni() -> bool:
     """Whether the CPU adds products of bytes in 32 bits; without, the runtimes' static kernels add pairs in 16."""
     capabilities = torch.cpu.get_capabilities()

@@ -112,7 +112,6 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
     import openvino
 
     from ..artifact import sha256
-    from ..quantize.layers import Int8StaticConv, Int8StaticLinear
 
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "program.onnx"
@@ -120,8 +119,7 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
         openvino.save_model(openvino.convert_model(path), directory / f"{name}.xml", compress_to_fp16=False)
     group = _activation_group(capture.module)
     data = {"file": f"{name}.bin", "sha256": sha256(directory / f"{name}.bin")}
-    static = any(isinstance(module, Int8StaticConv | Int8StaticLinear) for module in capture.module.modules())
-    isa = ["vnni"] if static else None
+    isa = onnx_graph.static_isa(capture.module)
     return {"file": f"{name}.xml", "data": data, "isa": isa, "weights": {}, "options": {"activation_group": group}}
 
 
@@ -140,9 +138,7 @@ def unusable(entry: dict[str, Any]) -> str | None:
     """Why the program cannot run here."""
     if importlib.util.find_spec("openvino") is None:
         return "openvino is not installed: pip install 'lightning-accel[openvino]'"
-    if entry["isa"] and not onnx_graph.vnni():
-        return "without VNNI its products of int8-static layers add in 16 bits, which can overflow"
-    return None
+    return onnx_graph.overflows(entry)
 
 
 def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:

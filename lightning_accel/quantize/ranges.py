@@ -112,6 +112,20 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def average_(ranges: list[Tensor], add_up: Callable[[Tensor], Tensor]) -> None:
+    """Gives each range [2] the mean of those that the ranks have found for it; one that none has found stays empty.
+
+    Args:
+        add_up: sums a tensor over the ranks.
+    """
+    own = torch.stack(ranges)
+    found = own.isfinite().all(1, keepdim=True)
+    sums = add_up(torch.cat([torch.where(found, own, 0.0), found.float()], 1))
+    for range_, (low, high, ranks) in zip(ranges, sums, strict=True):
+        if ranks:
+            range_.copy_(torch.stack([low, high]) / ranks)
+
+
 def affine_quantizers(model: nn.Module) -> dict[str, AffineFakeQuantizer]:
     """The fake quantizers of static activations, by name."""
     return {name: m for name, m in select.named_modules(model) if isinstance(m, AffineFakeQuantizer)}

@@ -13,7 +13,7 @@ namespace {
 
 #ifdef VNNI
 
-constexpr int64_t kDeep = 64;  // channels of a step
+constexpr int64_t kChannels = 64;  // channels of a step
 
 // Four registers of four quarters each, as rows and columns of a square.
 inline void transpose(__m512i* r) {
@@ -24,7 +24,7 @@ inline void transpose(__m512i* r) {
 }
 
 // Weights in the order in which interleaving leaves channels: 16 n + 4 i .. 16 n + 4 i + 3 in quarter n of register i.
-struct Deep {
+struct DepthwiseWeights {
   Buffer<int8_t> weights;  // [steps, K4, 4 registers]
   Buffer<float> channels;  // [steps, 3, 64], start, scale and bias
 
@@ -32,7 +32,7 @@ struct Deep {
     const int8_t* tiles = w.tiles;
     const int64_t C = w.N, count = (C + kRows - 1) / kRows;
     channels.grow((count + 3) / 4 * 192);
-    for (int64_t n = 0; n < C; n += kDeep)
+    for (int64_t n = 0; n < C; n += kChannels)
       for (int64_t part = 0; part < 3; part++) {
         const void* all[3] = {w.start, w.scale, w.bias};
         const float* from = static_cast<const float*>(all[part]);
@@ -40,7 +40,7 @@ struct Deep {
         for (int64_t i = 0; i < 4; i++) r[i] = bits(load(first(C - n - 16 * i), from + n + 16 * i));
         transpose(r);
         for (int64_t i = 0; i < 4; i++)
-          _mm512_storeu_si512(channels.data() + n * 3 + part * kDeep + 16 * i, r[i]);
+          _mm512_storeu_si512(channels.data() + n * 3 + part * kChannels + 16 * i, r[i]);
       }
     weights.grow((count + 3) / 4 * K4 * 4 * kTile);
     for (int64_t t = 0; t < count; t += 4)
@@ -55,14 +55,14 @@ struct Deep {
 };
 
 template <class Out>
-void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const Deep& w, int64_t m,
+void depthwise_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const DepthwiseWeights& w, int64_t m,
               const Out& out) {
   const int8_t* weights = w.weights.data();
-  for (int64_t n = 0; n < C; n += kDeep, weights += 4 * K4 * kTile) {
+  for (int64_t n = 0; n < C; n += kChannels, weights += 4 * K4 * kTile) {
     const int64_t left = C - n;
     const __mmask64 in = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
-    const float* scale = w.channels.data() + n * 3 + kDeep;
-    const int32_t* start = reinterpret_cast<const int32_t*>(scale - kDeep);
+    const float* scale = w.channels.data() + n * 3 + kChannels;
+    const int32_t* start = reinterpret_cast<const int32_t*>(scale - kChannels);
     const decltype(out.at(0, 0)) columns[4] = {out.at(n, left), out.at(n + 16, left - 16), out.at(n + 32, left - 32),
                                                out.at(n + 48, left - 48)};
     const uint8_t* const* from = inputs;
@@ -80,7 +80,7 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
         sums[3] = dot(sums[3], _mm512_unpackhi_epi16(b, d), load(at + 3 * kTile));
       }
       if constexpr (std::is_same_v<Out, Coded>) {
-        const __m512i codes = pack_codes<4>(out.as, sums, kDeep, start, scale, scale + kDeep);
+        const __m512i codes = pack_codes<4>(out.as, sums, kChannels, start, scale, scale + kChannels);
         _mm512_mask_storeu_epi8(out.codes + (m + o) * C + n, in, codes);
         continue;
       }
@@ -92,9 +92,9 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
 
 #elif defined(AVX2)
 
-constexpr int64_t kDeep = 16;
+constexpr int64_t kChannels = 16;
 
-struct Deep {  // weights of two inputs beside each other, in 16 bits, of channels 0-3 and 8-11, then of the others
+struct DepthwiseWeights {  // weights of two inputs beside each other, in 16 bits, of channels 0-3 and 8-11, then of the others
   Buffer<int16_t> pairs;  // [steps, K4, 2, 32]
 
   void pack(const Weights& w, int64_t K4) {
@@ -109,17 +109,17 @@ struct Deep {  // weights of two inputs beside each other, in 16 bits, of channe
   }
 };
 
-inline __m256i deep_load(const uint8_t* codes, int64_t count) {
-  if (count >= kDeep) return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  uint8_t some[kDeep] = {};
+inline __m256i load_channels(const uint8_t* codes, int64_t count) {
+  if (count >= kChannels) return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  uint8_t some[kChannels] = {};
   std::memcpy(some, codes, count);
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(some)));
 }
 
 template <class Out>
-void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const Deep& w, int64_t m,
+void depthwise_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const DepthwiseWeights& w, int64_t m,
               const Out& out) {
-  for (int64_t n = 0; n < C; n += kDeep) {
+  for (int64_t n = 0; n < C; n += kChannels) {
     const int64_t left = C - n;
     const auto low = out.at(n, left), high = out.at(n + kLanes, left - kLanes);
     const uint8_t* const* from = inputs;
@@ -127,7 +127,7 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
       __m256i sums[2] = {};
       const int16_t* weights = w.pairs.data() + n * K4 * kCols;
       for (int64_t k = 0; k < 2 * K4; k++, from += 2, weights += 32) {
-        const __m256i x0 = deep_load(from[0] + n, left), x1 = deep_load(from[1] + n, left);
+        const __m256i x0 = load_channels(from[0] + n, left), x1 = load_channels(from[1] + n, left);
         const __m256i a = _mm256_madd_epi16(_mm256_unpacklo_epi16(x0, x1), load(weights));
         const __m256i b = _mm256_madd_epi16(_mm256_unpackhi_epi16(x0, x1), load(weights + 16));
         sums[0] = add(sums[0], a), sums[1] = add(sums[1], b);
@@ -140,14 +140,14 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
 
 #else
 
-struct Deep {
+struct DepthwiseWeights {
   const int8_t* tiles;
 
   void pack(const Weights& w, int64_t) { tiles = w.tiles; }
 };
 
 template <class Out>
-void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const Deep& w, int64_t m,
+void depthwise_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t C, const DepthwiseWeights& w, int64_t m,
               const Out& out) {
   for (int64_t o = 0; o < outputs; o++, inputs += K4 * kCols)
     for (int64_t n = 0; n < C; n += kRows) {
@@ -164,10 +164,10 @@ void deep_row(const uint8_t* const* inputs, int64_t outputs, int64_t K4, int64_t
 // Covers all output rows of images with windows `x` (int8_static.cpp).
 template <class Windows, class Out>
 void depthwise(const Windows& x, int64_t batch, const Weights& w, const Out& out) {
-  static thread_local Deep packed;
+  static thread_local DepthwiseWeights packed;
   const int64_t K4 = (x.kernel_height * x.kernel_width + kCols - 1) / kCols;
   packed.pack(w, K4);
-  const Deep& weights = packed;  // of this thread: in the others of a team the name means their own
+  const DepthwiseWeights& weights = packed;  // of this thread: in the others of a team the name means their own
   const auto row = [&](int64_t r) {
     static thread_local std::vector<const uint8_t*> inputs;
     static thread_local std::vector<uint8_t> beyond;
@@ -185,7 +185,7 @@ void depthwise(const Windows& x, int64_t batch, const Weights& w, const Out& out
             inputs[o * K4 * kCols + i * x.kernel_width + j] = image + (y * x.W + at) * x.C;
         }
     }
-    deep_row(inputs.data(), x.out_width, K4, x.C, weights, r * x.out_width, out);
+    depthwise_row(inputs.data(), x.out_width, K4, x.C, weights, r * x.out_width, out);
   };
   const int64_t rows = batch * x.out_height;
   run(0, rows, rows * x.out_width * x.C * K4 * kCols, [](int64_t) {}, each(row));
