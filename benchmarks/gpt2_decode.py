@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peers
@@ -53,7 +54,7 @@ def main() -> None:
         "eager_fp32": Target("transformers_generate:workloads", {"checkpoint": str(out / "checkpoint"), **lengths}),
         "engine_fp32": Target(str(out / "float"), lengths),
         **{scheme: Target(str(out / scheme), lengths) for scheme in SCHEMES},
-        **{row.name: row.target for row in rows},
+        **{row.name: replace(row.target, arguments={**(row.target.arguments or {}), **lengths}) for row in rows},
     }
     measured = compare(targets, threads=options.threads, rounds=options.rounds, repeat=2, pause=PAUSE)
     folders = {"engine_fp32": out / "float", **{scheme: out / scheme for scheme in SCHEMES}}

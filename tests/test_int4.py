@@ -120,12 +120,12 @@ def test_a_thousand_layers_have_the_same_codes_fake_quantized_converted_and_pack
 
 
 @settings(deadline=None, max_examples=60)
-@given(**cases, count=st.integers(1, 40))
+@given(**cases, weights=st.sampled_from(KINDS), count=st.integers(1, 40))
 def test_kernels_are_the_references_within_the_bound_of_float_sums(
-    kernels: Kernels, rows: int, groups: int, group: int, kind: str, seed: int, count: int
+    kernels: Kernels, rows: int, groups: int, group: int, kind: str, weights: str, seed: int, count: int
 ) -> None:
     n = groups * group
-    weight = kinds_of_rows(rows, n, "normal", seed)
+    weight = kinds_of_rows(rows, n, weights, seed)
     packed, scale = quantize_groups(weight, group)
     x, bias = kinds_of_rows(count, n, kind, seed + 1), torch.randn(rows)
     codes, scales = int4.unpack(packed, scale, rows)
