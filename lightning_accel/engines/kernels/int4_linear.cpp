@@ -59,6 +59,7 @@ void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t
       Ints lo[N], hi[N];
       for (int j = 0; j < N; j++) {
         const Ints both = load(w.codes(n + j * kLanes) + k * kTile);
+        if (M == 1) expect(w.codes(n + (j + N) * kLanes) + k * kTile);
         lo[j] = both & low;
         hi[j] = halves_of_bytes(both) & low;
       }
@@ -94,6 +95,8 @@ void float_block(const Weights& w, const float* x, int64_t m, int64_t n, float* 
     for (int64_t k = g * steps; k < (g + 1) * steps; k++) {
       Ints codes[N];
       for (int j = 0; j < N; j++) codes[j] = load(w.codes(n + j * kLanes) + k * kTile);
+      if (M == 1)
+        for (int j = 0; j < N; j++) expect(w.codes(n + (j + N) * kLanes) + k * kTile);
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
         const int64_t input = k * 8 + q % 2 * 4 + q / 2;
@@ -196,7 +199,7 @@ void int4_linear(const float* x, const Weights& w, float* y, int64_t M) {
         y[m * w.N + n] = channel<float, float>(w, x + m * w.K, n) + w.bias[n];
 #endif
   };
-  run(0, (tiles + kPanel - 1) / kPanel, M * w.N * w.K, [](int64_t) {}, each(multiply));
+  run(0, (tiles + kPanel - 1) / kPanel, work(M, w.N * w.K), [](int64_t) {}, each(multiply));
 }
 
 void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
@@ -227,7 +230,7 @@ void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
             channel<int8_t, int32_t>(w, rows.codes.data() + m * rows.stride, n) * rows.scale[m] + w.bias[n];
 #endif
   };
-  run(M, (tiles + kPanel - 1) / kPanel, M * w.N * w.K, quantize, each(multiply));
+  run(M, (tiles + kPanel - 1) / kPanel, work(M, w.N * w.K), quantize, each(multiply));
 }
 
 AOTITorchError call_with(void (*linear)(const float*, const Weights&, float*, int64_t), AtenTensorHandle x,

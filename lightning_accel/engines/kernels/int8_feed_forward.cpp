@@ -91,7 +91,7 @@ void feed_forward(const float* x, int64_t M, const Layer& first, const Layer& se
     channels<false>({s.between.codes.data(), s.between.stride}, count, second, thread, threads,
                     Dequantized{sums_2, y + begin * second.N, second.N});
   };
-  in_blocks<Scratch>(M, kHiddenBytes / (4 * ld), M * first.N * (first.K + second.N), resize, block);
+  in_blocks<Scratch>(M, kHiddenBytes / (4 * ld), work(M, first.N * (first.K + second.N)), resize, block);
 }
 
 AOTITorchError open(AtenTensorHandle tiles, AtenTensorHandle scale, AtenTensorHandle* bias, int64_t K, Layer* layer) {

@@ -16,7 +16,7 @@ void linear(const float* x, const int8_t* w, const float* ws, const float* bias,
   rows.resize(M, K);
   const Dequantized out{{rows.start.data(), rows.scale.data(), ws, bias}, y, N};
   run(
-      M, (tiles + kPanel - 1) / kPanel, M * N * K, [&](int64_t m) { rows.quantize(x, K, m); },
+      M, (tiles + kPanel - 1) / kPanel, work(M, N * K), [&](int64_t m) { rows.quantize(x, K, m); },
       [&](int64_t from, int64_t to) {
         const int64_t t = from * kPanel;
         product<false>({rows.codes.data(), rows.stride}, M, w + t * K4 * kTile, K4, std::min(to * kPanel, tiles) - t,

@@ -77,7 +77,7 @@ void multiply(const Source& source, int64_t M, const Weights& w, const Out& out)
     Buffer<uint8_t>& rows = scratch;  // of this thread: in the others of a team the name means their own
     rows.grow((left + 15) / 16 * 16 * stride);
     run(
-        (left + 15) / 16, panels, M * w.N * w.K,
+        (left + 15) / 16, panels, work(M, w.N * w.K),
         [&](int64_t i) {
           source.copy_rows(whole + i * 16, std::min<int64_t>(16, left - i * 16), rows.data() + i * 16 * stride, stride);
         },

@@ -71,7 +71,7 @@ void feed_forward(const uint8_t* x, int64_t M, const Weights& first, const Weigh
     channels<true>({reinterpret_cast<const int8_t*>(s.between.data()), ld}, count, second, thread, threads,
                    Scaled{{second}, y + begin * second.N});
   };
-  in_blocks<Scratch>(M, kBlockRows, M * first.N * (first.K + second.N), resize, block);
+  in_blocks<Scratch>(M, kBlockRows, work(M, first.N * (first.K + second.N)), resize, block);
 }
 
 }  // namespace
