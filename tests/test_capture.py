@@ -95,6 +95,19 @@ def test_a_convolutional_network(portable: Callable[..., LoadedModel]) -> None:
     assert torch.allclose(portable(model, (x[:2],))(x), model(x), atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_module_with_two_names_and_a_tied_weight(portable: Callable[..., LoadedModel]) -> None:
+    """torch's functional_call leaves a module that has two names with the tensors that it put into it."""
+    twice, first, second = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+    second.weight = first.weight
+    model, x = nn.Sequential(twice, nn.GELU(), twice, first, nn.GELU(), second).eval(), torch.randn(5, 8)
+    before = model(x)
+    loaded = portable(model, (x[:2],))
+    assert torch.allclose(loaded(x), before, atol=1e-6) and torch.equal(model(x), before)
+    weights = artifact.load_weights(loaded.directory / "weights.safetensors")
+    assert sorted(tensor.numel() for tensor in weights.values()) == [8, 8, 64, 64]
+
+
 def test_inputs_that_share_a_batch_must_share_it_in_every_call(portable: Callable[..., LoadedModel]) -> None:
     """torch.export sees no relation here, because one row could be broadcast; a compiled program reads past its end."""
     loaded = portable(Call(lambda linear, x, y: linear(x) * y), (torch.randn(3, 8), torch.randn(3, 4)))

@@ -200,6 +200,8 @@ def _compile(
 ) -> Path:
     from torch._inductor import aoti_compile_and_package
 
+    from .pack import pack_convolutions
+
     configs: dict[str, Any] = {
         "freezing": freeze,
         "cpp.dynamic_threads": True,  # torch.set_num_threads at run time, not the number at export
@@ -207,6 +209,8 @@ def _compile(
         "aot_inductor.custom_ops_to_c_shims": _shims(),
         "aot_inductor.custom_op_libs": ["lightning_accel_kernels"],
     }
+    if freeze and processor is None:  # the layout is that of this machine
+        configs["post_grad_custom_pre_pass"] = pack_convolutions
     if processor is not None:
         configs |= {"cpp.march": processor.march, "cpp.simdlen": processor.bits}
     before = os.environ.get("LIBRARY_PATH")

@@ -87,10 +87,20 @@ class _FromWeights(torch.nn.Module):
         super().__init__()
         self._module = [module]  # in a list, so that its weights are not this module's
         self._names = names
+        # where each lies: a tied weight in several modules, that of a module with several names in one place only, or
+        # functional_call would put back the tensor that it replaced it by
+        first = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        self._places = {
+            f"{path}.{own}".lstrip("."): first[id(tensor)]
+            for path, part in module.named_modules()
+            for own, tensor in (*part._parameters.items(), *part._buffers.items())
+            if tensor is not None
+        }
 
     def forward(self, weights: list[Tensor], *inputs: Any) -> Any:
-        tensors = dict(zip(self._names, weights, strict=True))
-        return torch.func.functional_call(self._module[0], tensors, inputs, tie_weights=True)
+        given = dict(zip(self._names, weights, strict=True))
+        tensors = {place: given[name] for place, name in self._places.items()}
+        return torch.func.functional_call(self._module[0], tensors, inputs, tie_weights=False)
 
 
 def unusable(entry: dict[str, Any]) -> str | None:
