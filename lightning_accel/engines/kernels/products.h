@@ -41,7 +41,7 @@ constexpr int64_t kRows = 16, kCols = 4, kTile = kRows * kCols;  // of a tile, a
 constexpr int64_t kPanel = 4;                                    // tiles of channels that one task computes
 constexpr int64_t kTileRows = 5;                                 // rows from which AMX is faster than VNNI
 constexpr int64_t kParallel = 1 << 21;                           // products below which threads cost more than they give
-constexpr int64_t kReading = 8;                                  // rows whose products take as long as reading the weights
+constexpr int64_t kReading = 8;                                  // rows that reading the weights counts as, at least
 
 // Scratch memory on a border of cache lines, kept from call to call. AMX reads rows of 64 bytes, and where each lies across
 // two lines the products take up to twice as long.
@@ -62,7 +62,7 @@ class Buffer {
 };
 
 // Weights that are read soon, on their way to the second cache. The products of a single row wait for memory: they ask for
-// the next channels' while they work on these, from the next page of memory too, before which the hardware stops.
+// the next channels' while they work on these. One register at a time, as AVX2 multiplies int8, it only costs.
 inline void expect(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 struct Codes {
@@ -365,7 +365,6 @@ inline void block(const Chunk<Code>& x, int64_t m, const int8_t* w, int64_t K4, 
   for (int64_t k = 0; k < K4; k++) {
     __m256i weights[N];
     for (int j = 0; j < N; j++) weights[j] = weights_at<kUnsigned>(w + k * kTile + j * kWide * kCols);
-    if (M == 1) expect(w + (K4 + k) * kTile);
     for (int i = 0; i < M; i++) {
       const __m256i codes = codes_at(x.data + i * x.stride + k * kCols);
       for (int j = 0; j < N; j++) sums[i][j] = add_products<kUnsigned>(sums[i][j], codes, weights[j]);
@@ -450,7 +449,7 @@ auto each(const Multiply& multiply) {
   };
 }
 
-// Products of M rows with so many weights, and at least those that take as long as reading the weights.
+// What products of M rows with so many weights are worth, in products: those of few rows wait for the weights.
 inline int64_t work(int64_t M, int64_t weights) { return std::max(M, kReading) * weights; }
 
 // Quantizes M rows, then multiplies them by panels of channels, from the first to before the last, in parallel where it
