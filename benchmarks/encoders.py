@@ -1,4 +1,6 @@
-"""Encoders at MiniLM and BERT-base shapes, random weights: int8 and int8-static against float and other engines.
+"""Encoders at MiniLM and BERT-base shapes, random weights, against float and other engines.
+
+int8 and int8-static, each with attention in float and in int8.
 
     lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
 """
@@ -22,7 +24,11 @@ SHAPES = {
     "bert-base": {},
 }
 ROWS = (("minilm", 1, 128), ("minilm", 8, 128), ("bert-base", 1, 128))  # shape, batch, length
-SCHEMES = ("int8", "int8-static")
+CONFIGS = {
+    f"{scheme}{', attention' if attention else ''}": QuantConfig(scheme, attention=attention)
+    for scheme in ("int8", "int8-static")
+    for attention in (False, True)
+}
 
 
 def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -35,14 +41,17 @@ def float_model(shape: str) -> BertModel:
     return BertModel(BertConfig(**SHAPES[shape]), add_pooling_layer=False).eval()
 
 
+def artifact(out: Path, shape: str, batch: int, length: int, name: str) -> Path:
+    return out / f"{shape}-{batch}x{length}-{name.replace(', ', '-')}"
+
+
 def build(out: Path) -> None:
     """Writes the artifacts, unless they are there; the golden inputs are those that are timed."""
     for shape, batch, length in ROWS:
         model = float_model(shape)
         example = inputs(batch, length)
-        for name in ("float", *SCHEMES):
-            folder = out / f"{shape}-{batch}x{length}-{name}"
-            quantize = None if name == "float" else QuantConfig(name)
+        for name, quantize in {"float": None, **CONFIGS}.items():
+            folder = artifact(out, shape, batch, length, name)
             if not (folder / MANIFEST).exists():
                 export_model(
                     model, folder, example_inputs=example, quantize=quantize, calibration=8 * [example], measure=False
@@ -60,18 +69,18 @@ def main() -> None:
     others = peers.chosen(options.peers, "encoder")
     build(options.out)
     for shape, batch, length in ROWS:
-        float_, *quantized = (options.out / f"{shape}-{batch}x{length}-{name}" for name in ("float", *SCHEMES))
+        float_, *quantized = (artifact(options.out, shape, batch, length, name) for name in ("float", *CONFIGS))
         folder = options.out / "peers" / f"{shape}-{batch}x{length}"
         rows, agreements = peers.encoder_rows(others, float_model(shape), inputs(batch, length), folder)
         targets = {
             "eager_fp32": Target(str(float_), engine="portable"),
             "engine_fp32": Target(str(float_)),
-            **{scheme: Target(str(artifact)) for scheme, artifact in zip(SCHEMES, quantized, strict=True)},
+            **{name: Target(str(folder)) for name, folder in zip(CONFIGS, quantized, strict=True)},
             **{row.name: row.target for row in rows},
         }
         measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
         sizes = {"eager_fp32": default_load(float_), "engine_fp32": default_load(float_)}
-        sizes |= {scheme: default_load(artifact) for scheme, artifact in zip(SCHEMES, quantized, strict=True)}
+        sizes |= {name: default_load(folder) for name, folder in zip(CONFIGS, quantized, strict=True)}
         sizes |= {row.name: row.bytes for row in rows}
         print(table(f"{shape}, {batch} x {length}", measured, sizes) + "\n")
         print("; ".join(map(coverage, quantized)) + "\n")

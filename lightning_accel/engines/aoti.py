@@ -41,6 +41,7 @@ _OPERATORS = (  # which the kernels implement
     "int8_feed_forward",
     "int8_static_feed_forward",
     "attention",
+    "int8_attention",
 )
 _ISA = (
     "avx2",
@@ -96,14 +97,18 @@ class CompilerMissing(RuntimeError):
 # --- build side ------------------------------------------------------------------------------------------------------
 
 
-def lower(model: torch.nn.Module) -> torch.nn.Module:
+def lower(model: torch.nn.Module, processor: Processor | None = None) -> torch.nn.Module:
     """Quantized layers in the kernel's form, in place: weights in tiles, one operator a layer.
 
     An embedding is in tiles only where it is tied to a layer: gathering whole rows is faster. Convolutions in groups of
-    several channels have no kernel, and stay in aten operators.
+    several channels have no kernel, and stay in aten operators; so do attention's integer products without VNNI.
+
+    Args:
+        processor: as of `build`.
     """
     from ..quantize.layers import Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
     from ..quantize.ops import int8_embedding_reference, int8_embedding_tiled, int8_linear_tiled, tile
+    from ..quantize.products import Int8Products, int8_attention_reference
     from ..quantize.static import int8_static_conv2d_tiled, int8_static_linear_tiled
 
     functions = {
@@ -125,7 +130,13 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
             module.function = int8_embedding_tiled(plain.shape[1])
         elif isinstance(module, Int8Embedding):
             module.function = int8_embedding_reference
+        elif isinstance(module, Int8Products) and slow_kernels({"isa": _instructions(processor)}):
+            module.function = int8_attention_reference
     return model
+
+
+def _instructions(processor: Processor | None) -> list[str]:
+    return isa() if processor is None else list(processor.isa)
 
 
 def build(capture: Capture, directory: Path, name: str, processor: Processor | None = None) -> dict[str, Any]:
@@ -142,7 +153,7 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
     from .attention import replace_attention
     from .fuse import fuse
 
-    compiler, instructions = _compiler(), isa() if processor is None else list(processor.isa)
+    compiler, instructions = _compiler(), _instructions(processor)
     freeze = not any(isinstance(module, LINEAR) for module in capture.module.modules())
     program = capture.export(capture.module)
     fuse(program)

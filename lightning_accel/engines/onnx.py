@@ -30,6 +30,7 @@ _MIDDLE = 128  # the zero point with which ONNX Runtime has fast products of int
 def lower(model: torch.nn.Module) -> torch.nn.Module:
     """Quantized layers as ONNX nodes, in place."""
     from ..quantize.layers import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
+    from ..quantize.products import Int8Products, int8_attention_reference
 
     turned: dict[int, Tensor] = {}  # id of codes -> their transpose, which a tied embedding reads too
     packed: dict[int, tuple[Tensor, Tensor]] = {}  # the same of 4-bit codes
@@ -43,6 +44,8 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
             _lower_conv(module)
         elif isinstance(module, Int4Linear):
             _lower_int4(module, packed)
+        elif isinstance(module, Int8Products):
+            module.function = int8_attention_reference  # float32 products of the codes
     for module in modules:
         if isinstance(module, Int4Embedding):
             onnx_graph.lower_int4_embedding(module, packed.get(id(module.codes)))

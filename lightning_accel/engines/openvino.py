@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 def lower(model: torch.nn.Module) -> torch.nn.Module:
     """Quantized layers as ONNX nodes that the CPU plugin knows, in place."""
     from ..quantize.layers import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, Int8StaticConv, Int8StaticLinear
+    from ..quantize.products import Int8Products, int8_attention_reference
 
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -48,6 +49,8 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
             _lower_conv(module)
         elif isinstance(module, Int4Linear):
             _lower_int4(module)
+        elif isinstance(module, Int8Products):
+            module.function = int8_attention_reference  # float32 products of the codes
         elif isinstance(module, Int4Embedding):
             onnx_graph.lower_int4_embedding(module)
     return model

@@ -28,12 +28,15 @@ def lower(model: torch.nn.Module) -> torch.nn.Module:
     from ..quantize.int4 import int4_int8_linear_reference, int4_linear_reference
     from ..quantize.layers import Int4Linear, Int8Embedding, Int8Linear
     from ..quantize.ops import int8_embedding_reference, int8_linear_reference
+    from ..quantize.products import Int8Products, int8_attention_reference
 
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.function = int8_linear_reference
         elif isinstance(module, Int8Embedding):
             module.function = int8_embedding_reference
+        elif isinstance(module, Int8Products):
+            module.function = int8_attention_reference
         elif isinstance(module, Int4Linear):
             module.function = int4_linear_reference if module.scheme == "int4-weight" else int4_int8_linear_reference
     return model

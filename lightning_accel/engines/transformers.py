@@ -108,7 +108,10 @@ def _save(model: Any, folder: Path) -> None:
 def _state(model: Any, config: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, tied ones once, integers as torchao's tensors; and torchao's config of each quantized module."""
     from ..quantize.layers import CONVERTED
+    from ..quantize.products import Int8Products
 
+    if any(isinstance(module, Int8Products) for module in model.modules()):
+        raise ValueError("torchao has no attention with int8 products; write QuantConfig(attention=False)")
     plain: Any = files.check_configuration(model, config)
     converted: dict[str, Any] = {n: module for n, module in model.named_modules() if isinstance(module, CONVERTED)}
     state = {

@@ -27,7 +27,10 @@ _INPUTS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 
 
 class UnfusedAttention(nn.MultiheadAttention):
-    """torch's attention step by step, in eval mode too, with a call of `out_proj`."""
+    """torch's attention step by step, in eval mode too, with a call of `out_proj`.
+
+    Where it has `products` (see `attend`), these make the output; weights that are asked for are those in float.
+    """
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """The inputs of the product, from those of the layer."""
@@ -52,11 +55,15 @@ class UnfusedAttention(nn.MultiheadAttention):
         batched = check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask; give the mask too")
-        hint = is_causal and key_padding_mask is None and not need_weights
+        products = self._modules.get("products")
+        hint = is_causal and key_padding_mask is None and not need_weights and products is None
         q, k, v = (self._heads(x) for x in self.project(query, key, value))
         mask = _merged(None if hint else attn_mask, key_padding_mask, q, k, query.dtype)
         k, v, mask = self._extended(k, v, mask)
-        y, weights = _attend(q, k, v, mask, hint, self.dropout if self.training else 0.0, need_weights)
+        dropout = self.dropout if self.training else 0.0
+        y, weights = _attend(q, k, v, mask, hint, dropout, need_weights)
+        if products is not None:
+            y = products(q, k, v, mask, None, dropout)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
@@ -154,6 +161,8 @@ class ConvertedAttention(UnfusedAttention):
         for name, linear in linears.items():
             self.add_module(name, linear)
         self.out_proj = module.out_proj
+        if "products" in module._modules:
+            self.add_module("products", module._modules["products"])
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """As `UnfusedAttention.project`."""

@@ -33,9 +33,12 @@ class QuantConfig:
             pattern that matches wins.
         group_size: inputs that share a scale in the int4 schemes, 32, 64 or 128.
         observer: how `int8-static` chooses ranges of activations: `"minmax"`, `"percentile"` or `"mse"`.
+        attention: whether encoders' attention takes its two products in int8 too (see `products`), in every scheme;
+            `overrides` know it as the module `products` of the attention layer. Layers that decode with a cache stay in
+            float.
 
     Raises:
-        ValueError: unknown scheme, group size or observer.
+        ValueError: unknown scheme, group size or observer, or an `attention` that is no bool.
 
     >>> QuantConfig("int8", overrides={"lm_head": None}).overrides
     {'lm_head': None}
@@ -45,12 +48,15 @@ class QuantConfig:
     overrides: Mapping[str, str | None] = field(default_factory=dict)
     group_size: int = 32
     observer: str = "minmax"
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUPS:
             raise ValueError(f"group_size={self.group_size} has no kernel; write one of {GROUPS}")
         if self.observer not in OBSERVERS:
             raise ValueError(f"observer={self.observer!r} is unknown; write one of {OBSERVERS}")
+        if not isinstance(self.attention, bool):
+            raise ValueError(f"attention={self.attention!r} is no bool; write attention=True for int8, False for float")
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides={self.overrides!r} is no mapping; write overrides={{'pattern': None}}")
         _check_scheme(self.scheme, "QuantConfig(", ")")

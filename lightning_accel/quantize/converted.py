@@ -27,6 +27,7 @@ from .layers import (
 )
 from .norms import folded_bias, folded_weight
 from .ops import row_codes, row_scales
+from .products import FakeQuantizedProducts, Int8Products
 from .ranges import calibrate_
 
 
@@ -53,6 +54,8 @@ def convert_(model: nn.Module) -> nn.Module:
     for m, linears in parts.items():
         converted[m] = ConvertedAttention(m, {part: _convert(x, fake[m], codes) for part, x in linears.items()})
     absorbed = [m.__dict__["norm"] for m in fake if m.__dict__.get("norm") is not None]
+    products = [m for m in model.modules() if isinstance(m, FakeQuantizedProducts)]
+    converted.update({m: _with_hooks(Int8Products(), m).train(m.training) for m in products})
     converted.update({norm: _with_hooks(nn.Identity(), norm) for norm in absorbed})
     for parent in [*model.modules(), *(converted[m] for m in parts)]:
         for name, child in parent._modules.items():

@@ -12,6 +12,7 @@ from ..select import Coverage, Entry
 from .attention import ConvertedAttention
 from .fake import scheme_of, shapes_of
 from .layers import CONVERTED, LINEAR, Int4Embedding, Int8Embedding
+from .products import PRODUCTS
 
 
 def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None) -> Coverage:
@@ -31,6 +32,9 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
         parameters += _size(module) if weight is not None and id(weight) not in seen else 0
         seen.update(id(t) for t in (*tensors, weight))
+        if isinstance(module, PRODUCTS):
+            coverage.entries.append(Entry(name, module.kind, 0, flops=_of_products(name, flops), done=module.scheme))
+            continue
         own = None if flops is None else _own_flops(name, module, flops)
         if (tensors or weight is not None) and (parameters or own):
             scheme = _scheme(module)
@@ -80,6 +84,15 @@ def _own_flops(name: str, module: nn.Module, flops: dict[str, int]) -> int | Non
     if isinstance(module, nn.MultiheadAttention):  # as a whole it has those of attention and of out_proj too
         return sum(flops.get(f"{name}.{part}".lstrip("."), 0) for part in ("q_proj", "k_proj", "v_proj"))
     return None if list(_children_with_weights(module)) else flops.get(name, 0)
+
+
+def _of_products(name: str, flops: dict[str, int] | None) -> int | None:
+    """FLOPs of an attention layer that are none of its children's."""
+    if flops is None:
+        return None
+    layer = name.rpartition(".")[0]
+    children = (count for part, count in flops.items() if part and part.rpartition(".")[0] == layer)
+    return flops.get(layer, 0) - sum(children)
 
 
 def _children_with_weights(module: nn.Module) -> Iterable[nn.Module]:

@@ -20,6 +20,7 @@ from .. import select
 from .._quiet import Conv1D, FakeQuantizedLinear, FakeQuantizerBase
 from .._warn import warn
 from ..select import Coverage, Entry
+from . import attend
 from .adapters import check_adapters, parts_of_adapters, swap_adapters_, unswap_adapters_
 from .attention import FakeQuantizedAttention, FakeQuantizedOutProjection, UnfusedAttention, projections
 from .config import GROUPS, QuantConfig
@@ -28,6 +29,7 @@ from .layers import check_not_converted
 from .norms import FakeQuantizedConv1d, FakeQuantizedConv2d, thaw_norm_
 from .ops import MOST_INT8_INPUTS, round_rows
 from .padded import zero_padding
+from .products import FakeQuantizedProducts
 from .ranges import AffineFakeQuantizer
 from .static import MOST_INPUTS
 
@@ -168,6 +170,10 @@ def prepare_as_planned_(model: nn.Module, config: QuantConfig, coverage: Coverag
     """`prepare_`, of what `plan` has found."""
     modules = dict(select.named_modules(model))
     for entry in coverage.entries:
+        if entry.kind == FakeQuantizedProducts.kind:
+            if entry.done is not None:
+                attend.add_products_(modules[_layer_of(entry.name)])
+            continue
         module = modules[entry.name]
         if entry.done is not None and type(module) not in _PLAIN:
             _swap_class(module, entry.name, entry.done, config)
@@ -190,7 +196,9 @@ def plan(model: nn.Module, config: QuantConfig, only: Mapping[str, str] | None =
     """
     check_not_converted(model)
     modules = {name: m for name, m in select.named_modules(model) if count_own(m)}
-    chosen = _schemes(modules, config) if only is None else {name: only.get(name) for name in modules}
+    layers = [(name, m) for name, m in select.named_modules(model) if attend.is_attention(m)]
+    products = {select.join(name, attend.NAME): m for name, m in layers if config.attention or attend.has_products(m)}
+    chosen = _schemes(modules, products, config) if only is None else {n: only.get(n) for n in (*modules, *products)}
     reasons = _in_fused_operators(model) | parts_of_adapters(model)
     if only is None:
         reasons |= _tied_to_excluded(modules, chosen)
@@ -207,13 +215,17 @@ def plan(model: nn.Module, config: QuantConfig, only: Mapping[str, str] | None =
             _check_prepared(name, module, scheme, config)
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
-    check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.done is not None})
+    coverage.entries += [_plan_products(n, m, chosen[n], reasons.get(id(m))) for n, m in products.items()]
+    check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.name in modules and e.done is not None})
     return coverage
 
 
-def _schemes(modules: dict[str, nn.Module], config: QuantConfig) -> dict[str, str | None]:
-    """The scheme that `config` has for each module."""
-    chosen = select.assign(list(modules), config.overrides, config.scheme)
+def _schemes(
+    modules: dict[str, nn.Module], products: dict[str, nn.Module], config: QuantConfig
+) -> dict[str, str | None]:
+    """The scheme that `config` has for each module and for products of attention."""
+    chosen = select.assign([*modules, *products], config.overrides, config.scheme)
+    chosen |= {name: "int8" if config.attention and chosen[name] else None for name in products}
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):  # what is said of it is said of its last layer too
             last = f"{name}.out_proj".lstrip(".")
@@ -221,10 +233,26 @@ def _schemes(modules: dict[str, nn.Module], config: QuantConfig) -> dict[str, st
     return chosen
 
 
+def _plan_products(name: str, layer: nn.Module, scheme: str | None, known: str | None) -> Entry:
+    reason = "excluded by overrides" if scheme is None else known or attend.why_not(layer)
+    if attend.has_products(layer) and reason is not None:
+        raise ValueError(
+            f"{name} is fake-quantized already, and would not be now ({reason}); write QuantConfig(attention=True) as "
+            "before, or call unprepare_(model)"
+        )
+    return Entry(name, FakeQuantizedProducts.kind, 0, done="int8" if reason is None else None, reason=reason)
+
+
+def _layer_of(name: str) -> str:
+    """The layer whose products are called `name`."""
+    return name.rpartition(".")[0]
+
+
 def unprepare_(model: nn.Module) -> nn.Module:
     """Takes the fake quantizers out again, in place; the weights are the trained ones, not rounded."""
     unswap_adapters_(model)
     for module in model.modules():
+        attend.remove_products_(module)
         module.__dict__.pop("fallback", None)
         if type(module) in _PLAIN:
             for quantizer in (*_activations(module), "weight_fake_quantizer"):
@@ -240,7 +268,7 @@ def unprepare_(model: nn.Module) -> nn.Module:
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether any module of `model` is fake-quantized."""
-    return any(type(module) in _PLAIN for module in model.modules())
+    return any(type(module) in _PLAIN or isinstance(module, FakeQuantizedProducts) for module in model.modules())
 
 
 def count_own(module: nn.Module) -> int:

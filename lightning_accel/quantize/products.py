@@ -1,0 +1,143 @@
+"""Attention whose two products are of integers, for encoders.
+
+    softmax(scale * q @ k.T + mask) @ v     q [B, H, L, D], k [B, G, S, D], v [B, G, S, E], H a multiple of G
+
+Rows of q, k and v are quantized as the inputs of an int8 layer are (see `ops`), and each row of the softmax, times the
+scales of the values, to unsigned codes of which the largest is 255:
+
+    s = (codes_q @ codes_k.T) * (scale_q * scale) * scale_k + mask        e = exp(s - max s)
+    codes = round_half_even(e * scale_v * 255 / most)                     most = max(e * scale_v)
+    y = (codes @ codes_v) * most / 255 / sum(e)
+
+No scale depends on another row of a batch, nor on a key that the mask hides: padding changes nothing. Sums are int32
+in the kernel; in the reference they are float32, which holds them exactly up to 1,040 inputs and 518 keys and rounds
+beyond. `mask` is boolean (true: seen) or float32 (added), and broadcast to [B, H, L, S]; a row that sees no key is
+zero, and an infinity or a NaN makes a row NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ops import TINY, round_rows, row_codes, row_scales
+
+MOST = 255  # code of a row's largest share
+MOST_KEYS = (2**31 - 1) // (MOST * 127)  # int32 sums of more products of codes could overflow
+
+
+def int8_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The formula of the module above, float32 [B, H, L, E]."""
+    (codes_q, scale_q), (codes_k, scale_k), (codes_v, scale_v) = (_codes(x) for x in (q, k, v))
+    heads = q.shape[1] // k.shape[1]
+    if heads > 1:
+        codes_k, scale_k, codes_v, scale_v = (
+            x.repeat_interleave(heads, 1) for x in (codes_k, scale_k, codes_v, scale_v)
+        )
+    scores = codes_q @ codes_k.mT * (scale_q * scale) * scale_k.mT
+    e = _exponentials(scores, mask)
+    weighted = e * scale_v.mT
+    most = weighted.amax(-1, keepdim=True).clamp_min(TINY)
+    total = e.sum(-1, keepdim=True)
+    factor = most / MOST / torch.where(total == 0, 1.0, total)
+    return (torch.round(weighted * (MOST / most)) @ codes_v) * factor
+
+
+def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    scales = row_scales(x)
+    return row_codes(x, scales), scales
+
+
+def _exponentials(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    top = scores.amax(-1, keepdim=True)
+    return torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+
+
+@torch.library.custom_op(
+    "lightning_accel::int8_attention", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)  # flexible: inputs of any strides, as `attention` of the engines
+def _int8_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    out = int8_attention_reference(q, k, v, mask, scale)
+    return out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@_int8_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def int8_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The operator; it lies in memory as [B, L, H, E], as the next projection reads it."""
+    return torch.ops.lightning_accel.int8_attention(q, k, v, mask, scale)
+
+
+class _Round(torch.autograd.Function):
+    """What `rounded` makes of x, with the gradient passed straight through (Bengio et al. 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounded(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _round_shares(shares: Tensor, scale_v: Tensor) -> Tensor:
+    """codes * most / 255 / scale_v of each row of `shares` [..., L, S]."""
+    weighted = shares.float() * scale_v.mT
+    step = weighted.amax(-1, keepdim=True).clamp_min(TINY) / MOST
+    return (weighted.mul_(step.reciprocal()).round_().mul_(step) / scale_v.mT).to(shares.dtype)
+
+
+class _Products(nn.Module):
+    """A part of an attention layer, without parameters or buffers: (q, k, v, mask, scale, dropout) -> [B, H, L, E]."""
+
+    scheme = "int8"
+    kind = "products of attention"  # in coverage reports
+
+
+class FakeQuantizedProducts(_Products):
+    """The products as they are trained: rounded operands, gradients straight through."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0
+    ) -> Tensor:
+        """See `int8_attention_reference`."""
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        heads = q.shape[1] // k.shape[1]
+        scale_v = row_scales(v)
+        q, k, v = (_Round.apply(x, round_rows) for x in (q, k, v))
+        if heads > 1:
+            k, v, scale_v = (x.repeat_interleave(heads, 1) for x in (k, v, scale_v))
+        e = _exponentials(q @ k.mT * scale, mask)
+        total = e.sum(-1, keepdim=True)
+        shares = _Round.apply(e / torch.where(total == 0, 1.0, total), lambda shares: _round_shares(shares, scale_v))
+        return F.dropout(shares, dropout) @ v
+
+
+class Int8Products(_Products):
+    """The products as they are deployed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function: Callable[..., Tensor] = int8_attention  # engines put their own form in its place
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0
+    ) -> Tensor:
+        """See `int8_attention_reference`; there is no dropout."""
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if k.shape[0] != q.shape[0]:
+            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
+        return self.function(q.float(), k.float(), v.float(), mask, float(scale)).to(q.dtype)
+
+
+PRODUCTS = (FakeQuantizedProducts, Int8Products)
