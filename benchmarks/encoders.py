@@ -12,10 +12,10 @@ from pathlib import Path
 
 import peers
 import torch
-from tables import PAUSE, coverage, default_load, provenance, table
+from tables import ATTENTION, PAUSE, config_of, coverage, default_load, file_name, provenance, table
 from transformers import BertConfig, BertModel
 
-from lightning_accel import QuantConfig, export_model
+from lightning_accel import export_model
 from lightning_accel.artifact import MANIFEST
 from lightning_accel.measure import Target, compare
 
@@ -25,9 +25,7 @@ SHAPES = {
 }
 ROWS = (("minilm", 1, 128), ("minilm", 8, 128), ("bert-base", 1, 128))  # shape, batch, length
 CONFIGS = {
-    f"{scheme}{', attention' if attention else ''}": QuantConfig(scheme, attention=attention)
-    for scheme in ("int8", "int8-static")
-    for attention in (False, True)
+    scheme: config_of(scheme) for scheme in ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")
 }
 
 
@@ -42,7 +40,7 @@ def float_model(shape: str) -> BertModel:
 
 
 def artifact(out: Path, shape: str, batch: int, length: int, name: str) -> Path:
-    return out / f"{shape}-{batch}x{length}-{name.replace(', ', '-')}"
+    return out / file_name(f"{shape}-{batch}x{length}-{name}")
 
 
 def build(out: Path) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from tables import provenance
+from tables import ATTENTION, config_of, file_name, provenance
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,7 +34,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lightning_accel import AccelModule, Export, QuantConfig, QuantizationAwareTraining
+from lightning_accel import AccelModule, Export, QuantizationAwareTraining
 from lightning_accel.artifact import MANIFEST, read_manifest
 from lightning_accel.quantize.config import SCHEMES
 
@@ -134,6 +135,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "vit": (vit, pixels),
     "cnn": (cnn, digits),
 }
+ENCODERS = ("bert", "vit")
+EVERY = (*SCHEMES, f"int8{ATTENTION}")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def run(name: str, scheme: str, seed: int, folder: Path, steps: int, engines: tu
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        callbacks=[QuantizationAwareTraining(QuantConfig(scheme), begin=0.5, module="model"), export],
+        callbacks=[QuantizationAwareTraining(config_of(scheme), begin=0.5, module="model"), export],
     )  # fmt: skip
     trainer.fit(AccelModule(network, lr=1e-3), loaders[0])
 
@@ -183,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/fidelity"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--schemes", nargs="+", default=list(EVERY), choices=EVERY)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--engines", nargs="+", default=["aoti", "portable"])
     parser.add_argument("--steps", type=int, default=400)
@@ -192,15 +195,14 @@ def main() -> None:
     if options.quick:
         options.seeds, options.steps = [0], 20
     print(HEAD + "\n" + "|---" * (HEAD.count("|") - 1) + "|")
-    for name in options.models:
+    for seed, name in product(options.seeds, options.models):
         for scheme in options.schemes:
-            if name == "cnn" and scheme != "int8-static":
-                continue  # the only scheme of convolutions
-            for seed in options.seeds:
-                folder = options.out / f"{name}-{scheme}-{seed}"
-                if not (folder / MANIFEST).exists():
-                    run(name, scheme, seed, folder, options.steps, tuple(options.engines))
-                print("\n".join(rows(name, scheme, seed, folder)), flush=True)
+            if (name == "cnn" and scheme != "int8-static") or (scheme.endswith(ATTENTION) and name not in ENCODERS):
+                continue  # the only scheme of convolutions; attention in int8 is of encoders
+            folder = options.out / file_name(f"{name}-{scheme}-{seed}")
+            if not (folder / MANIFEST).exists():
+                run(name, scheme, seed, folder, options.steps, tuple(options.engines))
+            print("\n".join(rows(name, scheme, seed, folder)), flush=True)
     print("\n" + json.dumps({"steps": options.steps}) + "\n" + provenance(torch.get_num_threads()))
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 from encoders import SHAPES
-from tables import PAUSE, provenance, steps
+from tables import ATTENTION, PAUSE, config_of, provenance, steps
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_accel import QuantConfig, prepare_
+from lightning_accel import prepare_
 from lightning_accel.measure import Target, compare
 from lightning_accel.quantize.config import SCHEMES
 
@@ -29,7 +29,7 @@ def workloads(scheme: str | None, batch: int, length: int) -> dict[str, Callable
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**SHAPES["minilm"])).train()
     if scheme:
-        prepare_(model, QuantConfig(scheme))
+        prepare_(model, config_of(scheme))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     inputs = {
         "input_ids": torch.randint(0, model.config.vocab_size, (batch, length)),
@@ -57,7 +57,7 @@ def main() -> None:
     shape = {"batch": options.batch, "length": options.length}
     targets = {
         name: Target("qat_step:workloads", {"scheme": scheme, **shape})
-        for name, scheme in (("plain", None), *((f"QAT {scheme}", scheme) for scheme in SCHEMES))
+        for name, scheme in (("plain", None), *((f"QAT {s}", s) for s in (*SCHEMES, f"int8{ATTENTION}")))
     }
     measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
     print(steps(f"minilm, {options.batch} x {options.length}", measured))

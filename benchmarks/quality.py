@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import torch
 from quality_report import report
 from quality_tasks import TASKS, Data, Settings, Task, inputs_of, scores
+from tables import config_of, file_name
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -37,7 +38,6 @@ from lightning_accel import (
     AccelModule,
     Distillation,
     DistillConfig,
-    QuantConfig,
     QuantizationAwareTraining,
     quantize_model,
 )
@@ -60,7 +60,7 @@ class Cell:
 
     def path(self, out: Path) -> Path:
         name = self.method if self.scheme is None else f"{self.method}-{self.scheme}"
-        return out / self.task / f"seed{self.seed}" / f"{name}.json"
+        return out / self.task / f"seed{self.seed}" / file_name(f"{name}.json")
 
 
 def cells(tasks: list[str], seeds: list[int]) -> Iterator[Cell]:
@@ -89,7 +89,7 @@ def run(cell: Cell, task: Task, settings: Settings, data: Data, out: Path) -> di
         found |= covered(model, cell.scheme, settings, data)
         if "unavailable" in found:
             return found
-        config = QuantConfig(cell.scheme)
+        config = config_of(cell.scheme)
         if cell.method == "ptq":
             model.load_state_dict(torch.load(control))
         else:
@@ -124,7 +124,7 @@ def fit_on(model: nn.Module, settings: Settings, loader: DataLoader, seed: int, 
 
 def covered(model: nn.Module, scheme: str, settings: Settings, data: Data) -> dict[str, Any]:
     """What the scheme would quantize of the untrained model, or why the cell cannot be."""
-    converted = quantize_model(model, QuantConfig(scheme), calibration=calibration(settings, data))
+    converted = quantize_model(model, config_of(scheme), calibration=calibration(settings, data))
     coverage = quantization_coverage(converted, count_flops(model, *_arguments(data)))
     found = {"share_of_flops": coverage.share_of_flops, "share_of_parameters": coverage.share_of_parameters,
              "bytes": size(converted), "float_bytes": size(model)}

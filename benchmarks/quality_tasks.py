@@ -9,6 +9,7 @@ from typing import Any
 
 import real_data
 import torch
+from tables import ATTENTION
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -255,7 +256,7 @@ FOUR_BITS = ("int4-weight", "int4-int8")
 TASKS = {
     "minilm": Task(
         "MiniLM-L6 (22.7 M), WordNet gloss -> 26 lexicographer files",
-        SCHEMES,
+        (*SCHEMES, f"int8{ATTENTION}"),
         Settings(train=11000, validation=1000, test=8000, epochs=1, batch=32, lr=3e-4, begin=0.0, precision=BF16),
         Settings(train=64, validation=32, test=64, epochs=1, batch=16, lr=3e-4, begin=0.0, precision=BF16),
         load_glosses, build_minilm,

@@ -8,10 +8,22 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from lightning_accel import QuantConfig
 from lightning_accel.artifact import read_manifest
 from lightning_accel.measure import Measurement, machine, size_on_disk, versions
 
+ATTENTION = ", attention"  # at the end of a scheme's name: the products of attention in int8 too
 PAUSE = 0.3  # seconds before a turn: threads of some runtimes spin for 0.2 s after their work (KMP_BLOCKTIME)
+
+
+def config_of(scheme: str) -> QuantConfig:
+    """`"int8"` or `"int8, attention"`, as the tables name them."""
+    return QuantConfig(scheme.removesuffix(ATTENTION), attention=scheme.endswith(ATTENTION))
+
+
+def file_name(name: str) -> str:
+    """A row's name without spaces."""
+    return name.replace(", ", "-")
 
 
 def table(title: str, measured: Mapping[str, Measurement], sizes: Mapping[str, int]) -> str:

@@ -33,6 +33,7 @@ def fidelity() -> Any:
         ("llama", "int4-weight"),
         ("gpt2", "int4-int8"),
         ("bert", "int8"),
+        ("bert", "int8, attention"),
         ("vit", "int8-static"),
         ("cnn", "int8-static"),
     ],

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_accel import QuantConfig, export_model, load, prepare_, quantize_model
+from lightning_accel import PruneConfig, QuantConfig, export_model, load, prepare_, quantize_model
+from lightning_accel.prune import apply_masks_, compute_masks, shrink_model
 from lightning_accel.quantize import convert_, quantization_coverage, unprepare_
 from lightning_accel.quantize.ops import row_codes, row_scales
 from lightning_accel.quantize.products import FakeQuantizedProducts, Int8Products, int8_attention
@@ -150,6 +151,20 @@ def test_converted_is_what_was_trained(make: Any) -> None:
     assert (out - trained).norm() <= 0.01 * trained.norm()
 
 
+def test_a_prepared_model_is_converted_as_it_was_prepared() -> None:
+    model = tiny.bert().eval()
+    prepare_(model, INT8)
+    with torch.no_grad():
+        trained, converted = tiny.logits(model(**bert_batch())), quantize_model(model, INT8)
+        assert (tiny.logits(converted(**bert_batch())) - trained).norm() <= 0.01 * trained.norm()
+    with pytest.raises(ValueError, match="attention=True"):
+        quantize_model(model, QuantConfig("int8"))
+    model = tiny.bert()
+    prepare_(model, QuantConfig("int8"))
+    with pytest.raises(ValueError, match="products' is not prepared"):
+        quantize_model(model, INT8)
+
+
 def test_masks_of_multihead_attention() -> None:
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(32, 4, batch_first=True).eval()
@@ -198,3 +213,17 @@ def test_export_of_bert(engines: tuple[str, ...], tmp_path: Any) -> None:
     with torch.no_grad():
         expected = tiny.logits(quantize_model(model, INT8)(**bert_batch()))
     assert (tiny.logits(found) - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_heads_are_cut_out_of_a_prepared_model() -> None:
+    model, inputs = tiny.bert().eval(), bert_batch()
+    masks = compute_masks(model, PruneConfig("heads", amount=0.5), example_inputs=inputs)
+    apply_masks_(model, masks)
+    prepare_(model, INT8)
+    with torch.no_grad():
+        masked = tiny.logits(model(**inputs))
+        shrunk = shrink_model(model, masks, example_inputs=inputs)
+        assert sum(isinstance(m, FakeQuantizedProducts) for m in shrunk.modules()) == tiny.LAYERS
+        assert sum(p.numel() for p in shrunk.parameters()) < sum(p.numel() for p in model.parameters())
+        out = tiny.logits(shrunk(**inputs))
+    assert (out - masked).norm() <= 1e-4 * masked.norm()

@@ -38,7 +38,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(out: Path, name: str) -> dict:
-    return json.loads((out / f"{name}.json").read_text())
+    return json.loads((out / f"{name}.json".replace(", ", "-")).read_text())
 
 
 @pytest.mark.slow

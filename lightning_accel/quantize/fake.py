@@ -268,7 +268,11 @@ def unprepare_(model: nn.Module) -> nn.Module:
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether any module of `model` is fake-quantized."""
-    return any(type(module) in _PLAIN or isinstance(module, FakeQuantizedProducts) for module in model.modules())
+    return any(_is_fake(module) for module in model.modules())
+
+
+def _is_fake(module: nn.Module | None) -> bool:
+    return type(module) in _PLAIN or isinstance(module, FakeQuantizedProducts)
 
 
 def count_own(module: nn.Module) -> int:
@@ -388,7 +392,7 @@ def check_prepared_as(model: nn.Module, config: QuantConfig) -> None:
     """Raises ValueError unless a prepared model is what `prepare_(model, config)` makes of it."""
     modules = dict(select.named_modules(model))
     for entry in plan(model, config).entries:
-        if entry.done is not None and type(modules[entry.name]) not in _PLAIN:
+        if entry.done is not None and not _is_fake(modules.get(entry.name)):
             raise ValueError(
                 f"{entry.name!r} is not prepared, as other modules are, and the config asks {entry.done}; write "
                 f"prepare_(model, config) and train on, or overrides={{{entry.name!r}: None}}"
