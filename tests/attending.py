@@ -63,6 +63,19 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32) if x.dtype == torch.float32 else x
 
 
+def assert_same_with_any_number_of_threads(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """With 1, 2 and 3, to the bit."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = kernel(q, k, v)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(kernel(q, k, v), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 LAYOUTS = {
     "projected": lambda b, h, n, d: torch.randn(b, n, h, d).transpose(1, 2),
     "by head": torch.randn,

@@ -9,7 +9,15 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-from attending import LAYOUTS, MASKS, Kernel, caller, library_of, masks
+from attending import (
+    LAYOUTS,
+    MASKS,
+    Kernel,
+    assert_same_with_any_number_of_threads,
+    caller,
+    library_of,
+    masks,
+)
 from compiled import Built
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,15 +197,7 @@ def test_what_is_not_finite_propagates_as_in_torch(kernel: Kernel, rows: int, ba
 @pytest.mark.parametrize("rows", [1, 6, 24, 150])
 def test_the_number_of_threads_does_not_change_a_bit(kernel: Kernel, rows: int) -> None:
     q, k, v = torch.randn(1, 4, rows, 32), torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = kernel(q, k, v)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel(q, k, v), expected)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_with_any_number_of_threads(kernel, q, k, v)
 
 
 def test_products_of_torch_before_and_after_are_not_disturbed(kernel: Kernel) -> None:

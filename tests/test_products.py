@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_accel import PruneConfig, QuantConfig, export_model, load, prepare_, quantize_model
-from lightning_accel.prune import apply_masks_, compute_masks, shrink_model
+from lightning_accel.prune import prune_model_, shrink_model
 from lightning_accel.quantize import convert_, quantization_coverage, unprepare_
 from lightning_accel.quantize.ops import row_codes, row_scales
 from lightning_accel.quantize.products import FakeQuantizedProducts, Int8Products, int8_attention
@@ -93,9 +93,7 @@ def test_training_rounds_as_the_operator(rows: int, keys: int, d: int, seed: int
     expected, bound = rounding_bound(q, k, v, mask, d**-0.5)
     assert ((trained - expected).abs() <= bound).all()
     converted = Int8Products()(q, k, v, mask, None)
-    # one code may flip where a share lies between two, by another order of float32 operations
-    flips = (trained - converted).abs() > 1e-5 * converted.abs().amax() + 1e-6
-    assert flips.any(-1).float().mean() <= 0.2 and ((converted - expected).abs() <= bound).all()
+    assert torch.equal(trained, converted)
 
 
 def test_gradients_pass_straight_through() -> None:
@@ -217,8 +215,7 @@ def test_export_of_bert(engines: tuple[str, ...], tmp_path: Any) -> None:
 
 def test_heads_are_cut_out_of_a_prepared_model() -> None:
     model, inputs = tiny.bert().eval(), bert_batch()
-    masks = compute_masks(model, PruneConfig("heads", amount=0.5), example_inputs=inputs)
-    apply_masks_(model, masks)
+    masks = prune_model_(model, PruneConfig("heads", amount=0.5), example_inputs=inputs)
     prepare_(model, INT8)
     with torch.no_grad():
         masked = tiny.logits(model(**inputs))

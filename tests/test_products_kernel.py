@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from attending import LAYOUTS, MASKS, Kernel, caller, library_of, masks
+from attending import (
+    LAYOUTS,
+    MASKS,
+    Kernel,
+    assert_same_with_any_number_of_threads,
+    caller,
+    library_of,
+    masks,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import PATHS
@@ -144,15 +152,7 @@ def test_what_is_not_finite_propagates_as_in_the_reference(kernel: Kernel, bad: 
 
 def test_the_number_of_threads_does_not_change_a_bit(kernel: Kernel) -> None:
     q, k, v = torch.randn(1, 4, 150, 32), torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = kernel(q, k, v)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel(q, k, v), expected)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_with_any_number_of_threads(kernel, q, k, v)
 
 
 def test_powers_are_within_4e_6_where_they_become_codes(library: ctypes.CDLL) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import TINY, round_rows, row_codes, row_scales
+from .ops import TINY, row_scales
 
 MOST = 255  # code of a row's largest share
 MOST_KEYS = (2**31 - 1) // (MOST * 127)  # int32 sums of more products of codes could overflow
@@ -33,31 +33,38 @@ MOST_KEYS = (2**31 - 1) // (MOST * 127)  # int32 sums of more products of codes 
 
 def int8_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The formula of the module above, float32 [B, H, L, E]."""
-    (codes_q, scale_q), (codes_k, scale_k), (codes_v, scale_v) = (_codes(x) for x in (q, k, v))
+    return _attention(q, k, v, mask, scale, torch.round)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    round_: Callable[[Tensor], Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """The formula; it has the gradients of the float one if `round_` passes them on as they are."""
+    scale_q, scale_k, scale_v = (row_scales(x) for x in (q, k, v))  # without gradients
+    codes_q, codes_k, codes_v = (
+        round_(x.float() * scales.reciprocal()) for x, scales in ((q, scale_q), (k, scale_k), (v, scale_v))
+    )
     heads = q.shape[1] // k.shape[1]
     if heads > 1:
         codes_k, scale_k, codes_v, scale_v = (
             x.repeat_interleave(heads, 1) for x in (codes_k, scale_k, codes_v, scale_v)
         )
     scores = codes_q @ codes_k.mT * (scale_q * scale) * scale_k.mT
-    e = _exponentials(scores, mask)
-    weighted = e * scale_v.mT
-    most = weighted.amax(-1, keepdim=True).clamp_min(TINY)
-    total = e.sum(-1, keepdim=True)
-    factor = most / MOST / torch.where(total == 0, 1.0, total)
-    return (torch.round(weighted * (MOST / most)) @ codes_v) * factor
-
-
-def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    scales = row_scales(x)
-    return row_codes(x, scales), scales
-
-
-def _exponentials(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    top = scores.amax(-1, keepdim=True)
-    return torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+    top = scores.detach().amax(-1, keepdim=True)
+    e = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+    total = e.sum(-1, keepdim=True)
+    weighted = e * scale_v.mT
+    most = weighted.detach().amax(-1, keepdim=True).clamp_min(TINY)
+    codes = F.dropout(round_(weighted * (MOST / most)), dropout)
+    return codes @ codes_v * (most / MOST / torch.where(total == 0, 1.0, total))
 
 
 @torch.library.custom_op(
@@ -79,22 +86,15 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 
 class _Round(torch.autograd.Function):
-    """What `rounded` makes of x, with the gradient passed straight through (Bengio et al. 2013, arXiv:1308.3432)."""
+    """The nearest whole number, with the gradient passed straight through (Bengio et al. 2013, arXiv:1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-        return rounded(x)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _round_shares(shares: Tensor, scale_v: Tensor) -> Tensor:
-    """codes * most / 255 / scale_v of each row of `shares` [..., L, S]."""
-    weighted = shares.float() * scale_v.mT
-    step = weighted.amax(-1, keepdim=True).clamp_min(TINY) / MOST
-    return (weighted.mul_(step.reciprocal()).round_().mul_(step) / scale_v.mT).to(shares.dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 class _Products(nn.Module):
@@ -105,22 +105,14 @@ class _Products(nn.Module):
 
 
 class FakeQuantizedProducts(_Products):
-    """The products as they are trained: rounded operands, gradients straight through."""
+    """The products as they are trained: the same numbers, gradients straight through."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0
     ) -> Tensor:
         """See `int8_attention_reference`."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        heads = q.shape[1] // k.shape[1]
-        scale_v = row_scales(v)
-        q, k, v = (_Round.apply(x, round_rows) for x in (q, k, v))
-        if heads > 1:
-            k, v, scale_v = (x.repeat_interleave(heads, 1) for x in (k, v, scale_v))
-        e = _exponentials(q @ k.mT * scale, mask)
-        total = e.sum(-1, keepdim=True)
-        shares = _Round.apply(e / torch.where(total == 0, 1.0, total), lambda shares: _round_shares(shares, scale_v))
-        return F.dropout(shares, dropout) @ v
+        return _attention(q, k, v, mask, scale, _Round.apply, dropout).to(q.dtype)
 
 
 class Int8Products(_Products):
