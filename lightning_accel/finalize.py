@@ -19,8 +19,9 @@ from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .prune.cut import rebased, replay_
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
-from .quantize.fake import Int4GroupFakeQuantizer, check_prepared_as, plan, prepare_as_planned_, shapes_of
+from .quantize.fake import Int4GroupFakeQuantizer, shapes_of
 from .quantize.layers import check_not_converted
+from .quantize.prepare import check_prepared_as, plan, prepare_as_planned_
 from .quantize.ranges import load_static_state_
 
 

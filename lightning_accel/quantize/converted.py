@@ -13,7 +13,7 @@ from .._quiet import Conv1D
 from .adapters import merge_adapters
 from .attention import ConvertedAttention, FakeQuantizedAttention
 from .config import QuantConfig
-from .fake import FAKE_TYPES, check_prepared_as, is_prepared, prepare_, scheme_of
+from .fake import FAKE_TYPES, is_prepared, scheme_of
 from .int4 import SMALLEST, group_codes, group_scales, pack
 from .layers import (
     Codes,
@@ -27,6 +27,7 @@ from .layers import (
 )
 from .norms import folded_bias, folded_weight
 from .ops import row_codes, row_scales
+from .prepare import check_prepared_as, prepare_
 from .products import FakeQuantizedProducts, Int8Products
 from .ranges import calibrate_
 

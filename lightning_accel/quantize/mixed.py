@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from .. import select
 from ..distill import logits_of
 from .config import SCHEMES, QuantConfig
-from .fake import plan, prepare_, prepare_as_planned_, shapes_of, unprepare_
+from .fake import shapes_of, unprepare_
+from .prepare import plan, prepare_, prepare_as_planned_
 from .ranges import affine_quantizers, calibrate_, load_static_state_, static_state
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> mean loss
