@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from .capture import CAUSAL_HINT, MAX_BATCH, Capture
+from .quantize.attend import NOT_SUPPORTED, added_mask
 
 
 def attend(
@@ -30,13 +31,12 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the filled slots; key and value heads are shared by groups of query heads, not copied."""
-    unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    unknown = [name for name in NOT_SUPPORTED if options.get(name) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__} wants attention with {unknown[0]}, which is not supported")
-    if position_bias is not None:  # of T5
-        attention_mask = position_bias if attention_mask is None else attention_mask + position_bias
+    mask = added_mask(attention_mask, position_bias)
     grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 

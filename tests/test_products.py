@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -112,9 +114,9 @@ def bert_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def encoder_layer(**options: Any) -> nn.Module:
+def encoder_layer(inner: int = 64) -> nn.Module:
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, **options)
+    layer = nn.TransformerEncoderLayer(32, 4, inner, batch_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
@@ -147,6 +149,71 @@ def test_converted_is_what_was_trained(make: Any) -> None:
         out = tiny.logits(call(converted))
     assert sum(isinstance(m, Int8Products) for m in converted.modules()) >= 2
     assert (out - trained).norm() <= 0.01 * trained.norm()
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "hidden_size": 32}
+BOTH = {"d_model": 32} | {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+}
+SPEECH = {"conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 16}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "T5EncoderModel": ("T5Config", T5),
+    "BartModel": ("BartConfig", BOTH),
+    "WhisperModel": ("WhisperConfig", BOTH | {"pad_token_id": 0, "max_source_positions": 20}),
+    "RobertaModel": ("RobertaConfig", SMALL),
+    "DistilBertModel": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
+    "CLIPVisionModel": ("CLIPVisionConfig", SMALL | {"image_size": 32, "patch_size": 8}),
+    "Wav2Vec2Model": ("Wav2Vec2Config", SMALL | SPEECH | {"num_conv_pos_embedding_groups": 4}),
+}
+OTHER_INPUTS = {
+    "WhisperModel": {"input_features": (2, 80, 40)},
+    "CLIPVisionModel": {"pixel_values": (2, 3, 32, 32)},
+    "Wav2Vec2Model": {"input_values": (2, 400)},
+}
+
+
+def encoder(name: str) -> tuple[Any, dict[str, Tensor]]:
+    """An encoder of transformers with random weights, and inputs, padded where it takes a mask."""
+    torch.manual_seed(0)
+    config, sizes = ENCODERS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes))
+    inputs = {key: torch.randn(shape) for key, shape in OTHER_INPUTS.get(name, {}).items()} or bert_batch()
+    return getattr(model, "encoder" if sizes is BOTH or name == "WhisperModel" else "base_model").eval(), inputs
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_of_transformers(name: str) -> None:
+    model, inputs = encoder(name)
+    mask = inputs.get("attention_mask")
+    with torch.no_grad():
+        float_ = model(**inputs).last_hidden_state
+        coverage = prepare_(model, INT8)
+        trained = model(**inputs).last_hidden_state
+        converted = convert_(copy.deepcopy(model))(**inputs).last_hidden_state
+        if mask is not None:  # what is hidden is not seen
+            inputs["input_ids"] = torch.where(mask.bool(), inputs["input_ids"], 1)
+            assert torch.equal(model(**inputs).last_hidden_state[mask.bool()], trained[mask.bool()])
+    assert [e.done for e in coverage.entries if e.name.endswith("products")] == ["int8"] * 2
+    assert 0 < (trained - float_).norm() <= 0.05 * float_.norm()
+    assert (converted - trained).norm() <= 0.01 * trained.norm()
+
+
+def test_a_weight_that_a_parametrization_makes_is_named() -> None:
+    model = encoder("Wav2Vec2Model")[0]
+    for scheme in ("int8", "int8-static"):
+        coverage = prepare_(copy.deepcopy(model), QuantConfig(scheme))  # type: ignore[arg-type]
+        reasons = [str(e.reason) for e in coverage.entries if e.name.endswith("pos_conv_embed.conv")]
+        assert len(reasons) == 1 and "parametrize.remove_parametrizations" in reasons[0]
+
+
+def test_training_under_autocast_sums_codes_exactly() -> None:
+    q, k, v = (x.bfloat16() for x in drawn(2, 4, 2, 5, 40, 64, 64))
+    expected = FakeQuantizedProducts()(q, k, v, None, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(FakeQuantizedProducts()(q, k, v, None, None), expected)
 
 
 def test_a_prepared_model_is_converted_as_it_was_prepared() -> None:
@@ -203,14 +270,25 @@ def test_coverage_counts_the_products() -> None:
     assert counted == left and with_products.share_of_flops == 1.0 > (without.share_of_flops or 0)
 
 
-@pytest.mark.parametrize("engines", [("portable",), ("aoti", "portable")])
-def test_export_of_bert(engines: tuple[str, ...], tmp_path: Any) -> None:
-    model = tiny.bert().eval()
-    export_model(model, tmp_path / "a", example_inputs=bert_batch(), quantize=INT8, engines=engines, measure=False)
-    found = load(tmp_path / "a")(**bert_batch())
+@pytest.mark.parametrize("engine", ["portable", "aoti", "aoti_avx2", "onnx"])
+def test_export_of_bert(engine: str, tmp_path: Any) -> None:
+    exported_equals_converted(tiny.bert().eval(), bert_batch(), engine, tmp_path / "a")
+
+
+def test_export_through_openvino(tmp_path: Any) -> None:
+    # one scale a row is one a layer there, if all layers have as many inputs
+    exported_equals_converted(encoder_layer(32).eval(), {"src": torch.randn(3, 9, 32)}, "openvino", tmp_path / "a")
+
+
+def exported_equals_converted(model: nn.Module, inputs: dict[str, Tensor], engine: str, path: Path) -> None:
+    for package in {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}.get(engine, ()):
+        pytest.importorskip(package)
+    engines = tuple(dict.fromkeys((engine, "portable")))
+    export_model(model, path, example_inputs=inputs, quantize=INT8, engines=engines, measure=False)
+    found = tiny.logits(load(path, engine=engine)(**inputs))
     with torch.no_grad():
-        expected = tiny.logits(quantize_model(model, INT8)(**bert_batch()))
-    assert (tiny.logits(found) - expected).norm() <= 0.01 * expected.norm()
+        expected = tiny.logits(quantize_model(model, INT8)(**inputs))
+    assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_heads_are_cut_out_of_a_prepared_model() -> None:

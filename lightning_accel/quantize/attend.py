@@ -11,12 +11,15 @@ import copy
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .attention import UnfusedAttention
 from .products import FakeQuantizedProducts
 
 NAME = "products"  # of the module in the layer
+NOT_SUPPORTED = ("softcap", "s_aux")  # what a layer of transformers may ask of its attention function
+_SWITCHES = ("is_causal", "output_attentions")  # likewise, where true
 _FUNCTION = "lightning_accel_products"  # as transformers knows `attend`
 
 
@@ -33,17 +36,25 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: attention by the `products` of `module`, [B, L, H, E]."""
-    wanted = [name for name in ("softcap", "s_aux", "output_attentions") if options.get(name)]
-    wanted += ["is_causal"] if is_causal else []
+    wanted = [name for name in NOT_SUPPORTED if options.get(name) is not None]
+    wanted += [name for name, value in {"is_causal": is_causal, **options}.items() if name in _SWITCHES and value]
     if wanted:
         raise ValueError(
             f"{type(module).__name__} wants attention with {wanted[0]}, which int8 products do not have; write "
             "QuantConfig(attention=False)"
         )
-    if position_bias is not None:  # of T5
-        attention_mask = position_bias if attention_mask is None else attention_mask + position_bias
-    out = module.products(query, key, value, attention_mask, scaling, dropout)  # type: ignore[operator]
+    mask = added_mask(attention_mask, position_bias)
+    out = module.products(query, key, value, mask, scaling, dropout)  # type: ignore[operator]
     return out.transpose(1, 2).contiguous(), None
+
+
+def added_mask(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
+    """The mask of an attention function with T5's bias in it; what a boolean mask hides gets the least number."""
+    if position_bias is None or mask is None:
+        return mask if position_bias is None else position_bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
+    return mask + position_bias
 
 
 def why_not(module: Any) -> str | None:
@@ -85,6 +96,11 @@ def add_products_(module: Any) -> None:
     module.__dict__["config_before"] = module.config
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = _FUNCTION  # by its property it would be set in parts that are shared
+
+
+def layer_of(name: str) -> str:
+    """The layer whose products are called `name`."""
+    return name.rpartition(".")[0]
 
 
 def remove_products_(module: Any) -> None:

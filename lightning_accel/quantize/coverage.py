@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import select
 from ..select import Coverage, Entry
+from .attend import layer_of
 from .attention import ConvertedAttention
 from .fake import scheme_of, shapes_of
 from .layers import CONVERTED, LINEAR, Int4Embedding, Int8Embedding
@@ -27,14 +28,14 @@ def quantization_coverage(model: nn.Module, flops: dict[str, int] | None = None)
     coverage = Coverage(f"{' and '.join(schemes)} quantization")
     seen: set[int] = set()
     for name, module in select.named_modules(model):
+        if isinstance(module, PRODUCTS):
+            coverage.entries.append(Entry(name, module.kind, 0, flops=_of_products(name, flops), done=module.scheme))
+            continue
         weight: Any = module.codes if isinstance(module, CONVERTED) else None
         tensors: list[Tensor] = [t for t in module._parameters.values() if t is not None]
         parameters = sum(t.numel() for t in tensors if id(t) not in seen)
         parameters += _size(module) if weight is not None and id(weight) not in seen else 0
         seen.update(id(t) for t in (*tensors, weight))
-        if isinstance(module, PRODUCTS):
-            coverage.entries.append(Entry(name, module.kind, 0, flops=_of_products(name, flops), done=module.scheme))
-            continue
         own = None if flops is None else _own_flops(name, module, flops)
         if (tensors or weight is not None) and (parameters or own):
             scheme = _scheme(module)
@@ -90,7 +91,7 @@ def _of_products(name: str, flops: dict[str, int] | None) -> int | None:
     """FLOPs of an attention layer that are none of its children's."""
     if flops is None:
         return None
-    layer = name.rpartition(".")[0]
+    layer = layer_of(name)
     children = (count for part, count in flops.items() if part and part.rpartition(".")[0] == layer)
     return flops.get(layer, 0) - sum(children)
 

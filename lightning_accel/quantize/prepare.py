@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import select
 from .._warn import warn
@@ -58,7 +59,7 @@ def prepare_as_planned_(model: nn.Module, config: QuantConfig, coverage: Coverag
     for entry in coverage.entries:
         if entry.kind == FakeQuantizedProducts.kind:
             if entry.done is not None:
-                attend.add_products_(modules[_layer_of(entry.name)])
+                attend.add_products_(modules[attend.layer_of(entry.name)])
             continue
         module = modules[entry.name]
         if entry.done is not None and type(module) not in PLAIN:
@@ -129,11 +130,6 @@ def _plan_products(name: str, layer: nn.Module, scheme: str | None, known: str |
     return Entry(name, FakeQuantizedProducts.kind, 0, done="int8" if reason is None else None, reason=reason)
 
 
-def _layer_of(name: str) -> str:
-    """The layer whose products are called `name`."""
-    return name.rpartition(".")[0]
-
-
 def _most_inputs(module: nn.Module) -> int:
     return max(inputs for _, inputs in shapes_of(module))
 
@@ -172,6 +168,9 @@ def _why_not(module: nn.Module, scheme: str | None, known: str | None) -> str | 
     """Why a module is not quantized; `known` is what its place in the model says."""
     if scheme is None or known is not None:
         return known if scheme is not None else "excluded by overrides"
+    if parametrize.is_parametrized(module):
+        name = next(iter(module.parametrizations))  # type: ignore[arg-type]
+        return f"a parametrization makes its {name}; take it off before: parametrize.remove_parametrizations"
     if type(module) not in FAKE and type(module) not in PLAIN:
         parent = next((plain for plain in FAKE if isinstance(module, plain)), None)
         if parent is None:

@@ -10,9 +10,9 @@ scales of the values, to unsigned codes of which the largest is 255:
     y = (codes @ codes_v) * most / 255 / sum(e)
 
 No scale depends on another row of a batch, nor on a key that the mask hides: padding changes nothing. Sums are int32
-in the kernel; in the reference they are float32, which holds them exactly up to 1,040 inputs and 518 keys and rounds
-beyond. `mask` is boolean (true: seen) or float32 (added), and broadcast to [B, H, L, S]; a row that sees no key is
-zero, and an infinity or a NaN makes a row NaN.
+in the kernel, which is enough for 66,311 keys; in the reference they are float32, which holds them exactly up to 1,040
+inputs and 518 keys and rounds beyond. `mask` is boolean (true: seen) or float32 (added), and broadcast to [B, H, L, S];
+a row that sees no key is zero, and an infinity or a NaN makes a row NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from .ops import TINY, row_scales
 
 MOST = 255  # code of a row's largest share
-MOST_KEYS = (2**31 - 1) // (MOST * 127)  # int32 sums of more products of codes could overflow
 
 
 def int8_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -112,7 +111,8 @@ class FakeQuantizedProducts(_Products):
     ) -> Tensor:
         """See `int8_attention_reference`."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return _attention(q, k, v, mask, scale, _Round.apply, dropout).to(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):  # it would round the sums of codes
+            return _attention(q, k, v, mask, scale, _Round.apply, dropout).to(q.dtype)
 
 
 class Int8Products(_Products):
@@ -127,8 +127,6 @@ class Int8Products(_Products):
     ) -> Tensor:
         """See `int8_attention_reference`; there is no dropout."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if k.shape[0] != q.shape[0]:
-            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
         return self.function(q.float(), k.float(), v.float(), mask, float(scale)).to(q.dtype)
 
 

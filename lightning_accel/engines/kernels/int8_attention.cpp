@@ -28,7 +28,8 @@ struct Head {  // scratch of a thread: what heads and a block of their rows have
   bool numbers = true;  // whether no key or value is NaN or infinite, nor a mask for all rows NaN
 };
 
-// 255 * e^x for x <= 0, within 4e-6 of itself down to x = -16 and 1e-5 beyond; 0 from where that is below float32. Of NaN it is any number.
+// 255 * e^x for x <= 0, within 4e-6 of itself down to x = -16 and 1e-5 beyond; 0 from where that is below float32. Of NaN
+// it is any number.
 inline __m512 power(__m512 x) {
   const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: added, it rounds to whole numbers
   x = _mm512_fmadd_ps(x, _mm512_set1_ps(kLog2E), _mm512_set1_ps(kLog2Most));
