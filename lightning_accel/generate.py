@@ -55,9 +55,12 @@ class Cache:
             )
         self.model, self.capacity, self.filled = model, capacity, 0
         self.cross, self.source_mask_BE = list(cross), source_mask_BE
+        begin = getattr(model._run, "begin", None)  # of a program that keeps keys and values itself
+        self.state: Any = begin and begin()
         self.tensors = [
             torch.zeros(batch, capacity, *shape, dtype=getattr(torch, spec["dtype"]))
             for shape in spec["shapes"][len(cross) :]
+            if self.state is None
         ]
         self.ids_BS, self.mask_BS = torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.bool)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64)
@@ -73,18 +76,22 @@ class Cache:
             inputs = [ids_BT.contiguous(), positions_BT, self.mask_BS, wanted_BK.contiguous()]
         else:
             inputs = [ids_BT.contiguous(), self.mask_BS, self.source_mask_BE, wanted_BK.contiguous()]
-        logits_BKV = self.model._run_checked([*inputs, *self.cross, *self.tensors])[0]
+        logits_BKV = self.model._run_checked([*inputs, *self.cross, *self.tensors], self.state)[0]
         self.filled += new
         self.lengths_B = self.lengths_B + valid_BT.sum(1)
         return logits_BKV
 
     def reorder(self, rows: Tensor) -> None:
         """Puts the keys and values of `rows` [B] in the place of the rows that were there; sources stay."""
+        if self.state is not None:
+            self.state.reorder(rows)
         self.tensors = [tensor.index_select(0, rows) for tensor in self.tensors]
         self.ids_BS, self.mask_BS, self.lengths_B = self.ids_BS[rows], self.mask_BS[rows], self.lengths_B[rows]
 
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` slots."""
+        if self.state is not None and count < self.filled:
+            self.state.keep(count)
         self.ids_BS, self.mask_BS = self.ids_BS[:, :count], self.mask_BS[:, :count]
         self.filled, self.lengths_B = self.ids_BS.shape[1], self.mask_BS.sum(1)
         self.unread_BT = self.unread_BT[:, :0]

@@ -176,13 +176,13 @@ class LoadedModel:
 
         return Cache(self, batch, capacity)
 
-    def _run_checked(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Runs the program on flat inputs that were checked; the lock is held meanwhile.
+    def _run_checked(self, inputs: list[Tensor], state: Run | None = None) -> list[Tensor]:
+        """Runs the program, or a caller's state of it, on flat inputs that were checked; the lock is held meanwhile.
 
         An output that lies in the weights, such as a buffer of the model, is copied: the caller may write to it.
         """
         with self._lock, at_threads(self.threads):
-            return [output.clone() if self._is_weight(output) else output for output in self._run(inputs)]
+            return [output.clone() if self._is_weight(output) else output for output in (state or self._run)(inputs)]
 
     def _is_weight(self, output: Tensor) -> bool:
         return any(start <= output.data_ptr() < end for start, end in self._mapped)

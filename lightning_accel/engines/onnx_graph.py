@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..quantize.layers import Int4Embedding, Int4Linear, Int8StaticConv
 
 OPSET = 21  # the first with 4-bit weights and blocks in DequantizeLinear
+WITH_ATTENTION = 23  # the first with a node for attention
 MOST_BYTES = 2**31 - 2**20  # of one protobuf file
 INT4 = "int4_codes"  # the name of buffers [rows, n] of int8 that are stored in 4 bits
 
@@ -127,8 +128,11 @@ def quantizer(layer: Any) -> tuple[Tensor, Tensor]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(capture: Capture, path: Path) -> None:
+def write(capture: Capture, path: Path, opset: int = OPSET) -> None:
     """Writes the captured module as one ONNX file that `onnx.checker` accepts.
+
+    Args:
+        opset: `WITH_ATTENTION` makes a node of each attention, with as many heads of keys as of queries.
 
     Raises:
         ValueError: over 2 GB, the limit of one such file.
@@ -139,11 +143,13 @@ def write(capture: Capture, path: Path) -> None:
         module: Any = capture.module
         module.appends = True
     inputs, outputs = _names(capture)
+    exported = capture.export(capture.module)
+    if opset >= WITH_ATTENTION:
+        _repeat_heads(exported)
     with _quiet():
         program = torch.onnx.export(
-            capture.export(capture.module), dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs,
-            verbose=False,
-        )  # fmt: skip
+            exported, dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
+        )
     assert program is not None
     _without_traces(program.model)
     _in_four_bits(program.model)
@@ -152,6 +158,30 @@ def write(capture: Capture, path: Path) -> None:
         raise ValueError(f"its weights take {size / 1e9:.1f} GB, and an ONNX file holds at most 2 GB")
     program.save(str(path))
     onnx.checker.check_model(str(path))
+
+
+def _repeat_heads(program: torch.export.ExportedProgram) -> None:
+    """Repeats heads of keys and values that several query heads share: OpenVINO wants as many of each in that node."""
+    aten, graph = torch.ops.aten, program.graph
+    for call in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        if not call.kwargs.get("enable_gqa"):
+            continue
+        times = call.args[0].meta["val"].shape[1] // call.args[1].meta["val"].shape[1]
+        repeat = (
+            (aten.unsqueeze.default, 2),
+            (aten.expand.default, [-1, -1, times, -1, -1]),
+            (aten.flatten.using_ints, 1, 2),
+        )
+        for index in (1, 2):
+            states = call.args[index]
+            for target, *arguments in repeat:
+                value = states.meta["val"]
+                with graph.inserting_before(call), value.fake_mode:
+                    states = graph.call_function(target, (states, *arguments))
+                    states.meta["val"] = target(value, *arguments)
+            call.update_arg(index, states)
+        call.kwargs = {**call.kwargs, "enable_gqa": False}
+    program.graph_module.recompile()
 
 
 def _names(capture: Capture) -> tuple[list[str], list[str]]:

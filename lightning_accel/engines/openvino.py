@@ -6,6 +6,9 @@ scale. It takes one size of them for all layers, and leaves activations in float
 inputs: a layer with just so many inputs is computed to the bit as in training, a longer one with a scale for each part
 of a row, which may be too far from what was trained to pass an export. Groups of 4-bit weights allow 32 at most. The
 rest runs in float32: by itself it would take bfloat16 where the CPU has it, which is not what was verified.
+
+Of a decoder the keys and values are a state of the program, in float32 too, and each cache has an infer request of its
+own. The plugin then computes attention and the appending of what is new as one node.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,12 +122,71 @@ def build(capture: Capture, directory: Path, name: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "program.onnx"
-        onnx_graph.write(capture, path)
-        openvino.save_model(openvino.convert_model(path), directory / f"{name}.xml", compress_to_fp16=False)
+        onnx_graph.write(capture, path, onnx_graph.WITH_ATTENTION if capture.cache else onnx_graph.OPSET)
+        model = openvino.convert_model(path)
+        if capture.cache:
+            _keep_state(model, capture.cache)
+        openvino.save_model(model, directory / f"{name}.xml", compress_to_fp16=False)
     group = _activation_group(capture.module)
     data = {"file": f"{name}.bin", "sha256": sha256(directory / f"{name}.bin")}
     isa = onnx_graph.static_isa(capture.module)
     return {"file": f"{name}.xml", "data": data, "isa": isa, "weights": {}, "options": {"activation_group": group}}
+
+
+def _keep_state(model: Any, cache: dict[str, Any]) -> None:
+    """Makes keys and values of a decoder a state of its program, in place; it gets an input `rows` [B] more.
+
+    The cache [B, capacity, heads, width] is sliced, what is new is appended, and attention reads that transposed. This
+    becomes a state [B, heads, S, width], of which `rows` are taken, with what is new appended in that order: of all
+    models that were tried the plugin computes it in one node with the attention.
+
+    Raises:
+        ValueError: OpenVINO made another graph of the cache.
+    """
+    import numpy as np
+    import openvino
+    from openvino import opset13 as ops
+    from openvino.passes import MakeStateful, Manager
+
+    ids, rows = model.input("input_ids").get_node(), ops.parameter([-1], np.int32, "rows")
+    rows.output(0).set_names({"rows"})
+    model.add_parameters([rows])
+    first, pairs = ops.constant(0, np.int32), []
+    for index in range(cache.get("cross", 0), len(cache["shapes"])):
+        old, new = model.input(f"cache.{index}").get_node(), model.output(f"new.{index}").get_node()
+        for reader in old.output(0).get_target_inputs():
+            if reader.get_node().get_type_name() == "ShapeOf":  # for the batch, which the ids have too
+                reader.replace_source_output(ids.output(0))
+        read = _reader(_reader(_reader(old, "Slice"), "Concat"), "Transpose")
+        heads, width = cache["shapes"][index]
+        old.set_partial_shape(openvino.PartialShape([-1, heads, -1, width]))
+        added = ops.transpose(new.input_value(0), ops.constant([0, 2, 1, 3]))
+        whole = ops.concat([ops.gather(old, rows, first), added], 2)
+        read.output(0).replace(whole.output(0))
+        new.input(0).replace_source_output(whole.output(0))
+        pairs.append((old, new))
+    manager = Manager()
+    manager.register_pass(MakeStateful(pairs))
+    manager.run_passes(model)
+    batch = ops.gather(ops.shape_of(ids), ops.constant([0]), first)
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":
+            _, heads, _, width = node.get_output_partial_shape(0)
+            empty = ops.concat([batch, ops.constant([heads.get_length(), 0, width.get_length()])], 0)
+            node.set_arguments([ops.broadcast(ops.constant(0.0, np.float32), empty)])  # what a state begins with
+    model.validate_nodes_and_infer_types()
+
+
+def _reader(node: Any, kind: str) -> Any:
+    """The one node that reads `node`, of that kind."""
+    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+    kinds = [reader.get_type_name() for reader in readers]
+    if kinds != [kind]:
+        raise ValueError(
+            f"{node.get_friendly_name()} of the cache is read by {kinds}, not by one {kind}: this version of OpenVINO "
+            "makes another graph of it than 2026.4, with which this was written; pip install 'openvino==2026.4.*'"
+        )
+    return readers[0]
 
 
 def _activation_group(model: torch.nn.Module) -> int:
@@ -153,13 +216,45 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(entry["options"]["activation_group"]),
     }
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    if not entry["cache"]:
+        return partial(_infer, compiled.create_infer_request())
+    if all(port.any_name != "rows" for port in compiled.inputs):
+        raise ValueError("its cache is no state, as in earlier versions of this package")
+    return State(compiled)
 
-    def run(inputs: list[Tensor]) -> list[Tensor]:
-        given = [tensor.detach().numpy() for tensor in inputs]
-        found = request.infer(given, share_inputs=True, share_outputs=False)
-        return [torch.from_numpy(found[i]) for i in range(len(found))]
 
-    return onnx_graph.append(run, entry["cache"]) if entry["cache"] else run
+class State:
+    """A decoder's program and the keys and values of one caller, which are in it and not among its inputs."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled, self._request = compiled, compiled.create_infer_request()
+        self._rows: Tensor | None = None
+
+    def begin(self) -> State:
+        """The same program for another caller, without keys and values."""
+        return State(self._compiled)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        rows = torch.arange(len(inputs[0])) if self._rows is None else self._rows
+        self._rows = None
+        return _infer(self._request, [*inputs, rows.to(torch.int32)])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Has the next call put the keys and values of `rows` [B] in the place of the rows that were there."""
+        self._rows = rows if self._rows is None else self._rows[rows]
+
+    def keep(self, count: int) -> None:
+        """Forgets all but the first `count` slots."""
+        import openvino
+
+        for variable in self._request.query_state():
+            variable.state = openvino.Tensor(variable.state.data[:, :, :count].copy())
+
+
+def _infer(request: Any, inputs: list[Tensor]) -> list[Tensor]:
+    found = request.infer([tensor.detach().numpy() for tensor in inputs], share_inputs=True, share_outputs=False)
+    return [torch.from_numpy(found[i]) for i in range(len(found))]
