@@ -3,7 +3,8 @@
 The program takes token ids, a position for each, a mask over cache slots, the indices of the tokens whose logits are
 wanted, and the cache itself: one [batch, capacity, heads, head_dim] tensor for the keys and one for the values of each
 layer, owned by the caller and written in place. The mask has as many columns as slots are filled, so attention reads
-those only, whatever the capacity. One program serves prefill, decoding and teacher-forced evaluation.
+those only, whatever the capacity. One program serves prefill, decoding and teacher-forced evaluation. A program of
+OpenVINO keeps the keys and values itself, a state for each cache.
 
 The decoder of an encoder-decoder model reads the keys and values of its source too, which the encoder made once.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch import nn
 from lightning_accel import QuantConfig, engines, export_model, load
 from lightning_accel.artifact import ArtifactError, read_manifest, write_manifest
 from lightning_accel.export import ExportReport
+from lightning_accel.generate import Cache
+from lightning_accel.loaded import LoadedModel
 from lightning_accel.quantize.config import SCHEMES
 from lightning_accel.race import ranking
 
@@ -195,6 +199,120 @@ def test_an_encoder_decoder_model_gives_the_same_answers(tmp_path, engine):
     for beams in (1, 3):
         answers = [m.generate(**inputs, max_new_tokens=12, stop=(), num_beams=beams) for m in (portable, other)]
         assert torch.equal(*answers)
+
+
+# --- decoders of OpenVINO, whose cache is a state ---------------------------------------------------------------------
+
+DECODERS = {
+    "gpt2": (tiny.gpt2, {}, None),
+    "llama": (tiny.llama, {}, None),
+    "int8": (tiny.llama, {"intermediate_size": tiny.WIDTH}, "int8"),
+}
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8]]
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoders(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, LoadedModel]:
+    """A portable and an OpenVINO program; of int8 with all layers of 32 inputs, so that they round alike."""
+    path = tmp_path_factory.mktemp(request.param) / "artifact"
+    make, shape, scheme = DECODERS[request.param]
+    options = {"quantize": QuantConfig(scheme)} if scheme else {}
+    export(make(**shape), path, data=[{"input_ids": tiny.ids(3, 20)}], engines=("portable", "openvino"), **options)
+    return load(path, engine="portable"), load(path, engine="openvino")
+
+
+def slots(cache: Cache) -> set[int]:
+    """How many slots the states hold."""
+    return {variable.state.shape[2] for variable in cache.state._request.query_state()}
+
+
+def test_the_plugin_computes_attention_and_cache_in_one_node_for_each_layer(decoders):
+    compiled = decoders[1]._run._compiled
+    assert [port.any_name for port in compiled.inputs] == ["input_ids", "position_ids", "mask", "wanted", "rows"]
+    assert [port.any_name for port in compiled.outputs] == ["logits"]
+    kinds = Counter(node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops())
+    assert kinds["ScaledDotProductAttention"] == tiny.LAYERS
+    assert kinds["MemoryInput"] == kinds["MemoryOutput"] == 2 * tiny.LAYERS
+    assert kinds["Softmax"] == 0
+    assert compiled.get_property("KV_CACHE_PRECISION").to_string() == "f32"
+
+
+def test_a_state_gives_the_tokens_of_a_cache_among_the_inputs(decoders):
+    portable, other = decoders
+    for prompt in (PROMPTS, PROMPTS[:1]):
+        assert torch.equal(other.generate(prompt, 40, stop=()), portable.generate(prompt, 40, stop=()))
+    ids = tiny.ids(3, 30)
+    assert error(other(ids), portable(ids)) < 1e-5
+    for capacity in (43, tiny.POSITIONS):
+        cache = other.new_cache(capacity, batch=3)
+        assert torch.equal(other.generate(ids, 14, stop=(), cache=cache), portable.generate(ids, 14, stop=()))
+    with pytest.raises(ValueError, match=r"the cache holds 8 tokens and has 0; 9 more do not fit"):
+        other.generate(tiny.ids(1, 5), 5, cache=other.new_cache(8))
+
+
+def test_a_conversation_reads_what_is_new_and_goes_back_where_it_is_told(decoders):
+    other, answers = decoders[1], []
+    for model in decoders:
+        cache = model.new_cache(capacity=60)
+        answers.append([model.generate([[5, 9, 3]], 5, stop=(), cache=cache)])
+        answers[-1].append(model.generate([[11, 4]], 6, stop=(), cache=cache))
+        assert cache.filled == 15
+        if model is other:
+            assert slots(cache) == {15}
+        cache.keep(6)
+        if model is other:
+            assert slots(cache) == {6}
+        answers[-1].append(model.generate([[2, 4]], 20, stop=(), cache=cache))
+        cache.keep(0)
+        answers[-1].append(model.generate([[5, 9, 3]], 5, stop=(), cache=cache))
+    for ours, theirs in zip(*answers, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(answers[1][0], answers[1][3]), "what was forgotten is still there"
+
+
+def test_rows_of_a_state_are_put_in_another_order(decoders):
+    ids, order = tiny.ids(3, 9), torch.tensor([2, 0, 0])
+    logits = []
+    for model in decoders:
+        cache, valid = model.new_cache(20, batch=3), torch.ones(3, 9, dtype=torch.bool)
+        cache.step(ids, valid, torch.full((3, 1), 8))
+        cache.reorder(torch.tensor([1, 2, 0]))
+        cache.reorder(order)
+        logits.append(cache.step(ids[:, :1], valid[:, :1], torch.zeros(3, 1, dtype=torch.int64)))
+        cache.keep(9)  # after a reordering
+        logits.append(cache.step(ids[:, 1:3], valid[:, :2], torch.ones(3, 1, dtype=torch.int64)))
+    assert error(logits[2], logits[0]) < 1e-5 and error(logits[3], logits[1]) < 1e-5
+    assert error(logits[2][:1], logits[2][1:2]) > 0.01, "the rows are alike"
+
+
+def test_callers_of_a_stateful_program_do_not_see_each_other(decoders):
+    _, model = decoders
+    prompts = [tiny.ids(1 + n, 4 + n, seed=n) for n in range(3)]
+    alone = [model.generate(prompt, 12, stop=()) for prompt in prompts]
+    next(model.generate(prompts[2], 12, stop=(), stream=True))  # and is abandoned
+    streams = [model.generate(prompt, 12, stop=(), stream=True) for prompt in prompts]
+    for index, row in enumerate(zip(*streams, strict=True)):
+        assert all(torch.equal(tokens, whole[:, index]) for tokens, whole in zip(row, alone, strict=True))
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda prompt: model.generate(prompt, 12, stop=()), prompts * 3))
+    assert all(torch.equal(*pair) for pair in zip(together, alone * 3, strict=True))
+
+
+def test_a_decoder_without_a_state_and_another_graph_of_the_cache_are_refused(quantized):
+    import openvino
+    from openvino import opset13
+
+    engine, entry = engines.get("openvino"), {"cache": {"shapes": [[2, 8]]}, "options": {"activation_group": 0}}
+    with pytest.raises(ValueError, match="its cache is no state, as in earlier versions"):
+        engine.open(quantized["int8"] / "forward.xml", entry, {})
+    ids, cache = opset13.parameter([-1, -1], np.int64), opset13.parameter([-1, -1, 2, 8], np.float32)
+    new = opset13.relu(cache)
+    cache.set_friendly_name("cache.0")
+    for node, name in ((ids, "input_ids"), (cache, "cache.0"), (new, "new.0")):
+        node.output(0).set_names({name})
+    model = openvino.Model([opset13.result(new)], [ids, cache])
+    with pytest.raises(ValueError, match=r"in the graph of the cache, cache.0 is read by \['Relu'\], not by one Slice"):
+        engine._keep_state(model, entry["cache"])
 
 
 # --- which one is taken -----------------------------------------------------------------------------------------------

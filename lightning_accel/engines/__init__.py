@@ -3,7 +3,8 @@
     lower(model)                          modules in the form that is fast in the engine; returns the model
     build(capture, directory, name)       writes one program into `directory`; returns its manifest entry
     unusable(entry)                       why this machine cannot run the program, or None
-    open(path, entry, weights)            a function from flat inputs to flat outputs
+    open(path, entry, weights)            a function from flat inputs to flat outputs; of a decoder that keeps keys and
+                                          values itself (openvino), an object whose `begin()` is one for one caller
     reference(model)                      of `FILES` only: the model with activations as the engine rounds them, or None
 
 `unusable` and `open` of `TORCH` import torch only; the other engines' packages are extras of this one, imported where

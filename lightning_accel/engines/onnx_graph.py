@@ -2,7 +2,7 @@
 
 Quantized layers become ONNX nodes as torch.export sees them (`node`), each engine in the form that is fast there, and
 torch's own exporter translates the rest. A decoder's program does not write to its cache: it puts out the keys and
-values of the new tokens, and `append` writes them where the next call reads them.
+values of the new tokens, and `append` writes them where the next call reads them, or OpenVINO makes a state of them.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def _keep_state(model: Any, cache: dict[str, Any]) -> None:
 
     The cache [B, capacity, heads, width] is sliced, what is new is appended, and attention reads that transposed. This
     becomes a state [B, heads, S, width], of which `rows` are taken, with what is new appended in that order: of all
-    models that were tried the plugin computes it in one node with the attention.
+    models that were tried the plugin computes this and the attention in one node.
 
     Raises:
         ValueError: OpenVINO made another graph of the cache.
@@ -148,7 +148,7 @@ def _keep_state(model: Any, cache: dict[str, Any]) -> None:
     from openvino import opset13 as ops
     from openvino.passes import MakeStateful, Manager
 
-    ids, rows = model.input("input_ids").get_node(), ops.parameter([-1], np.int32, "rows")
+    ids, rows = model.input("input_ids").get_node(), ops.parameter([-1], np.int32, name="rows")
     rows.output(0).set_names({"rows"})
     model.add_parameters([rows])
     first, pairs = ops.constant(0, np.int32), []
@@ -183,8 +183,8 @@ def _reader(node: Any, kind: str) -> Any:
     kinds = [reader.get_type_name() for reader in readers]
     if kinds != [kind]:
         raise ValueError(
-            f"{node.get_friendly_name()} of the cache is read by {kinds}, not by one {kind}: this version of OpenVINO "
-            "makes another graph of it than 2026.4, with which this was written; pip install 'openvino==2026.4.*'"
+            f"in the graph of the cache, {node.get_friendly_name()} is read by {kinds}, not by one {kind}: this "
+            "version of OpenVINO converts it otherwise than the one known here; pip install 'openvino==2026.4.*'"
         )
     return readers[0]
 
