@@ -28,9 +28,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from quality_report import report
+from quality_report import path_of, report
 from quality_tasks import TASKS, Data, Settings, Task, inputs_of, scores
-from tables import config_of, file_name
+from tables import config_of
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -59,8 +59,7 @@ class Cell:
     seed: int
 
     def path(self, out: Path) -> Path:
-        name = self.method if self.scheme is None else f"{self.method}-{self.scheme}"
-        return out / self.task / f"seed{self.seed}" / file_name(f"{name}.json")
+        return path_of(out / self.task, self.method, self.scheme, self.seed)
 
 
 def cells(tasks: list[str], seeds: list[int]) -> Iterator[Cell]:

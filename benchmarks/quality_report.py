@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from quality_tasks import Task
 from scipy.stats import t
+from tables import file_name
 from torch import Tensor
 
 LABELS = {"ptq": "PTQ", "qat": "QAT", "taught": "QAT, taught by the control"}
@@ -56,7 +57,7 @@ def report(out: Path, tasks: Mapping[str, Task], seeds: list[int]) -> str:
 
 
 def _table(folder: Path, task: Task, seeds: list[int]) -> str:
-    control = _read(folder, "float", seeds)
+    control = _read(folder, "float", None, seeds)
     unit, scale, form = ("loss/token", 1, ".4f") if task.loss else ("accuracy %", 100, ".2f")
     heads = [task.title, unit, "difference, 95 %", "of each seed"]
     heads += ["recovered of PTQ's loss"] * task.loss + ["FLOPs quantized", "parameters quantized", "bytes of float's"]
@@ -70,7 +71,7 @@ def _table(folder: Path, task: Task, seeds: list[int]) -> str:
         apart: dict[str, tuple[list[int], Tensor]] = {}
         for method in task.methods:
             label = f"{scheme} {LABELS[method]}"
-            saved = {s: cell for s, cell in _read(folder, f"{method}-{scheme}", seeds).items() if s in control}
+            saved = {s: cell for s, cell in _read(folder, method, scheme, seeds).items() if s in control}
             done = {s: cell for s, cell in saved.items() if "unavailable" not in cell}
             if not done:
                 why = next((cell["unavailable"] for cell in saved.values()), "not run")
@@ -113,8 +114,13 @@ def _share(apart: dict[str, tuple[list[int], Tensor]], method: str) -> str:
     return f"{share:.0%} ({low:.0%} to {high:.0%}; {', '.join(f'{s:.0%}' for s in by_seed)})"
 
 
-def _read(folder: Path, name: str, seeds: list[int]) -> Saved:
-    paths = {seed: folder / f"seed{seed}" / f"{name}.json" for seed in sorted(seeds)}
+def path_of(folder: Path, method: str, scheme: str | None, seed: int) -> Path:
+    """Where a cell of the task in `folder` is saved."""
+    return folder / f"seed{seed}" / file_name(f"{method if scheme is None else f'{method}-{scheme}'}.json")
+
+
+def _read(folder: Path, method: str, scheme: str | None, seeds: list[int]) -> Saved:
+    paths = {seed: path_of(folder, method, scheme, seed) for seed in sorted(seeds)}
     return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
 
