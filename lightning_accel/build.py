@@ -61,7 +61,8 @@ def write(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise ExportError(f"none of the engines could be built ({reasons}); write engines=('portable',)")
     entries = [entry for name in dict.fromkeys(names) for entry in programs.get(name, ())]
-    manifest: dict[str, Any] = {"programs": entries, "timings": [], "versions": versions(), "machine": machine()}
+    made_with = versions(*(package for name in programs for package in engines.NEEDS.get(name, ())))
+    manifest: dict[str, Any] = {"programs": entries, "timings": [], "versions": made_with, "machine": machine()}
     manifest["ranking"] = [{"engine": name, "slower": None, "why": reason} for name, reason in failed.items()]
     if stored:
         artifact.save_weights(stored, path / artifact.WEIGHTS)

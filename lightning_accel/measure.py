@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,12 @@ def machine(threads: int | None = None) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    names = ("torch", "torchao", "lightning", "transformers", "torchmetrics", "lightning-accel")
+def versions(*modules: str) -> dict[str, str]:
+    """Versions of what the figures depend on, and of the packages that have `modules`."""
+    names = ["torch", "torchao", "lightning", "transformers", "torchmetrics", "lightning-accel"]
+    if modules:
+        owners = packages_distributions()  # onnxruntime may be that of onnxruntime-gpu
+        names += [owners[module][0] for module in modules]
     return {name: torch.__version__ if name == "torch" else version(name) for name in names}
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ def test_the_onnx_file_passes_the_checker_and_runs_in_plain_onnxruntime(quantize
     (name,) = (item.name for item in session.get_inputs())
     (output,) = session.run(None, {name: X[:7].numpy()})
     assert error(torch.from_numpy(output), load(quantized[scheme], engine="onnx")(X[:7])) == 0.0
+
+
+def test_the_manifest_has_the_versions_of_the_engines_it_was_made_with(quantized):
+    found = load(quantized["int8"]).manifest["versions"]
+    assert found["onnxruntime"] == onnxruntime.__version__ and found["openvino"] == version("openvino")
+    assert "gguf" not in found
 
 
 def test_the_onnx_file_does_not_say_where_it_was_made(quantized):
