@@ -18,18 +18,29 @@ from torch import Tensor
 Run = Callable[[list[Tensor]], list[Tensor]]
 
 
+_changed = threading.Lock()
+_blocks: list[int] = []  # of each block that runs, the number that was before the first of them
+
+
 @contextmanager
 def at_threads(threads: int | None) -> Iterator[None]:
-    """Has torch use so many threads in the block; `None` leaves it as it is."""
-    before = torch.get_num_threads()
-    if threads is None or threads == before:
+    """Has torch use so many threads in the block; `None` leaves it as it is.
+
+    Torch has a number for each thread of Python, and one that a new thread starts with, which a block changes too.
+    """
+    if threads is None or (threads == torch.get_num_threads() and not _blocks):
         yield
         return
-    torch.set_num_threads(threads)
+    with _changed:
+        before = _blocks[0] if _blocks else torch.get_num_threads()
+        _blocks.append(before)
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _changed:
+            _blocks.pop()
+            torch.set_num_threads(before)
 
 
 class Output(dict):

@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from torch import nn
 
 from lightning_accel import ArtifactError, QuantConfig, artifact, export_model, load
 from lightning_accel.engines import aoti, portable
+from lightning_accel.loaded import at_threads
 from lightning_accel.report import describe
 
 PROGRAM, WEIGHTS, MANIFEST = "decoder.portable.pt2", "weights.safetensors", "manifest.json"
@@ -848,6 +850,31 @@ def test_memory_that_a_forward_frees_is_kept_for_the_next():
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_with_other_numbers_of_threads_that_run_at_once_leave_torchs_as_it_was():
+    before = torch.get_num_threads()
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with at_threads(before + 1):
+            first_in.set()
+            assert second_in.wait(60)
+        first_out.set()
+        return torch.get_num_threads()
+
+    def second():
+        assert first_in.wait(60)
+        with at_threads(before + 2):
+            second_in.set()
+            assert first_out.wait(60)
+            assert torch.get_num_threads() == before + 2
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [done.result() for done in [pool.submit(first), pool.submit(second)]] == [before, before]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
 
 
 def test_a_model_runs_with_threads_of_its_own_and_leaves_those_of_torch(network):
