@@ -206,6 +206,16 @@ def test_two_on_one_module_or_on_one_inside_of_the_other_raise_and_on_two_module
     ]
 
 
+def test_resuming_what_was_trained_with_another_config_raises(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(tmp_path, [QuantizationAwareTraining(begin=0.5, module="model"), keep]).fit(seeded(Plain), loader())
+    other = QuantizationAwareTraining(QuantConfig("int8", overrides={"head": None}), begin=0.5, module="model")
+    before, after = (str(tmp_path / f"epoch={epoch}.ckpt") for epoch in (0, 1))
+    with pytest.raises(ValueError, match="checkpoint was trained by QuantizationAwareTraining.*Resume with the config"):
+        trainer(tmp_path, [other], max_epochs=3).fit(seeded(Plain), loader(), ckpt_path=after)
+    trainer(tmp_path, [other]).fit(seeded(Plain), loader(), ckpt_path=before)  # quantization had not begun
+
+
 def test_a_module_with_nothing_to_quantize_raises_before_training(tmp_path):
     class Convolution(Plain):
         def __init__(self) -> None:

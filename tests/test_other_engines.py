@@ -124,6 +124,16 @@ def test_the_onnx_file_passes_the_checker_and_runs_in_plain_onnxruntime(quantize
     assert error(torch.from_numpy(output), load(quantized[scheme], engine="onnx")(X[:7])) == 0.0
 
 
+def test_an_input_may_have_the_name_of_an_operation(tmp_path):
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+            return nn.functional.pad(x, (1, 1)) * pad
+
+    inputs = {"x": torch.randn(3, 4), "pad": torch.randn(3, 1)}
+    export(Padded(), tmp_path / "a", example_inputs=inputs, engines=("portable", "onnx"))
+    assert torch.equal(load(tmp_path / "a", engine="onnx")(**inputs), Padded()(**inputs))
+
+
 def test_the_manifest_has_the_versions_of_the_engines_it_was_made_with(quantized):
     found = load(quantized["int8"]).manifest["versions"]
     assert found["onnxruntime"] == onnxruntime.__version__ and found["openvino"] == version("openvino")

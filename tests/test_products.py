@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,43 @@ def test_encoders_of_transformers(name: str) -> None:
     assert [e.done for e in coverage.entries if e.name.endswith("products")] == ["int8"] * 2
     assert 0 < (trained - float_).norm() <= 0.05 * float_.norm()
     assert (converted - trained).norm() <= 0.01 * trained.norm()
+
+
+def test_a_causal_encoder_and_one_that_is_asked_for_maps() -> None:
+    torch.manual_seed(0)
+    shape = SMALL | {"vocab_size": 97, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**shape)).eval()
+    inputs = {"input_ids": tiny.ids(2, 9)}
+    with torch.no_grad():
+        float_ = model(**inputs).last_hidden_state
+        prepare_(model, INT8)
+        trained = model(**inputs).last_hidden_state
+        converted = convert_(copy.deepcopy(model))(**inputs).last_hidden_state
+        inputs["input_ids"][:, 5:] = 7  # later tokens are not seen
+        assert torch.equal(model(**inputs).last_hidden_state[:, :5], trained[:, :5])
+    assert 0 < (trained - float_).norm() <= 0.05 * float_.norm()
+    assert (converted - trained).norm() <= 0.1 * (trained - float_).norm()
+    maps = tiny.bert()
+    maps.config._attn_implementation, maps.config.output_attentions = "eager", True
+    reasons = [e.reason for e in prepare_(maps, INT8).entries if e.name.endswith("products")]
+    assert len(reasons) == tiny.LAYERS and all("config.output_attentions = False" in str(r) for r in reasons)
+
+
+def test_a_model_without_such_attention_is_told() -> None:
+    with pytest.warns(UserWarning, match="attention=True found no attention in Sequential"):
+        prepare_(tiny.mlp(), INT8)
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path: Path) -> None:
+    model = tiny.bert().eval()
+    prepare_(model, INT8)
+    with torch.no_grad():
+        torch.save((model, bert_batch(), tiny.logits(model(**bert_batch()))), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, batch, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(): assert torch.allclose(model(**batch).logits, expected, atol=1e-5)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True)
 
 
 def test_a_weight_that_a_parametrization_makes_is_named() -> None:

@@ -129,6 +129,20 @@ class QuantizationAwareTraining(AccelCallback):
     def _prefix(self) -> str:
         return f"{self.module}." if self.module else ""
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Raises where the checkpoint was fake-quantized by another config, which it would go on without."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        keys = {callback.state_key for callback in self.siblings(trainer)}
+        for key, state in checkpoint.get("callbacks", {}).items():
+            own = isinstance(state, dict) and state.get("technique") == self.technique
+            if own and key not in keys and state["module"] == self.module and state["prepared"]:
+                raise ValueError(
+                    f"the checkpoint was trained by {key}, which this fit does not have: it has {self.state_key}. "
+                    "Resume with the config of then; to change it, load the weights and start a new fit"
+                )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks `begin` against the length of training."""
         super().on_train_start(trainer, pl_module)

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,7 @@ def write(capture: Capture, path: Path, opset: int = OPSET) -> None:
             exported, dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
         )
     assert program is not None
+    _rename_apart(program.model.graph)
     _without_traces(program.model)
     _in_four_bits(program.model)
     size = sum(tensor.nbytes for value in program.model.graph.initializers.values() if (tensor := value.const_value))
@@ -158,6 +160,15 @@ def write(capture: Capture, path: Path, opset: int = OPSET) -> None:
         raise ValueError(f"its weights take {size / 1e9:.1f} GB, and an ONNX file holds at most 2 GB")
     program.save(str(path))
     onnx.checker.check_model(str(path))
+
+
+def _rename_apart(graph: Any) -> None:
+    """Names of inputs are the model's, and the exporter may have taken one of them for a node, as `pad`."""
+    taken = {value.name for value in graph.inputs} | {output.name for node in graph for output in node.outputs}
+    given = {value.name for value in graph.inputs}
+    for output in (output for node in graph for output in node.outputs if output.name in given):
+        output.name = next(name for i in count(1) if (name := f"{output.name}_{i}") not in taken)
+        taken.add(output.name)
 
 
 def _repeat_heads(program: torch.export.ExportedProgram) -> None:
@@ -189,9 +200,9 @@ def _names(capture: Capture) -> tuple[list[str], list[str]]:
     if capture.cache is None:
         flat = _output_names(capture.outputs, "")
         return [spec["name"] for spec in capture.inputs], [flat[i] for i in sorted(flat)]
-    count, cross = len(capture.cache["shapes"]), capture.cache.get("cross", 0)
+    number, cross = len(capture.cache["shapes"]), capture.cache.get("cross", 0)
     given = ["input_ids", "mask", "source_mask", "wanted"] if cross else ["input_ids", "position_ids", "mask", "wanted"]
-    return [*given, *(f"cache.{i}" for i in range(count))], ["logits", *(f"new.{i}" for i in range(cross, count))]
+    return [*given, *(f"cache.{i}" for i in range(number))], ["logits", *(f"new.{i}" for i in range(cross, number))]
 
 
 def _output_names(spec: dict[str, Any], at: str) -> dict[int, str]:

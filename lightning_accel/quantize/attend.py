@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._quiet import AttentionInterface
 from .attention import UnfusedAttention
 from .products import FakeQuantizedProducts
 
 NAME = "products"  # of the module in the layer
 NOT_SUPPORTED = ("softcap", "s_aux")  # what a layer of transformers may ask of its attention function
-_SWITCHES = ("is_causal", "output_attentions")  # likewise, where true
 _FUNCTION = "lightning_accel_products"  # as transformers knows `attend`
 
 
@@ -37,15 +37,21 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls: attention by the `products` of `module`, [B, L, H, E]."""
     wanted = [name for name in NOT_SUPPORTED if options.get(name) is not None]
-    wanted += [name for name, value in {"is_causal": is_causal, **options}.items() if name in _SWITCHES and value]
+    wanted += ["output_attentions"] if options.get("output_attentions") else []
     if wanted:
         raise ValueError(
             f"{type(module).__name__} wants attention with {wanted[0]}, which int8 products do not have; write "
             "QuantConfig(attention=False)"
         )
+    rows, keys = query.shape[2], key.shape[2]
+    if is_causal and attention_mask is None and rows > 1:  # as transformers' own
+        attention_mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     mask = added_mask(attention_mask, position_bias)
     out = module.products(query, key, value, mask, scaling, dropout)  # type: ignore[operator]
     return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_FUNCTION, attend)  # here, so that a pickled model runs in another process
 
 
 def added_mask(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
@@ -64,6 +70,8 @@ def why_not(module: Any) -> str | None:
         return None if known else "a subclass of MultiheadAttention may compute something else"
     if getattr(module, "is_causal", True) or getattr(module, "is_decoder", False):
         return "decodes with a cache, whose keys and values are in float"
+    if getattr(module.config, "output_attentions", False):
+        return "its configuration asks for attention maps; write config.output_attentions = False"
     if str(module.config._attn_implementation) not in ("sdpa", "eager", _FUNCTION):
         return f"masks of {module.config._attn_implementation} have another form; write attn_implementation='sdpa'"
     return None
@@ -90,9 +98,6 @@ def add_products_(module: Any) -> None:
     module.add_module(NAME, FakeQuantizedProducts().train(module.training))
     if isinstance(module, nn.MultiheadAttention):
         return
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(_FUNCTION, attend)
     module.__dict__["config_before"] = module.config
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = _FUNCTION  # by its property it would be set in parts that are shared

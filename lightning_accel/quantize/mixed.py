@@ -142,7 +142,8 @@ def sensitivity(
     left |= {"+".join(unit): _float_bytes(model, unit[0]) for unit in _units(model, unfit)}
     increase = {label: row for label, row in increase.items() if row}
     if not increase:
-        raise ValueError(f"no module fits {tuple(schemes)} with groups of {group_size}; add 'int8' to schemes")
+        more = "; add 'int8' to schemes" if "int8" not in schemes else ": it has no layer that can be quantized"
+        raise ValueError(f"no module of {type(model).__name__} fits {tuple(schemes)}, groups of {group_size}{more}")
     return Sensitivity(base, increase, size, left)
 
 

@@ -64,6 +64,7 @@ def prepare_as_planned_(model: nn.Module, config: QuantConfig, coverage: Coverag
         module = modules[entry.name]
         if entry.done is not None and type(module) not in PLAIN:
             swap_class_(module, entry.name, entry.done, config)
+        module.__dict__.pop("fallback", None)  # of another config, before
         if entry.reason is not None:
             module.__dict__["fallback"] = entry.reason  # for the coverage of the converted model
     for module in model.modules():
@@ -103,6 +104,12 @@ def plan(model: nn.Module, config: QuantConfig, only: Mapping[str, str] | None =
         coverage.entries.append(Entry(name, _kind(module), count_own(module), done=scheme, reason=reason))
     _check_tied(modules, {e.name: e.done for e in coverage.entries})
     coverage.entries += [_plan_products(n, m, chosen[n], reasons.get(id(m))) for n, m in products.items()]
+    if config.attention and not products:
+        warn(
+            f"attention=True found no attention in {type(model).__name__} whose products can be integers: "
+            "nn.MultiheadAttention has it, and layers of transformers that look their attention function up by name; "
+            "leave attention=True out"
+        )
     check_adapters(model, {id(modules[e.name]) for e in coverage.entries if e.name in modules and e.done is not None})
     return coverage
 
