@@ -18,6 +18,7 @@ from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
 from .prune.cut import rebased, replay_
+from .prune.layers import dropped_layers, renamed
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
 from .quantize.fake import Int4GroupFakeQuantizer, shapes_of
 from .quantize.layers import check_not_converted
@@ -68,7 +69,7 @@ def finalize(
             given = unprepare_(_copy(model))
     plain = unprepare_(_share(trained))
     deployed = shrink_model(trained, masks, example_inputs=example_inputs) if masks else _share(trained)
-    _check_groups(trained, deployed)
+    _check_groups(trained, deployed, dropped_layers(trained, masks or {}))
     if quantize is not None and not is_prepared(trained):
         _check_shrunk(plain, deployed, example_inputs)  # what is quantized below is compared with itself only
         prepare_(deployed, quantize)
@@ -88,13 +89,14 @@ def _check_shrunk(plain: nn.Module, deployed: nn.Module, example_inputs: Example
             raise ValueError("cutting pruned neurons out changes what the model computes; export without masks")
 
 
-def _check_groups(trained: nn.Module, deployed: nn.Module) -> None:
+def _check_groups(trained: nn.Module, deployed: nn.Module, dropped: dict[str, list[int]]) -> None:
     """Raises ValueError where inputs of a layer in int4 were cut: they would share scales in other groups."""
     left: dict[str, Any] = dict(select.named_modules(deployed))
     modules: dict[str, Any] = dict(select.named_modules(trained))
     for name, module in modules.items():
-        if isinstance(getattr(module, "weight_fake_quantizer", None), Int4GroupFakeQuantizer):
-            before, after = shapes_of(module)[0][1], shapes_of(left[name])[0][1]
+        new = renamed(name, dropped)
+        if new is not None and isinstance(getattr(module, "weight_fake_quantizer", None), Int4GroupFakeQuantizer):
+            before, after = shapes_of(module)[0][1], shapes_of(left[new])[0][1]
             if before != after:
                 raise ValueError(
                     f"{name} was trained in int4 with {before} inputs, of which pruning leaves {after}: others would "

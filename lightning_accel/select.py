@@ -54,6 +54,19 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Has models in eval mode in the block, and each of their modules as it was after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     """Canonical name -> Parameter, each Parameter under its first name only (a tied one is listed once)."""
     return {canonical_name(name): parameter for name, parameter in root.named_parameters()}

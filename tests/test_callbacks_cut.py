@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -229,6 +229,60 @@ def test_a_fit_with_a_measured_saliency_resumes_bitwise(tmp_path, saliency):
     whole = weights(run("whole", 0))
     for epoch in (0, 1, 2):
         assert_same(weights(run(f"again {epoch}", 7, str(tmp_path / "whole" / f"epoch={epoch}.ckpt"))), whole)
+
+
+def test_taylor_leaves_out_gradients_that_overflowed(tmp_path):
+    class Overflows(Plain):
+        """The first batch has an infinite gradient, and no step, as where fp16 overflows."""
+
+        def on_after_backward(self) -> None:
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 0:
+                self.model.second.weight.grad[3, 3] = float("inf")
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 0:
+                optimizer.zero_grad()
+
+    class Seen(Callback):
+        counts: ClassVar[list[dict[str, float]]] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.counts.append({name: float(count) for name, count in pruning._means.counts.items()})
+
+    pruning = Pruning(PruneConfig("neurons", 0.5, saliency="taylor"), Constant(4), module="model", every=1)
+    trainer(tmp_path, [pruning, Seen()], max_epochs=1).fit(seeded(Overflows, optimizer="sgd", lr=0.0), loader())
+    assert [set(counts.values()) for counts in Seen.counts] == [set(), {1.0}, {2.0}, set()]
+
+
+def test_cutting_first_takes_a_loss_of_ones_own(tmp_path):
+    batches, seen = list(loader()), []
+
+    def loss(model: Any, batch: Any) -> Any:
+        seen.append(len(batch[0]))
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    config = PruneConfig("neurons", 0.5, saliency="taylor", scope="sensitivity")
+    options: dict[str, Any] = {"module": "model", "cut_first": True, "example_inputs": (X,), "calibration": batches}
+    with pytest.raises(ValueError, match="a loss is needed"):
+        trainer(tmp_path, [Pruning(config, **options)]).fit(seeded(Plain), loader())
+    pruning = Pruning(config, **options, loss=loss)
+    module = seeded(Plain)
+    trainer(tmp_path, [pruning]).fit(module, loader())
+    assert seen and set(seen) == {8} and pruning.complete and module.model.first.out_features < 16
+    with pytest.raises(ValueError, match="loss= is for cut_first=True"):
+        Pruning(PruneConfig("neurons", saliency="taylor"), schedule=Constant(0.0), loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore:.*groups of 32 do not divide")
+def test_layers_pruned_in_a_fit_that_trains_int4_are_exported(tmp_path):
+    pruning = Pruning(PruneConfig("layers", 0.5), Linear(0.2, 0.5), module="model", every=1)
+    qat = QuantizationAwareTraining(QuantConfig("int4-weight", group_size=32), begin=0.6, module="model")
+    export = Export(tmp_path / "artifact", engines=("portable",), module="model", measure=False)
+    module = AccelModule(llama(num_hidden_layers=4, intermediate_size=64))
+    trainer(tmp_path, [pruning, qat, export], max_epochs=3).fit(module, texts())
+    manifest = lightning_accel.load(tmp_path / "artifact").manifest
+    names = {entry["name"] for entry in manifest["coverage"][1]["entries"] if entry["done"] == "int4-weight"}
+    assert {int(name.split(".")[2]) for name in names if ".layers." in name} == {0, 1}
 
 
 def test_layers_are_pruned_in_training_by_what_they_do_to_the_batches(tmp_path):

@@ -136,6 +136,12 @@ def test_masks_hold_with_two_optimizers_and_manual_optimization(tmp_path, config
     assert zeros(module.model.first) == 0.5
 
 
+def test_taylor_of_a_group_that_two_optimizers_share_raises(tmp_path):
+    pruning = Pruning(PruneConfig("neurons", 0.5, saliency="taylor"), Linear(0.2, 0.8), module="model", every=1)
+    with pytest.raises(ValueError, match="gradients of 'first' in one step, and two optimizers have them"):
+        trainer(tmp_path, [pruning]).fit(seeded(TwoOptimizers), loader())
+
+
 def test_the_share_follows_the_cubic_schedule_step_by_step(tmp_path):
     class Shares(Callback):
         seen: list[float] = []  # noqa: RUF012

@@ -145,6 +145,18 @@ def test_masks_that_each_rank_measures_and_cuts_of_networks_that_differ_are_thos
     assert_same(one["cut"], other["cut"])
 
 
+def test_flops_are_those_of_one_batch_and_what_was_measured_before_a_checkpoint_counts_once(ranks):
+    path, (one, other) = ranks
+    for name in ("middle", "middle again"):
+        assert one[name]["counted"] == other[name]["counted"] == one["middle"]["counted"]
+        assert_same(one[name]["masks"], other[name]["masks"])
+        assert_same(one[name]["weights"], one["middle"]["weights"])
+    assert one["middle"]["counted"]["first.weight"] == 2 * 8 * 8 * 16  # a whole batch of 8, though rank 1 has 4
+    callbacks = torch.load(path / "middle" / "epoch=0.ckpt", weights_only=True)["callbacks"]
+    (saved,) = (state for key, state in callbacks.items() if key.startswith("Pruning"))
+    assert {float(count) for count in saved["means"]["counts"].values()} == {2 * (8 + 4)}  # two steps of two ranks
+
+
 def test_latencies_are_measured_on_rank_0_alone_and_both_prune_by_them(ranks):
     _, (one, other) = ranks
     one, other = one["latency"], other["latency"]

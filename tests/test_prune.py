@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,9 +107,29 @@ def test_amount_is_the_total_share_and_something_always_stays(
     model = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
     config = PruneConfig(structure, amount)
     name, n = ("0.bias", width) if structure == "neurons" else ("2.weight", 2 * width)
+    assume(amount == 0 or round(amount * n))
     targets = find_targets(model, config, (torch.randn(3, 2),))
     masks = compute_masks(model, targets, config, share)
     assert int((~masks[name]).sum()) == min(round(share * amount * n), n - 1)
+
+
+def test_an_amount_that_prunes_nothing_raises_and_says_what_would() -> None:
+    model = tiny.mlp(hidden=4)
+    with pytest.raises(ValueError, match=r"prunes nothing: .* 4 neurons .* amount=0.25"):
+        prune_model_(model, PruneConfig("neurons", 0.1), example_inputs=(X,))
+    masks = prune_model_(model, PruneConfig("neurons", 0.25), example_inputs=(X,))
+    assert int((~masks["0.bias"]).sum()) == 1
+    assert all(mask.all() for mask in prune_model_(model, PruneConfig("neurons", 0.0), example_inputs=(X,)).values())
+
+
+@pytest.mark.parametrize(("pattern", "amount"), [("1:3", 2 / 3), ("4:6", 1 / 3), ("1:3", 0.66666666667)])
+def test_patterns_of_thirds(pattern: str, amount: float) -> None:
+    model = nn.Linear(12, 4)
+    masks = prune_model_(nn.Sequential(model), PruneConfig(pattern, amount))
+    n, m = map(int, pattern.split(":"))
+    assert (masks["0.weight"].unflatten(1, (-1, m)).sum(-1) == n).all()
+    with pytest.raises(ValueError, match=rf"amount={re.escape(repr(1 - n / m))}\)"):
+        PruneConfig(pattern, 0.5)
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "neurons"])

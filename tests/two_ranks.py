@@ -156,6 +156,24 @@ def measured(path: Path) -> dict[str, Any]:
     return {"masks": pruning.masks, "weights": weights(module), "record": first.record, "cut": weights(cut)}
 
 
+class Uneven(Plain):
+    """Batches of the second rank are half as large."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        rows = len(batch[0]) // (1 + self.trainer.global_rank)
+        return super().training_step([part[:rows] for part in batch], batch_idx)
+
+
+def in_the_middle(path: Path, resume: str | None = None) -> dict[str, Any]:
+    """A share of FLOPs, and a saliency whose measurements a checkpoint interrupts."""
+    config = PruneConfig("neurons", 0.3, of="flops", saliency="wanda")
+    pruning = Pruning(config, Cubic(0.1, 0.9), module="model", every=3)
+    keep = ModelCheckpoint(path, "{epoch}", save_top_k=-1)
+    module = seeded(Uneven, seed=0 if resume is None else 9)
+    two_ranks(path, [pruning, keep]).fit(module, loader(), ckpt_path=resume)
+    return {"masks": pruning.masks, "weights": weights(module), "counted": pruning._counted}
+
+
 def latency(path: Path) -> dict[str, Any]:
     """A share of latency where the ranks' clocks disagree, masked in training and cut first."""
     timed: list[int] = []
@@ -220,6 +238,8 @@ def main(path: Path) -> None:
     results["cached"] = distilled(path / "cache", cached=True)
     results["distilled again"] = distilled(path / "cache", True, str(path / "distilledTrue" / "epoch=0.ckpt"))
     results["measured"] = measured(path / "measured")
+    results["middle"] = in_the_middle(path / "middle")
+    results["middle again"] = in_the_middle(path / "again", str(path / "middle" / "epoch=0.ckpt"))
     results["latency"] = latency(path / "latency")
     results["unsaved"] = unsaved(path / "fourth")
     torch.save(results, path / f"rank{results['whole']['rank']}.pt")

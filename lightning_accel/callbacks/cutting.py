@@ -33,11 +33,13 @@ def agreed(trainer: pl.Trainer, make: Callable[[], Any]) -> Any:
     if trainer.is_global_zero:
         try:
             record = make()
-        except ValueError as caught:
+        except Exception as caught:  # a user's model or loss may raise any, and the other ranks wait
             error = caught
     record, message = trainer.strategy.broadcast((record, None if error is None else str(error)))
+    if error is not None:
+        raise error
     if message is not None:
-        raise ValueError(message) from error
+        raise ValueError(message)
     assert record is not None
     return record
 
@@ -49,7 +51,7 @@ def cut_(module: nn.Module, record: Record) -> None:
         note_in_config(module, record)
 
 
-def check_cut_first(config: PruneConfig, schedule: Any, cut_first: bool, calibration: Any) -> None:
+def check_cut_first(config: PruneConfig, schedule: Any, cut_first: bool, calibration: Any, loss: Any) -> None:
     """Raises ValueError for arguments that do not go together."""
     if not cut_first:
         if config.scope == "sensitivity":
@@ -59,6 +61,8 @@ def check_cut_first(config: PruneConfig, schedule: Any, cut_first: bool, calibra
             )
         if calibration is not None:
             raise ValueError("calibration= is for cut_first=True; else the training batches serve, leave it out")
+        if loss is not None:
+            raise ValueError("loss= is for cut_first=True; else the gradients of training serve, leave it out")
         return
     if schedule is not None:
         raise ValueError(f"cut_first=True cuts before training and has no schedule; leave out schedule={schedule!r}")

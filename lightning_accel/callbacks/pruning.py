@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -51,6 +52,8 @@ class Pruning(AccelCallback):
         cut_first: cut the units out before training, when the network is built and no optimizer is yet, rather than
             mask them; a resumed fit cuts the same before weights are restored. Needs `example_inputs`.
         calibration: batches for a saliency that needs data, with `cut_first`; else the training batches serve.
+        loss: (module, batch) -> scalar, for `"taylor"` and `scope="sensitivity"` with `cut_first`; by default that
+            which a transformers model puts out for a batch with labels.
 
     Attributes:
         timer: what measures a latency; `prune.time_in_turns` unless it is set otherwise.
@@ -72,11 +75,12 @@ class Pruning(AccelCallback):
         every: int = 10,
         cut_first: bool = False,
         calibration: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         super().__init__(config, module)
         if not isinstance(config, PruneConfig):
             raise ValueError(f"{config!r} is no PruneConfig; write Pruning(PruneConfig('neurons', amount=0.5))")
-        check_cut_first(config, schedule, cut_first, calibration)
+        check_cut_first(config, schedule, cut_first, calibration, loss)
         if "hidden" in config.structures and not cut_first:
             raise ValueError(_CUT_FIRST.format("structure='hidden'", "a normalization over fewer values differs"))
         if schedule is not None and not isinstance(schedule, Schedule):
@@ -85,7 +89,7 @@ class Pruning(AccelCallback):
             raise ValueError(f"every={every!r} must be at least 1 optimizer step; write every=10")
         self.schedule = schedule if schedule is not None else Constant(0.0)
         self.example_inputs = example_inputs
-        self.every, self.cut_first, self.calibration = every, cut_first, calibration
+        self.every, self.cut_first, self.calibration, self.loss = every, cut_first, calibration, loss
         self.record: Record | None = None  # of what was cut before training
         self._bound: object | None = None
         self.masks: Masks = {}
@@ -96,6 +100,7 @@ class Pruning(AccelCallback):
         self._recorders: dict[str, InputRecorder] = {}
         self._costs: Costs | LatencyCosts | None = None
         self._tables: Tables = {}  # of latencies, measured once
+        self._counted: dict[str, float] = {}  # FLOPs, once
         self._calls: dict[str, Any] = {}  # example inputs, until then
         self._means = Means()  # over the batches since the last update of the masks
         self._means.paused = True  # but in training steps
@@ -154,7 +159,7 @@ class Pruning(AccelCallback):
             elif self.record is None or not is_done(module, self.record):
                 inputs = example_of(None, pl_module, module, self.example_inputs)
                 self.record = agreed(
-                    trainer, lambda: plan_model(module, self.config, inputs, self.calibration, self.timer)
+                    trainer, lambda: plan_model(module, self.config, inputs, self.calibration, self.timer, self.loss)
                 )
             cut_(module, self.record)
 
@@ -175,7 +180,7 @@ class Pruning(AccelCallback):
         self.share, self._updated, self.total = state_dict["share"], state_dict["updated"], state_dict["total"]
         means = {kind: {n: torch.as_tensor(t) for n, t in of.items()} for kind, of in state_dict["means"].items()}
         self._means.sums, self._means.counts, self._units = means["sums"], means["counts"], state_dict["units"]
-        self._tables = state_dict.get("tables", {})
+        self._tables, self._counted = state_dict.get("tables", {}), state_dict.get("counted", {})
         self._resumed = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,6 +193,8 @@ class Pruning(AccelCallback):
             self._updated = min(self._updated, trainer.global_step)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self.schedule.check(self.total)
+        if self._resumed and not trainer.is_global_zero:
+            self._means.clear()  # rank 0 continues with what all of them had measured
         self._resumed = False
         self.masks = {name: mask.to(pl_module.device) for name, mask in self.masks.items()}
         self._observe(pl_module)
@@ -233,11 +240,11 @@ class Pruning(AccelCallback):
             return
         module = self.target(pl_module)
         needs = needed(self.config)
-        if self._targets is None or (needs and not self._means.sums):
-            return  # the first batch of manual optimization, or of a saliency that needs to see one
-        means = self._means
-        if needs and trainer.world_size > 1:
-            means = means.reduced(lambda t: trainer.strategy.reduce(t.to(pl_module.device), reduce_op="sum"))
+        if self._targets is None:
+            return  # the first batch of manual optimization
+        means = over_ranks(trainer, self._means) if needs else self._means
+        if needs and not means.sums:
+            return  # of a saliency that needs to see a batch
         if self.config.needs_latency:
             self._measure_latency(trainer, module, means)
         given: dict[str, Any] = {"means": means, "costs": self._costs, "tables": self._tables}
@@ -275,15 +282,16 @@ class Pruning(AccelCallback):
         if self.config.of == "latency":
             self._costs = None
         else:
-            self._costs = costs_of(module, self._targets, self.config, calls)
+            self._costs = costs_of(module, self._targets, self.config, calls, counted=self._counted)
+            self._counted = self._costs.costs if isinstance(self._costs, Costs) and self.config.of == "flops" else {}
         self._calls = calls or {} if self.config.needs_latency else {}
         self._units = [unit for target in self._targets for unit in target.units]
         self._means.paused = paused
 
-    def _find_targets(self, pl_module: pl.LightningModule) -> None:
+    def _find_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._targets is None and not self.complete:
             module, before = self.target(pl_module), self._units
-            self._set_targets(module, calls_of(self._recorders, module))
+            self._set_targets(module, agreed(trainer, lambda: calls_of(self._recorders, module)))
             if self._units != before:
                 self._observe(pl_module)
 
@@ -292,16 +300,25 @@ class Pruning(AccelCallback):
     ) -> None:
         """Finds the units from the first batch's inputs: what does not fit raises before the first step."""
         if pl_module.automatic_optimization:
-            self._find_targets(pl_module)
+            self._find_targets(trainer, pl_module)
         if self._targets is not None and not self.complete and "gradients" in needed(self.config):
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             parameters = select.named_parameters(self.target(pl_module))
-            add_gradients(self._means, self._targets, {n: p for n, p in parameters.items() if id(p) in stepped})
+            trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+            found = {name: p for name, p in parameters.items() if id(p) in stepped}
+            for target in self._targets:
+                own = trained & {member.name for member in target.members}
+                if own & found.keys() and not own <= found.keys():
+                    raise ValueError(
+                        f"saliency='taylor' needs the gradients of {target.name!r} in one step, and two optimizers "
+                        f"have them ({sorted(own - found.keys())[0]!r} is in another); write saliency='l2'"
+                    )
+            add_gradients(self._means, self._targets, found)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs the share that is pruned."""
         self._means.paused = True
-        self._find_targets(pl_module)
+        self._find_targets(trainer, pl_module)
         self.log_value("amount", (1.0 if self.complete else self.share) * self.config.amount)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -319,6 +336,14 @@ class Pruning(AccelCallback):
         self._handles, self._bound = [], None
         self._stop_observing()
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Saves what all ranks have measured."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.world_size > 1 and trainer.state.status != TrainerStatus.INTERRUPTED:  # then possibly on one only
+            checkpoint["callbacks"][self.state_key]["means"] = _plain_means(over_ranks(trainer, self._means))
+
     def full_masks(self) -> dict[str, Tensor]:
         """The masks under names relative to the LightningModule."""
         prefix = f"{self.module}." if self.module else ""
@@ -327,14 +352,32 @@ class Pruning(AccelCallback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, progress and the length of training that fractions refer to."""
         masks = {name: mask.cpu() for name, mask in self.masks.items()}
-        means = {
-            "sums": {name: total.cpu() for name, total in self._means.sums.items()},
-            "counts": {name: count.cpu() for name, count in self._means.counts.items()},
-        }
+        means = _plain_means(self._means)
         progress = {"share": self.share, "updated": self._updated, "total": self.total, "complete": self.complete}
         return self.saved(
-            masks=masks, means=means, units=self._units, record=self.record, tables=self._tables, **progress
+            masks=masks,
+            means=means,
+            units=self._units,
+            record=self.record,
+            tables=self._tables,
+            counted=self._counted,
+            **progress,
         )
+
+
+def over_ranks(trainer: pl.Trainer, means: Means) -> Means:
+    """What all ranks have measured, on each of them; called on all."""
+    if trainer.world_size == 1:
+        return means
+    own = {name: tuple(total.shape) for name, total in means.sums.items()}
+    shapes = {n: s for rank in range(trainer.world_size) for n, s in trainer.strategy.broadcast(own, src=rank).items()}
+    device = trainer.strategy.root_device
+    return means.reduced(lambda t: trainer.strategy.reduce(t.to(device), reduce_op="sum"), shapes)
+
+
+def _plain_means(means: Means) -> dict[str, dict[str, Tensor]]:
+    parts = {"sums": means.sums, "counts": means.counts}
+    return {name: {n: tensor.cpu() for n, tensor in of.items()} for name, of in parts.items()}
 
 
 def _prunings(trainer: pl.Trainer) -> list[Pruning]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .. import select
 from ..inputs import with_decoder_inputs, without_labels
 from ..loaded import LoadedModel
 from .layers import Taps
@@ -42,14 +43,8 @@ def guest(teacher: nn.Module) -> Iterator[nn.Module]:
 
     Not in inference mode: losses keep what it gives for the backward pass, which torch refuses for inference tensors.
     """
-    modes = [(module, module.training) for module in teacher.modules()]
-    teacher.eval()
-    try:
-        with torch.no_grad():
-            yield teacher
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with select.evaluating(teacher), torch.no_grad():
+        yield teacher
 
 
 class LiveTeacher:

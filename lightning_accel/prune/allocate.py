@@ -21,10 +21,16 @@ class Costs:
     Args:
         of: `"parameters"` or `"flops"`.
         calls: example inputs of the model (under `""`) or of its parts, for FLOPs.
+        counted: `costs` of the same model, in place of counting again.
     """
 
     def __init__(
-        self, model: nn.Module, targets: list[Group], of: str, calls: Mapping[str, ExampleInputs] | None = None
+        self,
+        model: nn.Module,
+        targets: list[Group],
+        of: str,
+        calls: Mapping[str, ExampleInputs] | None = None,
+        counted: Mapping[str, float] | None = None,
     ) -> None:
         self.costs: dict[str, float] = {}  # of each parameter; of attention, of each module without weights
         self._heads: dict[str, int] = {}  # the target whose heads a module without weights computes
@@ -32,10 +38,9 @@ class Costs:
         if of == "parameters":
             self.costs = {name: float(p.numel()) for name, p in select.named_parameters(model).items()}
             return
-        if not calls:
+        if not (calls or counted):
             raise ValueError("of='flops' counts the FLOPs of a forward and needs example_inputs=(x,)")
-        for name, flops in _own_flops(model, calls).items():
-            self.costs[name] = self.costs.get(name, 0.0) + flops
+        self.costs = dict(counted) if counted else _own_flops(model, calls or {})
         parameters = select.named_parameters(model)
         for name in (n for n in self.costs if n not in parameters):
             for i, target in enumerate(targets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -115,9 +116,10 @@ class PruneConfig:
         if n >= m:
             raise ValueError(f"{structure!r} keeps {n} of {m} weights, which is all; write for example '2:4'")
         amounts = {self.amount, *(a for a in self.overrides.values() if a is not None)}
-        if amounts != {1 - n / m} or self.scope != "uniform" or self.of != "units" or len(self.structures) > 1:
+        alone = self.scope == "uniform" and self.of == "units" and len(self.structures) == 1
+        if not (alone and all(math.isclose(a, 1 - n / m) for a in amounts)):
             raise ValueError(
-                f"{structure!r} alone says how much goes: write PruneConfig({structure!r}, amount={1 - n / m:g}), "
+                f"{structure!r} alone says how much goes: write PruneConfig({structure!r}, amount={1 - n / m}), "
                 "without scope, of or other structures; overrides may exclude layers"
             )
 

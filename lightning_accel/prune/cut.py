@@ -2,7 +2,7 @@
 
     {"layers": {list of blocks: {"of": n, "gone": [i, ...]}},
      "tensors": [[name, dimension, size, [[start, stop], ...] that stay], ...],
-     "widths": [{"kind", "name", "of", "left", "members"}, ...],
+     "widths": [{"kind", "name", "of", "exact", "left", "members"}, ...],
      "gains": [[name, factor], ...]}
 
 The gains are those of RMSNorms over a width that is cut (`norms`).
@@ -57,9 +57,8 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], groups: list[Group]) -> 
     for group, keep in zip(groups, kept, strict=True):
         members = [new for m in group.members if (new := renamed(m.name, dropped)) is not None]
         name = (renamed(f"{group.name}.", dropped) or members[0].rpartition(".")[0]).rstrip(".")
-        widths.append(
-            {"kind": group.kind, "name": name, "of": group.width, "left": int(keep.sum()), "members": members}
-        )
+        of_group = {"kind": group.kind, "name": name, "of": group.width, "exact": group.exact}
+        widths.append({**of_group, "left": int(keep.sum()), "members": members})
     blocks: Any = {name: {"of": len(select.get_module(model, name)), "gone": gone} for name, gone in dropped.items()}  # type: ignore[arg-type]
     normalized = {m.name for g in groups if not g.exact for m in g.members}
     scaled = rescaled_gains(model, ((name, stays) for (name, _), stays in left.items() if name in normalized))

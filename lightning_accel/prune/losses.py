@@ -7,6 +7,7 @@ d_g(a_g) <= t, with t the same for all, found by bisection: mean of a_g = amount
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ from .keep import keep_units, masks_of
 
 Rises = list[list[float]]  # [share of units that goes, what the loss rises by], from [0, 0] up
 Loss = Callable[[nn.Module, Any], Tensor]
+_WORST = 1e6  # in place of a rise that is infinite or NaN
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of units that are masked; one stays
 
 
@@ -33,15 +35,14 @@ def loss_table(
     Args:
         loss: (model, batch) -> scalar.
     """
-    batches, training = list(batches), model.training
-    model.eval()
+    batches = list(batches)
     parameters = {select.canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    try:
+    with select.evaluating(model):
         whole = _mean(model, batches, loss)
+        if not math.isfinite(whole):
+            raise ValueError(f"the loss of the calibration batches is {whole}; look at the batches and the model")
         return [_rises(model, t, s, parameters, lambda: _mean(model, batches, loss) - whole)
                 for t, s in zip(targets, saliencies, strict=True)]  # fmt: skip
-    finally:
-        model.train(training)
 
 
 def _rises(
@@ -58,7 +59,8 @@ def _rises(
         try:
             for name, mask in masks.items():
                 parameters[name].mul_(mask)
-            most = max(most, rise())
+            rises = rise()
+            most = max(most, rises if math.isfinite(rises) else _WORST)
         finally:
             for name, value in before.items():
                 parameters[name].copy_(value)

@@ -92,21 +92,19 @@ def measure(
             f"saliency={names[0]!r} is measured on data; write calibration=[batch, ...], some batches of inputs, "
             "or a saliency that needs none: saliency='l2'"
         )
-    training = model.training
-    model.eval()
     handles = observe_inputs(model, means) if "inputs" in needs else []
     if "blocks" in needs:
         handles += observe_blocks(model, [unit for target in targets for unit in target.units], means)
     try:
-        for batch in batches:
-            if "gradients" in needs:
-                _measure_gradients(model, targets, batch, loss or own_loss, means)
-            if needs - {"gradients"}:
-                call_example(model, inputs_of_batch(model, batch))
+        with select.evaluating(model):
+            for batch in batches:
+                if "gradients" in needs:
+                    _measure_gradients(model, targets, batch, loss or own_loss, means)
+                if needs - {"gradients"}:
+                    call_example(model, inputs_of_batch(model, batch))
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     return means
 
 
@@ -242,12 +240,17 @@ def costs_of(
     config: PruneConfig,
     calls: Mapping[str, ExampleInputs] | None,
     tables: Tables | None = None,
+    counted: Mapping[str, float] | None = None,
 ) -> Costs | LatencyCosts | None:
     """What `compute_masks` needs to reach a share of parameters, FLOPs or, by the tables, latency; `None` for a share
-    of units."""
+    of units.
+
+    Args:
+        counted: `Costs.costs` of the same model, in place of counting again.
+    """
     if config.of == "latency":
         return LatencyCosts(targets, (tables or {})["latency"])
-    return None if config.of == "units" else Costs(model, targets, config.of, calls)
+    return None if config.of == "units" else Costs(model, targets, config.of, calls, counted)
 
 
 @torch.no_grad()

@@ -203,9 +203,11 @@ class Means:
     def __contains__(self, name: str) -> bool:
         return name in self.sums
 
-    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Means:
-        """Means over ranks, with `reduce` the sum of a tensor over them."""
-        return Means(*({name: reduce(t.clone()) for name, t in sorted(x.items())} for x in (self.sums, self.counts)))
+    def reduced(self, reduce: Callable[[Tensor], Tensor], shapes: Mapping[str, Sequence[int]]) -> Means:
+        """Means over ranks, with `reduce` the sum of a tensor over them, of all names that any of them has."""
+        zero = torch.zeros(())
+        sums = {name: reduce(self.sums.get(name, torch.zeros(shapes[name])).clone()) for name in sorted(shapes)}
+        return Means(sums, {name: reduce(self.counts.get(name, zero).clone()) for name in sorted(shapes)})
 
 
 def observe_inputs(model: nn.Module, means: Means) -> list[Any]:
@@ -263,11 +265,14 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def add_gradients(means: Means, targets: Sequence[Group], parameters: Mapping[str, Tensor]) -> None:
-    """Adds what the gradients of one batch, in `parameter.grad`, say for `taylor`."""
+    """Adds what the gradients of one batch, in `parameter.grad`, say for `taylor`; nothing where one is not finite,
+    as in a step that overflows and is skipped."""
     wanted = {member.name for target in targets for member in target.members}
     found = {name: p for name, p in parameters.items() if name in wanted and p.grad is not None}
     values = {name: p.detach().float() for name, p in found.items()}
     gradients = {name: p.grad.detach().float() for name, p in found.items() if p.grad is not None}
-    for target in targets:
-        if any(member.name in found for member in target.members):
-            means.add(_key(target), taylor(target, values, gradients).square(), 1)
+    reached = [target for target in targets if any(member.name in found for member in target.members)]
+    squares = {_key(target): taylor(target, values, gradients).square() for target in reached}
+    if all(square.isfinite().all() for square in squares.values()):
+        for key, square in squares.items():
+            means.add(key, square, 1)

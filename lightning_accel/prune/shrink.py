@@ -78,8 +78,7 @@ def shrunk_with_record(
     masked = copy.deepcopy(model)
     cut.replay_(model, record)
     cut.note_in_config(model, record)
-    exact = {g.name: g.exact for g in groups}
-    comparable = all(exact.get(w["name"], True) for w in record["widths"] if w["left"] < w["of"])
+    comparable = all(w["exact"] for w in record["widths"] if w["left"] < w["of"])
     dropped = {name: layers["gone"] for name, layers in record["layers"].items()}
     passes = pass_through(masked, dropped, example_inputs)
     said, change = _check_outputs(masked, model, example_inputs, record, comparable and passes)
@@ -96,6 +95,7 @@ def plan_model(
     example_inputs: ExampleInputs,
     calibration: Iterable[Any] | None = None,
     timer: Timer = time_in_turns,
+    loss: Loss | None = None,
 ) -> dict[str, Any]:
     """The record of what `prune_model_` and `shrink_model` would cut out of `model`, which stays as it is.
 
@@ -104,8 +104,8 @@ def plan_model(
     """
     model = copy.deepcopy(select.unwrap(model))
     batches = None if calibration is None else list(calibration)
-    masks = prune_model_(model, config, example_inputs=example_inputs, calibration=batches, timer=timer)
-    record = shrunk_with_record(model, masks, example_inputs, batches)[1]
+    masks = prune_model_(model, config, example_inputs=example_inputs, calibration=batches, timer=timer, loss=loss)
+    record = shrunk_with_record(model, masks, example_inputs, batches, loss)[1]
     if cut.is_empty(record):
         raise ValueError(f"{config!r} cuts nothing out of {type(model).__name__}; write a larger amount")
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -66,12 +67,30 @@ def find_targets(
     found = [group for group in found if group.width]
     if not found:
         raise ValueError("every module is excluded by overrides; remove one of the `None` patterns")
+    _check_amounts(found, config)
     modules = dict(select.named_modules(model))
     for group in found:
         if group.kind not in KINDS:
             module: nn.Module = modules[group.name]
             check_divides(group, module.weight, isinstance(module, Conv1D))  # type: ignore[arg-type]
     return found
+
+
+def _check_amounts(found: list[Group], config: PruneConfig) -> None:
+    """Raises ValueError where an amount of units is less than half of one wherever it holds."""
+    if config.of != "units" or config.scope == "sensitivity":
+        return
+    amounts = [select.first_match(group.name, config.overrides, config.amount) or 0.0 for group in found]
+    numbers: dict[str, float] = {}
+    for group, amount in zip(found, amounts, strict=True):
+        key = group.kind if config.scope in ("global", "latency") else group.name
+        numbers[key] = numbers.get(key, 0) + round(amount * group.width)
+    if any(amounts) and not any(numbers.values()):
+        widest = max(found, key=lambda group: group.width)
+        raise ValueError(
+            f"{config!r} prunes nothing: the most that a module has is {widest.width} {widest.kind} ({widest.name!r}); "
+            f"write amount={math.ceil(100 / widest.width) / 100} or more, or scope='global' for a share of all together"
+        )
 
 
 def _fused(model: nn.Module) -> str:

@@ -83,8 +83,8 @@ class AffineFakeQuantizer(FakeQuantizerBase):
                 return x
         elif not self.found:
             raise ValueError(
-                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: train a step, or write "
-                "calibrate_(model, batches); if training never runs it, "
+                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: train a step, with "
+                "the model in training mode (model.train()), or write calibrate_(model, batches); if training never runs it, "
                 f"overrides={{{self.name!r}: 'int8'}}"
             )
         # in training the loss shows a NaN; evaluated, it is what the kernel makes of it
@@ -163,28 +163,25 @@ def calibrate_(
     if batches is None:
         raise ValueError("int8-static finds its ranges in data; write calibration=loader, some batches of inputs")
     run = run or _run
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     for name, quantizer in quantizers.items():
         quantizer.sample = Sample(name.rpartition(".")[0])
     count = 0
     try:
-        for batch in batches:
-            watch = NormWatch(model) if count == 0 else None
-            try:
-                run(model, batch)
-            except NonFinite as error:
-                raise ValueError(f"batch {count} of the calibration data {error}; look at the batch") from error
-            finally:
-                norms = {} if watch is None else watch.stop()
-            fold_(model, norms)
-            count += 1
+        with select.evaluating(model):
+            for batch in batches:
+                watch = NormWatch(model) if count == 0 else None
+                try:
+                    run(model, batch)
+                except NonFinite as error:
+                    raise ValueError(f"batch {count} of the calibration data {error}; look at the batch") from error
+                finally:
+                    norms = {} if watch is None else watch.stop()
+                fold_(model, norms)
+                count += 1
         _set_ranges(quantizers, count, all_reached)
     finally:
         for quantizer in quantizers.values():
             quantizer.sample = None
-        for module, mode in modes.items():
-            module.training = mode
     return model
 
 
