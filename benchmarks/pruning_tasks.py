@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,14 @@ def teacher_of(task: Task, seed: int, settings: Settings, out: Path) -> nn.Modul
     if not task.tuned:
         return model
     if path.exists():
-        model.load_state_dict(torch.load(path))
+        found = torch.load(path)
+        if found["settings"] != asdict(settings):
+            raise SystemExit(f"{path} was trained with other settings; write another --out, or remove it")
+        model.load_state_dict(found["weights"])
         return model
     fit(model, settings, load(task.of, settings), seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path.with_suffix(".part"))
+    torch.save({"settings": asdict(settings), "weights": model.state_dict()}, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
     return model.eval()
 

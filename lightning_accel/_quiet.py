@@ -24,7 +24,15 @@ def _silenced(*names: str):
 with _silenced("torchao", "torch.utils._pytree"):
     from torchao.quantization.qat import FakeQuantizedLinear
     from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
+    from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-__all__ = ["AttentionInterface", "Conv1D", "FakeQuantizedLinear", "FakeQuantizerBase", "PreTrainedModel"]
+__all__ = [
+    "AttentionInterface",
+    "Conv1D",
+    "FakeQuantizedLinear",
+    "FakeQuantizerBase",
+    "PreTrainedModel",
+    "revert_weight_conversion",
+]

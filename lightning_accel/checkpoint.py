@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import select
+from ._quiet import PreTrainedModel, revert_weight_conversion
 from .finalize import restore_
 from .prune import apply_masks_
-from .prune.cut import is_done, replay_
+from .prune.cut import replay_steps_
 
 
 def load_checkpoint(path: str | Path, module: nn.Module) -> nn.Module:
@@ -47,26 +49,34 @@ def _load_folder(path: Path, module: nn.Module) -> nn.Module:
         raise ValueError(f"{path} holds no config.json with *.safetensors; write model.save_pretrained({str(path)!r})")
     model: Any = select.unwrap(module)
     records = json.loads((path / "config.json").read_text()).get("pruned") or []
-    for record in records:
-        if not is_done(model, record):
-            replay_(model, record)
+    replay_steps_(model, records)
     if records and hasattr(model, "config"):
         model.config.pruned = records
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = {id(parameters[name]) for name in state if name in parameters}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(
-            f"the weights in {path} have other sizes than this {type(model).__name__} ({first}); give the model as "
-            "it was built before pruning, or type(model)(config) with the configuration saved there"
-        ) from error
-    lost = [name for name in missing if name not in parameters or id(parameters[name]) not in stored]  # not tied
-    if lost or unexpected:
-        raise ValueError(
-            f"{path} does not hold the weights of this {type(model).__name__}: {(lost or unexpected)[0]!r} is "
-            f"{'missing' if lost else 'unknown'}"
-        )
+    _copy_weights(model, {name: tensor for file in files for name, tensor in load_file(file).items()}, path)
     return module
+
+
+@torch.no_grad()
+def _copy_weights(model: Any, state: dict[str, Tensor], path: Path) -> None:
+    """Copies saved weights into a model's, under its own names or under those that transformers saves them by."""
+    own: dict[str, Tensor] = model.state_dict()
+    if isinstance(model, PreTrainedModel) and not state.keys() <= own.keys():
+        memory = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
+        saved = revert_weight_conversion(model, dict(own))
+        own = {n: t for n, t in saved.items() if t.untyped_storage().data_ptr() in memory}  # its tensors, and views
+    tied = {own[name].data_ptr() for name in state if name in own}
+    unknown = [name for name in state if name not in own]
+    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in tied]
+    if unknown or missing:
+        raise ValueError(
+            f"{path} does not hold the weights of this {type(model).__name__}: {(missing or unknown)[0]!r} is "
+            f"{'missing' if missing else 'unknown'}"
+        )
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"the weights in {path} have other sizes than this {type(model).__name__} (size mismatch for {name}: "
+                f"{list(tensor.shape)} there, {list(own[name].shape)} here); give the model as it was built before "
+                "pruning, or type(model)(config) with the configuration saved there"
+            )
+        own[name].copy_(tensor)

@@ -149,8 +149,9 @@ def test_converted_is_what_was_trained(make: Any) -> None:
         trained = tiny.logits(call(model))
         converted = convert_(copy.deepcopy(model)).eval()
         out = tiny.logits(call(converted))
+        float_ = tiny.logits(call(unprepare_(copy.deepcopy(model))))
     assert sum(isinstance(m, Int8Products) for m in converted.modules()) >= 2
-    assert (out - trained).norm() <= 0.01 * trained.norm()
+    assert (out - trained).norm() <= 0.1 * (trained - float_).norm()
 
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "hidden_size": 32}
@@ -200,7 +201,7 @@ def test_encoders_of_transformers(name: str) -> None:
             assert torch.equal(model(**inputs).last_hidden_state[mask.bool()], trained[mask.bool()])
     assert [e.done for e in coverage.entries if e.name.endswith("products")] == ["int8"] * 2
     assert 0 < (trained - float_).norm() <= 0.05 * float_.norm()
-    assert (converted - trained).norm() <= 0.01 * trained.norm()
+    assert (converted - trained).norm() <= 0.1 * (trained - float_).norm()
 
 
 def test_a_causal_encoder_and_one_that_is_asked_for_maps() -> None:
@@ -260,7 +261,8 @@ def test_a_prepared_model_is_converted_as_it_was_prepared() -> None:
     prepare_(model, INT8)
     with torch.no_grad():
         trained, converted = tiny.logits(model(**bert_batch())), quantize_model(model, INT8)
-        assert (tiny.logits(converted(**bert_batch())) - trained).norm() <= 0.01 * trained.norm()
+        float_ = tiny.logits(unprepare_(copy.deepcopy(model))(**bert_batch()))
+        assert (tiny.logits(converted(**bert_batch())) - trained).norm() <= 0.1 * (trained - float_).norm()
     with pytest.raises(ValueError, match="attention=True"):
         quantize_model(model, QuantConfig("int8"))
     model = tiny.bert()
@@ -326,8 +328,8 @@ def exported_equals_converted(model: nn.Module, inputs: dict[str, Tensor], engin
     export_model(model, path, example_inputs=inputs, quantize=INT8, engines=engines, measure=False)
     found = tiny.logits(load(path, engine=engine)(**inputs))
     with torch.no_grad():
-        expected = tiny.logits(quantize_model(model, INT8)(**inputs))
-    assert (found - expected).norm() <= 0.01 * expected.norm()
+        expected, without = (tiny.logits(quantize_model(model, c)(**inputs)) for c in (INT8, QuantConfig("int8")))
+    assert (found - expected).norm() <= 0.3 * (without - expected).norm()  # what attention in float would differ by
 
 
 def test_heads_are_cut_out_of_a_prepared_model() -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_accel import PruneConfig, QuantConfig, apply_masks_, prepare_, prune_model_, shrink_model
 from lightning_accel.prune import compute_masks, find_groups, pruning_coverage
+from lightning_accel.prune.groups import all_groups
 from lightning_accel.prune.saliency import saliency
 from lightning_accel.prune.targets import find_targets
 from lightning_accel.select import count_parameters
@@ -410,8 +411,8 @@ NO_GROUPS: dict[str, Net] = {
 
 @pytest.mark.parametrize("case", NO_GROUPS)
 def test_no_group_where_cutting_would_be_wrong(case: str) -> None:
-    groups = find_groups(NO_GROUPS[case], (X,))
-    assert [(g.name, g.members) for g in groups] == []
+    groups = [g for g in all_groups(NO_GROUPS[case], (X,)) if g.kind != "hidden"]
+    assert [(g.name, g.kind, g.members) for g in groups] == []
 
 
 def blocks(n: int) -> nn.Sequential:

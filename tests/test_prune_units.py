@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_accel import PruneConfig, Pruning, QuantConfig, export_model, load, prune_model_, shrink_model
+from lightning_accel.capture import call_example, flatten_output
 from lightning_accel.prune.groups import all_groups
 from lightning_accel.select import count_parameters
 
@@ -142,12 +143,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {  # gro
 def built(case: str) -> tuple[nn.Module, Any, dict[str, int]]:
     make, inputs, kinds = CASES[case]
     torch.manual_seed(0)
-    model = make().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after training
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
-    return model, inputs, kinds
+    model = make()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # as after training; else random convolutions put out next to nothing
+        norm.momentum = 1.0
+    if norms:
+        logits(model.train(), inputs)
+    return model.eval(), inputs, kinds
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:
@@ -172,22 +174,22 @@ def test_cut_out_is_what_was_masked(case: str, kind: str) -> None:
     masks = prune_model_(model, PruneConfig(kind, 0.5), example_inputs=inputs)
     masked = logits(model, inputs)
     shrunk = shrink_model(model, masks, example_inputs=inputs)
-    scale = max(1.0, masked.abs().max().item())
+    scale = masked.abs().max().item()
     assert (logits(shrunk, inputs) - masked).abs().max().item() <= 1e-5 * scale
-    assert (masked - dense).abs().max().item() > 1e-6 * scale, "half of the units did nothing"
+    assert (masked - dense).abs().max().item() > 1e-3 * scale, "half of the units did nothing"
     assert count_parameters(shrunk) < before
 
 
-@pytest.mark.parametrize(("eps", "most"), [(1e-10, 1e-5), (1e-6, 1e-4)])  # eps counts less beside fewer values
-def test_hidden_widths_behind_rms_norms_are_cut_with_their_gains_rescaled(eps: float, most: float) -> None:
+@pytest.mark.parametrize("eps", [1e-10, 1e-6, 1e-3])
+def test_hidden_widths_behind_rms_norms_are_cut_with_their_gains_and_eps_rescaled(eps: float) -> None:
     model, inputs = tiny.llama(rms_norm_eps=eps), TOKENS
     masks = prune_model_(model, PruneConfig("hidden", 0.25), example_inputs=inputs)
     masked = logits(model, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shrunk = shrink_model(model, masks, example_inputs=inputs)
-    scale = max(1.0, masked.abs().max().item())
-    assert (logits(shrunk, inputs) - masked).abs().max().item() <= most * scale
+    assert (logits(shrunk, inputs) - masked).abs().max() <= 1e-5 * masked.abs().max()
+    assert shrunk.config.rms_norm_eps == pytest.approx(eps * 32 / 24)
     assert count_parameters(shrunk) < 0.8 * count_parameters(model)
     gain, cut = model.model.norm.weight, shrunk.model.norm.weight  # 24 of 32 units
     torch.testing.assert_close(cut, gain[masks["model.norm.weight"]] * (32 / 24) ** 0.5)
@@ -200,9 +202,11 @@ def test_what_a_hidden_width_behind_layer_norms_changes_is_said(case: str) -> No
     masked = logits(model, inputs)
     with pytest.warns(UserWarning, match="changes what the model computes") as said:
         shrunk = shrink_model(model, masks, example_inputs=inputs)
-    change = (logits(shrunk, inputs) - masked).norm() / masked.norm()
     found = re.search(r"example inputs by ([\d.]+)%; for the loss, write shrink_model", str(said[0].message))
-    assert found and float(found[1]) == pytest.approx(100 * change.item(), rel=0.5)  # of all outputs the largest
+    with torch.no_grad():
+        outputs = [flatten_output(call_example(m.eval(), inputs))[0] for m in (shrunk, model)]
+    change = max(((a - b).norm() / b.norm()).item() for a, b in zip(*outputs, strict=True))
+    assert found and float(found[1]) == pytest.approx(100 * change, abs=0.06)
     assert logits(shrunk, inputs).shape == masked.shape and count_parameters(shrunk) < 0.8 * count_parameters(model)
 
 

@@ -40,7 +40,7 @@ class Pruning(AccelCallback):
     Masks are applied in a hook on the optimizer's step, so that overflowed fp16 steps are skipped, averaged weights
     come after, and manual optimization works. Optimizer state of pruned weights is zeroed. Saliencies that need data
     take them from the training batches since the last update. Export cuts out what the masks dropped as a whole. Logs
-    `accel/pruning/amount`, the share that is pruned now.
+    `accel/pruning/amount`, the share that the schedule has reached, times `amount`.
 
     Args:
         config: what and how much.

@@ -5,7 +5,7 @@
      "widths": [{"kind", "name", "of", "exact", "left", "members"}, ...],
      "gains": [[name, factor], ...]}
 
-The gains are those of RMSNorms over a width that is cut (`norms`).
+The gains are those of RMSNorms over a width that is cut, whose eps changes by the square of the factor (`norms`).
 
 Names are those after the layers are gone. What has its new size already is left as it is, so that a record may be
 replayed on a model built from a configuration that says a part of it.
@@ -13,8 +13,7 @@ replayed on a model built from a configuration that says a part of it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from .. import select
 from .groups import Group
 from .layers import drop_layers_, dropped_layers, renamed
-from .norms import rescaled_gains
+from .norms import rescale_gains_, rescaled_gains
 from .widths import record_shape, record_widths
 
 Record = dict[str, Any]
@@ -85,14 +84,34 @@ def replay_(model: nn.Module, record: Record) -> None:
         if old.shape[dim] == size:
             _cut(model, old, dim, torch.cat([torch.arange(*run) for run in runs]))
             changed.add(name)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    parameters = {select.canonical_name(name): parameter for name, parameter in parameters.items()}
-    with torch.no_grad():
-        for name, factor in record.get("gains", ()):
-            if name in changed:
-                parameters[name].mul_(factor)
+    rescale_gains_(model, [(name, factor) for name, factor in record.get("gains", ()) if name in changed])
     if changed:
         record_widths(model, record["widths"], changed)
+
+
+def replay_steps_(model: nn.Module, records: Sequence[Record]) -> None:
+    """Cuts out of `model` what records say that were made one after the other, each of what the one before had left.
+
+    A model built from a configuration that counts the layers of the end does not have those of before: what earlier
+    records say of layers that are gone later is left out, and their names are those of the end.
+    """
+    gone: list[dict[str, list[int]]] = []  # of each record, what the model does not have from the start
+    for record in records:
+        short = {}
+        for name, layers in record["layers"].items():
+            blocks: Any = select.get_module(model, name)
+            if len(blocks) < layers["of"]:
+                short[name] = layers["gone"]
+        gone.append(short)
+    for i, record in enumerate(records):
+
+        def new(name: str, later: int = i + 1) -> str | None:
+            found: str | None = name
+            for dropped in gone[later:]:
+                found = found if found is None else renamed(found, dropped)
+            return None if found is None else found.rstrip(".")
+
+        replay_(model, with_names(record, new))
 
 
 def rebased(record: Record, at: str, below: str) -> Record:
@@ -102,6 +121,11 @@ def rebased(record: Record, at: str, below: str) -> Record:
         full = f"{at}.{name}" if at and name else at or name
         return full.removeprefix(below) if full.startswith(below) else None
 
+    return with_names(record, new)
+
+
+def with_names(record: Record, new: Callable[[str], str | None]) -> Record:
+    """The record with other names; what has none is left out."""
     widths = []
     for width in record["widths"]:
         members = [m for member in width["members"] if (m := new(member)) is not None]
@@ -130,24 +154,19 @@ def is_empty(record: Record) -> bool:
 
 
 def note_in_config(model: nn.Module, record: Record) -> None:
-    """Puts the record into a transformers model's configuration, where that cannot say the new widths by itself."""
+    """Adds the sizes that a record leaves to a transformers model's configuration, for `load_checkpoint`.
+
+    Which positions stay is not in it: the weights that are saved beside it are theirs.
+    """
     from .._quiet import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        return
-    config: Any = model.config
-    if not _says_all(model, config):
-        config.pruned = [*(getattr(config, "pruned", None) or []), record]
-
-
-def _says_all(model: nn.Module, config: Any) -> bool:
-    try:
-        with torch.device("meta"):
-            fresh = type(model)(copy.deepcopy(config))
-    except Exception:  # widths that the model refuses
-        return False
-    shapes = ({n: t.shape for n, t in m.state_dict().items()} for m in (fresh, model))
-    return next(shapes) == next(shapes)
+    if isinstance(model, PreTrainedModel):
+        config: Any = model.config
+        sizes = [
+            [name, dim, size, [[0, sum(stop - start for start, stop in runs)]]]
+            for name, dim, size, runs in record["tensors"]
+        ]
+        config.pruned = [*(getattr(config, "pruned", None) or []), {**record, "tensors": sizes}]
 
 
 def _runs(keep: Tensor) -> list[list[int]]:

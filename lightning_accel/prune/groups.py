@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from .. import select
+from .._quiet import Conv1D
 from ..inputs import ExampleInputs, explain_export, split_inputs
 from .trace import Trace, trace
 
@@ -86,6 +87,25 @@ def all_groups(model: nn.Module, example_inputs: ExampleInputs) -> list[Group]:
     """The groups of all kinds."""
     graph, names = _graph(model, example_inputs)
     return _groups(trace(graph, names), names)
+
+
+def fixed_widths(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, str]:
+    """Why no unit of a weight's outputs can be cut, by the names of the weights; those that can are not in it."""
+    graph, names = _graph(model, example_inputs)
+    found = trace(graph, names)
+    roots = found.roots()
+    why: dict[int, str] = {}
+    for ids, reason in found.fixed:
+        for root in roots[ids].unique().tolist():
+            why.setdefault(root, reason)
+    stay: dict[str, str] = {}
+    for name, dim, ids in found.owned:
+        owner: Any = select.get_module(model, name.rpartition(".")[0])
+        outputs = 1 if isinstance(owner, Conv1D | nn.Embedding) else 0
+        reasons = [why.get(root) for root in roots[ids].tolist()]
+        if name.endswith("weight") and dim == outputs and reasons and all(reasons):
+            stay[name] = str(reasons[0])
+    return stay
 
 
 def find_groups_below(model: nn.Module, calls: Mapping[str, ExampleInputs], *kinds: str) -> list[Group]:

@@ -170,8 +170,8 @@ def renamed(name: str, dropped: Mapping[str, list[int]]) -> str | None:
 def drop_layers_(model: nn.Module, name: str, gone: list[int]) -> None:
     """Takes blocks out of the list called `name`, in place, and re-numbers the others.
 
-    Their `layer_idx`, which key-value caches are kept under, and the configuration's number of layers follow, and its
-    lists with an entry for each layer (`layer_types`).
+    Their `layer_idx`, which key-value caches are kept under, and the configuration's number of layers follow, that of a
+    stage (`depths`) too, and its lists with an entry for each layer (`layer_types`).
     """
     blocks: Any = select.get_module(model, name)
     before, left = len(blocks), [i for i in range(len(blocks)) if i not in gone]
@@ -195,6 +195,9 @@ def _record_layers(config: Any, path: list[str], before: int, left: list[int]) -
     for field in own or _COUNTS[""]:
         if getattr(config, field, None) == before:
             setattr(config, field, len(left))
+    depths, stage = getattr(config, "depths", None), next((int(step) for step in path if step.isdigit()), None)
+    if isinstance(depths, list | tuple) and stage is not None and stage < len(depths) and depths[stage] == before:
+        config.depths = [*depths[:stage], len(left), *depths[stage + 1 :]]
     for field, value in list(vars(config).items()):
         if "layer" in field and isinstance(value, list | tuple) and len(value) == before:
             setattr(config, field, type(value)(value[i] for i in left))

@@ -131,6 +131,11 @@ def _check_outputs(
         f" and {len(names) - 1} others" if len(names) > 1 else ""
     )
     help_ = f"exclude it: overrides={{{names[0]!r}: None}}"
+    if kinds[names[0]] in ("heads", "hidden"):
+        help_ += (
+            ", or let the code take heads and widths from num_heads, head_dim and the shapes of tensors, as in "
+            ".view(b, n, -1, self.head_dim) and .reshape(b, n, -1)"
+        )
     try:
         models = (unprepare_(masked), unprepare_(copy.deepcopy(shrunk)))
         outputs = [flatten_output(call_example(model.eval(), example_inputs))[0] for model in models]

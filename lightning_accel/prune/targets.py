@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -13,12 +14,12 @@ from .._quiet import Conv1D
 from .._warn import warn
 from ..inputs import ExampleInputs
 from .config import PruneConfig
-from .groups import KINDS, Group, find_groups, find_groups_below
+from .groups import KINDS, Group, find_groups, find_groups_below, fixed_widths
 from .patterns import check_divides, find_weights
 
 _NEEDS = {
     "neurons": "two linear layers with only activations between",
-    "heads": "attention with heads that are computed side by side",
+    "heads": "attention with two or more heads that are computed side by side (heads that share keys are one)",
     "channels": "convolutions that feed others",
     "layers": "a ModuleList or Sequential of residual blocks of one class that put out the shape they are given",
     "hidden": "a width that a normalization runs over",
@@ -55,6 +56,7 @@ def find_targets(
             raise ValueError(
                 f"{structure} pruning found nothing to prune in {type(model).__name__}; "
                 f"it needs {_NEEDS.get(structure, 'linear or convolution layers')}"
+                + (_reasons(model, example_inputs) if structure in KINDS and structure != "layers" else "")
                 + (f". {_fused(model)}" if structure == "heads" and _fused(model) else "")
             )
     if "heads" in config.structures and (left_out := _fused(model)):
@@ -62,6 +64,7 @@ def find_targets(
     if any(value is None for value in config.overrides.values()):
         _check_crossing(found, config)
     units = [unit for group in found for unit in group.units]
+    _check_names(model, found, config)
     amounts = select.assign([*(g.name for g in found), *units], config.overrides, config.amount)
     found = [_without(g, {u for u in g.units if amounts[u] is None}) for g in found if amounts[g.name] is not None]
     found = [group for group in found if group.width]
@@ -74,6 +77,29 @@ def find_targets(
             module: nn.Module = modules[group.name]
             check_divides(group, module.weight, isinstance(module, Conv1D))  # type: ignore[arg-type]
     return found
+
+
+def _reasons(model: nn.Module, example_inputs: ExampleInputs | None) -> str:
+    """Which widths stay and why, the first few; empty where nothing is known."""
+    why = fixed_widths(model, example_inputs) if example_inputs is not None else {}
+    named = [f"{name} ({reason})" for name, reason in list(why.items())[:4]]
+    return f". What stays: {', '.join(named)}{' ..' if len(why) > 4 else ''}" if named else ""
+
+
+def _check_names(model: nn.Module, found: list[Group], config: PruneConfig) -> None:
+    """Raises ValueError where overrides name a layer that is pruned, by the name of another, or tied to one."""
+    known = [name for group in found for name in (group.name, *group.units)]
+    first = {id(parameter): name for name, parameter in select.named_parameters(model).items()}
+    for pattern in (p for p in config.overrides if not any(fnmatchcase(name, p) for name in known)):
+        for name, module in select.named_modules(model):
+            own = {first[id(p)] for p in module.parameters(recurse=False)} if fnmatchcase(name, pattern) else set()
+            group = next((g for g in found if own & {m.name for m in g.members}), None)
+            if group is not None:
+                tied = "" if any(n.startswith(f"{name}.") for n in own) else ", with which it shares a weight"
+                raise ValueError(
+                    f"overrides name {name!r}, which is cut together with {group.name!r}{tied}; write "
+                    f"overrides={{{group.name!r}: {config.overrides[pattern]!r}}} for both"
+                )
 
 
 def _check_amounts(found: list[Group], config: PruneConfig) -> None:

@@ -83,9 +83,9 @@ class AffineFakeQuantizer(FakeQuantizerBase):
                 return x
         elif not self.found:
             raise ValueError(
-                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: train a step, with "
-                "the model in training mode (model.train()), or write calibrate_(model, batches); if training never runs it, "
-                f"overrides={{{self.name!r}: 'int8'}}"
+                f"int8-static has no range of activations yet for {self.name or '<root>'!r}: train a step, with the "
+                "model in training mode (model.train()), or write calibrate_(model, batches); if training never "
+                f"runs it, overrides={{{self.name!r}: 'int8'}}"
             )
         # in training the loss shows a NaN; evaluated, it is what the kernel makes of it
         return _RoundAffine.apply(x if self.training else torch.where(x == x, x, 0.0), self.range)
