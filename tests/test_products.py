@@ -116,6 +116,12 @@ def bert_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def assert_as_trained(found: Tensor, trained: Tensor, other: Tensor) -> None:
+    """Samples [B, ..] differ by next to nothing, beside what another form does; one of them may have had a tie."""
+    off, by = ((x - trained).flatten(1).norm(dim=1) for x in (found, other))
+    assert off.median() <= 0.02 * by.median() and off.max() <= by.max()
+
+
 def encoder_layer(inner: int = 64) -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, inner, batch_first=True)
@@ -151,7 +157,7 @@ def test_converted_is_what_was_trained(make: Any) -> None:
         out = tiny.logits(call(converted))
         float_ = tiny.logits(call(unprepare_(copy.deepcopy(model))))
     assert sum(isinstance(m, Int8Products) for m in converted.modules()) >= 2
-    assert (out - trained).norm() <= 0.1 * (trained - float_).norm()
+    assert_as_trained(out, trained, float_)
 
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "hidden_size": 32}
@@ -201,7 +207,7 @@ def test_encoders_of_transformers(name: str) -> None:
             assert torch.equal(model(**inputs).last_hidden_state[mask.bool()], trained[mask.bool()])
     assert [e.done for e in coverage.entries if e.name.endswith("products")] == ["int8"] * 2
     assert 0 < (trained - float_).norm() <= 0.05 * float_.norm()
-    assert (converted - trained).norm() <= 0.1 * (trained - float_).norm()
+    assert_as_trained(converted, trained, float_)
 
 
 def test_a_causal_encoder_and_one_that_is_asked_for_maps() -> None:
@@ -217,7 +223,7 @@ def test_a_causal_encoder_and_one_that_is_asked_for_maps() -> None:
         inputs["input_ids"][:, 5:] = 7  # later tokens are not seen
         assert torch.equal(model(**inputs).last_hidden_state[:, :5], trained[:, :5])
     assert 0 < (trained - float_).norm() <= 0.05 * float_.norm()
-    assert (converted - trained).norm() <= 0.1 * (trained - float_).norm()
+    assert_as_trained(converted, trained, float_)
     maps = tiny.bert()
     maps.config._attn_implementation, maps.config.output_attentions = "eager", True
     reasons = [e.reason for e in prepare_(maps, INT8).entries if e.name.endswith("products")]
@@ -262,7 +268,7 @@ def test_a_prepared_model_is_converted_as_it_was_prepared() -> None:
     with torch.no_grad():
         trained, converted = tiny.logits(model(**bert_batch())), quantize_model(model, INT8)
         float_ = tiny.logits(unprepare_(copy.deepcopy(model))(**bert_batch()))
-        assert (tiny.logits(converted(**bert_batch())) - trained).norm() <= 0.1 * (trained - float_).norm()
+        assert_as_trained(tiny.logits(converted(**bert_batch())), trained, float_)
     with pytest.raises(ValueError, match="attention=True"):
         quantize_model(model, QuantConfig("int8"))
     model = tiny.bert()
@@ -329,7 +335,7 @@ def exported_equals_converted(model: nn.Module, inputs: dict[str, Tensor], engin
     found = tiny.logits(load(path, engine=engine)(**inputs))
     with torch.no_grad():
         expected, without = (tiny.logits(quantize_model(model, c)(**inputs)) for c in (INT8, QuantConfig("int8")))
-    assert (found - expected).norm() <= 0.3 * (without - expected).norm()  # what attention in float would differ by
+    assert_as_trained(found, expected, without)  # attention in float would differ by as much as `without`
 
 
 def test_heads_are_cut_out_of_a_prepared_model() -> None:
