@@ -225,6 +225,17 @@ def test_a_tied_embedding_is_stored_once_in_one_byte_a_parameter(tmp_path: Path,
     assert 0 < header < 400 * len(weights)
 
 
+@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("int4-weight", 4), ("int4-int8", 4)])
+def test_an_artifact_is_as_small_as_its_bits(scheme: str, bits: int, tmp_path: Path) -> None:
+    model = tiny.llama(vocab_size=2000, hidden_size=256, intermediate_size=768, num_hidden_layers=4)
+    export_model(model, tmp_path / "a", example_inputs={"input_ids": tiny.ids()}, quantize=QuantConfig(scheme),
+                 engines=("portable",), measure=False)  # fmt: skip
+    weights = [p for p in model.parameters() if p.dim() == 2]  # a tied head once
+    expected = sum(p.numel() * bits // 8 + (4 * len(p) if bits == 8 else 2 * p.numel() // 32) for p in weights)
+    expected += sum(4 * p.numel() for p in model.parameters() if p.dim() == 1)
+    assert expected < manifest_of(tmp_path / "a")["sizes"]["default_load_bytes"] <= 1.1 * expected
+
+
 @pytest.mark.aoti
 @pytest.mark.parametrize("name", ["llama_int8", "bert_int8", "gpt2_fp32", "residual_fp32"])
 def test_sizes_of_a_compiled_artifact_are_those_of_the_files_that_it_reads(
