@@ -309,7 +309,7 @@ def test_taylor_leaves_out_gradients_that_overflowed(tmp_path):
         counts: ClassVar[list[dict[str, float]]] = []
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.counts.append({name: float(count) for name, count in pruning._means.counts.items()})
+            self.counts.append({name: float(count) for name, count in pruning.progress.means.counts.items()})
 
     pruning = Pruning(PruneConfig("neurons", 0.5, saliency="taylor"), Constant(4), module="model", every=1)
     trainer(tmp_path, [pruning, Seen()], max_epochs=1).fit(seeded(Overflows, optimizer="sgd", lr=0.0), loader())

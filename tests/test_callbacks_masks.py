@@ -189,7 +189,7 @@ def test_fast_dev_run_runs_every_callback_once(tmp_path):
     qat = QuantizationAwareTraining(QuantConfig("int8"), begin=0.6, module="model")
     fit = trainer(tmp_path, [pruning, qat], fast_dev_run=True)
     fit.fit(module, loader(), loader(16))
-    assert fit.global_step == 1 and pruning.total == 1 and pruning.complete and qat.prepared
+    assert fit.global_step == 1 and pruning.total == 1 and pruning.complete and not qat.prepared
     assert int(pruning.masks["first.bias"].sum()) == 8
 
 

@@ -262,7 +262,7 @@ def test_a_share_of_latency_is_reached_in_training_and_measured_once(tmp_path: A
     assert 0.55 < left / whole <= 0.7 and all(width % 4 == 0 for width in inner(small))
     other = Pruning(TIMED, schedule=Cubic(begin=0.0, end=0.5), module="model", every=1)
     other.load_state_dict(torch.load(_saved(pruning, tmp_path), weights_only=True))
-    assert other._tables == pruning._tables
+    assert other.progress.tables == pruning.progress.tables
 
 
 def _saved(pruning: Pruning, path: Any) -> Any:

@@ -169,7 +169,7 @@ def test_wrong_calls_say_what_to_write() -> None:
     for schemes in ((), "int8"):
         with pytest.raises(ValueError, match="is no list of schemes"):
             sensitivity(model, batches, schemes)
-    with pytest.raises(ValueError, match=r"no module fits \('int4-int8',\) with groups of 128; add 'int8'"):
+    with pytest.raises(ValueError, match=r"Sequential fits \('int4-int8',\), groups of 128; add 'int8'"):
         sensitivity(model, batches, ("int4-int8",), group_size=128)
     with pytest.raises(ValueError, match="the loss of the float model is nan"):
         sensitivity(model, [(x * float("nan"), y) for x, y in batches])

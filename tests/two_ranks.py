@@ -171,7 +171,7 @@ def in_the_middle(path: Path, resume: str | None = None) -> dict[str, Any]:
     keep = ModelCheckpoint(path, "{epoch}", save_top_k=-1)
     module = seeded(Uneven, seed=0 if resume is None else 9)
     two_ranks(path, [pruning, keep]).fit(module, loader(), ckpt_path=resume)
-    return {"masks": pruning.masks, "weights": weights(module), "counted": pruning._counted}
+    return {"masks": pruning.masks, "weights": weights(module), "counted": pruning.progress.counted}
 
 
 def latency(path: Path) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def latency(path: Path) -> dict[str, Any]:
     module = seeded(Plain)
     fit = two_ranks(path, [pruning])
     fit.fit(module, loader())
-    return {"masks": pruning.masks, "tables": pruning._tables, "timed": len(timed)}
+    return {"masks": pruning.masks, "tables": pruning.progress.tables, "timed": len(timed)}
 
 
 class FillsTheDisk(Callback):
