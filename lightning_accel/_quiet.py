@@ -24,7 +24,6 @@ def _silenced(*names: str):
 with _silenced("torchao", "torch.utils._pytree"):
     from torchao.quantization.qat import FakeQuantizedLinear
     from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
-    from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
@@ -34,5 +33,4 @@ __all__ = [
     "FakeQuantizedLinear",
     "FakeQuantizerBase",
     "PreTrainedModel",
-    "revert_weight_conversion",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import select
-from ._quiet import PreTrainedModel, revert_weight_conversion
+from ._quiet import PreTrainedModel
 from .finalize import restore_
 from .prune import apply_masks_
 from .prune.cut import replay_steps_
@@ -61,9 +61,12 @@ def _copy_weights(model: Any, state: dict[str, Tensor], path: Path) -> None:
     """Copies saved weights into a model's, under its own names or under those that transformers saves them by."""
     own: dict[str, Tensor] = model.state_dict()
     if isinstance(model, PreTrainedModel) and not state.keys() <= own.keys():
+        from transformers.core_model_loading import revert_weight_conversion
+
         memory = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
-        saved = revert_weight_conversion(model, dict(own))
-        own = {n: t for n, t in saved.items() if t.untyped_storage().data_ptr() in memory}  # its tensors, and views
+        own = revert_weight_conversion(model, dict(own))
+        if made := [name for name, tensor in own.items() if tensor.untyped_storage().data_ptr() not in memory]:
+            raise ValueError(f"{made[0]!r} in {path} is put together from several weights; write from_pretrained")
     tied = {own[name].data_ptr() for name in state if name in own}
     unknown = [name for name in state if name not in own]
     missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in tied]
@@ -72,11 +75,11 @@ def _copy_weights(model: Any, state: dict[str, Tensor], path: Path) -> None:
             f"{path} does not hold the weights of this {type(model).__name__}: {(missing or unknown)[0]!r} is "
             f"{'missing' if missing else 'unknown'}"
         )
+    if other := [name for name, tensor in state.items() if own[name].shape != tensor.shape]:
+        raise ValueError(
+            f"the weights in {path} have other sizes than this {type(model).__name__} (size mismatch for {other[0]}: "
+            f"{list(state[other[0]].shape)} there, {list(own[other[0]].shape)} here); give the model as it was built "
+            "before pruning, or type(model)(config) with the configuration saved there"
+        )
     for name, tensor in state.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"the weights in {path} have other sizes than this {type(model).__name__} (size mismatch for {name}: "
-                f"{list(tensor.shape)} there, {list(own[name].shape)} here); give the model as it was built before "
-                "pruning, or type(model)(config) with the configuration saved there"
-            )
         own[name].copy_(tensor)

@@ -19,7 +19,8 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 _changed = threading.Lock()
-_blocks: list[int] = []  # of each block that runs, the number that was before the first of them
+_blocks: list[tuple[int, int]] = []  # of each block that runs: the number before it, and its own
+_own = threading.local()  # `known`: whether a block has run in the thread, so that its number is not inherited
 
 
 @contextmanager
@@ -32,14 +33,18 @@ def at_threads(threads: int | None) -> Iterator[None]:
         yield
         return
     with _changed:
-        before = _blocks[0] if _blocks else torch.get_num_threads()
-        _blocks.append(before)
+        before = torch.get_num_threads()
+        if not getattr(_own, "known", False):
+            before = next((first for first, number in _blocks if number == before), before)
+        _own.known = True
+        block = before, threads
+        _blocks.append(block)
         torch.set_num_threads(threads)
     try:
         yield
     finally:
         with _changed:
-            _blocks.pop()
+            _blocks.remove(block)
             torch.set_num_threads(before)
 
 

@@ -181,7 +181,7 @@ def versions(*modules: str) -> dict[str, str]:
     names = ["torch", "torchao", "lightning", "transformers", "torchmetrics", "lightning-accel"]
     if modules:
         owners = packages_distributions()  # onnxruntime may be that of onnxruntime-gpu
-        names += [owners[module][0] for module in modules]
+        names += [owners[module][0] for module in modules if module in owners]
     return {name: torch.__version__ if name == "torch" else version(name) for name in names}
 
 

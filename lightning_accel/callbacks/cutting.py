@@ -8,8 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from .. import select
 from ..prune import PruneConfig
-from ..prune.cut import Record, is_done, note_in_config, replay_
+from ..prune.cut import Record, is_done, note_in_configs, replay_
 from ..prune.groups import KINDS
 from ..prune.masks import needed
 
@@ -44,11 +45,12 @@ def agreed(trainer: pl.Trainer, make: Callable[[], Any]) -> Any:
     return record
 
 
-def cut_(module: nn.Module, record: Record) -> None:
-    """Cuts, in place, unless it is done."""
+def cut_(root: nn.Module, at: str, record: Record) -> None:
+    """Cuts the module called `at`, in place, unless it is done."""
+    module = select.get_module(root, at)
     if not is_done(module, record):
         replay_(module, record)
-        note_in_config(module, record)
+        note_in_configs(root, at, record)
 
 
 def check_cut_first(config: PruneConfig, schedule: Any, cut_first: bool, calibration: Any, loss: Any) -> None:

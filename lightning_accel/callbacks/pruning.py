@@ -159,7 +159,7 @@ class Pruning(AccelCallback):
                 self.record = agreed(
                     trainer, lambda: plan_model(module, self.config, inputs, self.calibration, self.timer, self.loss)
                 )
-            cut_(module, self.record)
+            cut_(pl_module, self.module, self.record)
 
         before_restore(trainer, cut)
 
@@ -249,7 +249,8 @@ class Pruning(AccelCallback):
             self._find_in_batch(trainer, pl_module)
         if not self.complete:
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            self.progress.add_gradients(self.target(pl_module), stepped)
+            every = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+            self.progress.add_gradients(self.target(pl_module), stepped, every)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs the share that is pruned."""

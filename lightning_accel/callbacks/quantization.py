@@ -137,7 +137,10 @@ class QuantizationAwareTraining(AccelCallback):
         keys = {callback.state_key for callback in self.siblings(trainer)}
         for key, state in checkpoint.get("callbacks", {}).items():
             own = isinstance(state, dict) and state.get("technique") == self.technique
-            if own and key not in keys and state["module"] == self.module and state["prepared"]:
+            if not own or key in keys or not state["prepared"]:
+                continue
+            theirs = f"{state['module']}." if state["module"] else ""
+            if theirs.startswith(self._prefix) or self._prefix.startswith(theirs):
                 raise ValueError(
                     f"the checkpoint was trained by {key}, which this fit does not have: it has {self.state_key}. "
                     "Resume with the config of then; to change it, load the weights and start a new fit"

@@ -165,6 +165,7 @@ def write(capture: Capture, path: Path, opset: int = OPSET) -> None:
 def _rename_apart(graph: Any) -> None:
     """Names of inputs are the model's, and the exporter may have taken one of them for a node, as `pad`."""
     taken = {value.name for value in graph.inputs} | {output.name for node in graph for output in node.outputs}
+    taken |= set(graph.initializers)
     given = {value.name for value in graph.inputs}
     for output in (output for node in graph for output in node.outputs if output.name in given):
         output.name = next(name for i in count(1) if (name := f"{output.name}_{i}") not in taken)

@@ -3,9 +3,9 @@
     {"layers": {list of blocks: {"of": n, "gone": [i, ...]}},
      "tensors": [[name, dimension, size, [[start, stop], ...] that stay], ...],
      "widths": [{"kind", "name", "of", "exact", "left", "members"}, ...],
-     "gains": [[name, factor], ...]}
+     "gains": [[name, factor, eps], ...]}
 
-The gains are those of RMSNorms over a width that is cut, whose eps changes by the square of the factor (`norms`).
+The gains are those of RMSNorms over a width that is cut, with their new eps (`norms`).
 
 Names are those after the layers are gone. What has its new size already is left as it is, so that a record may be
 replayed on a model built from a configuration that says a part of it.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import select
 from .groups import Group
 from .layers import drop_layers_, dropped_layers, renamed
-from .norms import rescale_gains_, rescaled_gains
+from .norms import record_eps, rescale_gains_, rescaled_gains
 from .widths import record_shape, record_widths
 
 Record = dict[str, Any]
@@ -61,7 +61,7 @@ def plan(model: nn.Module, masks: Mapping[str, Tensor], groups: list[Group]) -> 
     blocks: Any = {name: {"of": len(select.get_module(model, name)), "gone": gone} for name, gone in dropped.items()}  # type: ignore[arg-type]
     normalized = {m.name for g in groups if not g.exact for m in g.members}
     scaled = rescaled_gains(model, ((name, stays) for (name, _), stays in left.items() if name in normalized))
-    gains = [[new, factor] for name, factor in scaled if (new := renamed(name, dropped)) is not None]
+    gains = [[new, *rest] for name, *rest in scaled if (new := renamed(name, dropped)) is not None]
     return {"layers": blocks, "tensors": tensors, "widths": widths, "gains": gains}
 
 
@@ -84,9 +84,11 @@ def replay_(model: nn.Module, record: Record) -> None:
         if old.shape[dim] == size:
             _cut(model, old, dim, torch.cat([torch.arange(*run) for run in runs]))
             changed.add(name)
-    rescale_gains_(model, [(name, factor) for name, factor in record.get("gains", ()) if name in changed])
+    gains = record.get("gains", ())
+    rescale_gains_(model, gains, changed)
     if changed:
         record_widths(model, record["widths"], changed)
+        record_eps(model, gains)
 
 
 def replay_steps_(model: nn.Module, records: Sequence[Record]) -> None:
@@ -133,7 +135,7 @@ def with_names(record: Record, new: Callable[[str], str | None]) -> Record:
             widths.append({**width, "name": name, "members": members})
     layers = {n: blocks for name, blocks in record["layers"].items() if (n := new(name)) is not None}
     tensors = [[n, *rest] for name, *rest in record["tensors"] if (n := new(name)) is not None]
-    gains = [[n, factor] for name, factor in record.get("gains", ()) if (n := new(name)) is not None]
+    gains = [[n, *rest] for name, *rest in record.get("gains", ()) if (n := new(name)) is not None]
     return {"layers": layers, "tensors": tensors, "widths": widths, "gains": gains}
 
 
@@ -167,6 +169,20 @@ def note_in_config(model: nn.Module, record: Record) -> None:
             for name, dim, size, runs in record["tensors"]
         ]
         config.pruned = [*(getattr(config, "pruned", None) or []), {**record, "tensors": sizes}]
+
+
+def note_in_configs(root: nn.Module, at: str, record: Record) -> None:
+    """`note_in_config` of the outermost transformers models in `root`, of what was cut in the module called `at`."""
+    from .._quiet import PreTrainedModel
+
+    noted: list[str] = []
+    for name, module in select.named_modules(root):
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in noted)
+        if isinstance(module, PreTrainedModel) and not inside:
+            noted.append(name)
+            own = rebased(record, at, f"{name}." if name else "")
+            if not is_empty(own):
+                note_in_config(module, own)
 
 
 def _runs(keep: Tensor) -> list[list[int]]:

@@ -7,7 +7,7 @@ LayerNorm also subtracts the mean over the width, which no gain makes up for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import select
 
 _EPS = ("variance_epsilon", "eps")  # of norms of transformers, and of torch
+_HIDDEN = ("hidden_size", "d_model")
 _CONFIGURED = ("rms_norm_eps", "layer_norm_epsilon")  # in configurations
 
 
@@ -37,32 +38,44 @@ def is_rms_norm(module: nn.Module) -> bool:
     )
 
 
-def rescaled_gains(model: nn.Module, left: Iterable[tuple[str, Tensor]]) -> list[tuple[str, float]]:
-    """(name, sqrt(n / k)) of the weights of RMSNorms among `left`, names with the positions [n] that stay."""
+def rescaled_gains(model: nn.Module, left: Iterable[tuple[str, Tensor]]) -> list[tuple[str, float, float | None]]:
+    """(name, sqrt(n / k), eps n / k) of weights of RMSNorms among `left`, names with the positions [n] that stay."""
     found = []
     for name, stays in left:
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and not stays.all() and is_rms_norm(select.get_module(model, owner)):
-            found.append((name, (len(stays) / int(stays.sum())) ** 0.5))
+        if leaf == "weight" and not stays.all() and is_rms_norm(norm := select.get_module(model, owner)):
+            square = len(stays) / int(stays.sum())
+            found.append((name, square**0.5, None if (eps := _eps(norm)) is None else eps * square))
     return found
 
 
-@torch.no_grad()
-def rescale_gains_(model: nn.Module, gains: Iterable[tuple[str, float]]) -> None:
-    """Multiplies weights of RMSNorms by their factor, and their eps by its square, in place.
+def _eps(norm: Any) -> float | None:
+    field = next((field for field in _EPS if hasattr(norm, field)), None)
+    eps = None if field is None else getattr(norm, field)
+    return torch.finfo(norm.weight.dtype).eps if field is not None and eps is None else eps  # as torch.nn.RMSNorm
 
-    The configuration's eps follows where all norms of the model have it.
+
+@torch.no_grad()
+def rescale_gains_(model: nn.Module, gains: Iterable[Sequence[Any]], changed: set[str]) -> None:
+    """Sets eps of RMSNorms, and multiplies the weights of those that were `changed` just now by their factor, in place.
+
+    Args:
+        gains: as from `rescaled_gains`.
     """
-    config: Any = getattr(model, "config", None)
-    factors = set()
-    for name, factor in gains:
+    for name, factor, *eps in gains:
         norm: Any = select.get_module(model, name.rpartition(".")[0])
-        norm.weight.mul_(factor)
-        for field in _EPS:
-            if isinstance(getattr(norm, field, None), float):
-                setattr(norm, field, getattr(norm, field) * factor**2)
-                factors.add(factor**2)
+        if name in changed:
+            norm.weight.mul_(factor)
+        for field in (field for field in _EPS if eps and eps[0] is not None and hasattr(norm, field)):
+            setattr(norm, field, eps[0])
+
+
+def record_eps(model: nn.Module, gains: Iterable[Sequence[Any]]) -> None:
+    """Writes eps into the configuration where it says the new width, and all norms of the model have the same."""
+    config: Any = getattr(model, "config", None)
+    widths = {len(select.get_module(model, name.rpartition(".")[0]).weight) for name, *_ in gains}  # type: ignore[arg-type]
+    said = {getattr(config, field, None) for field in _HIDDEN}
     of_all = {getattr(m, f) for m in model.modules() for f in _EPS if isinstance(getattr(m, f, None), float)}
-    for field in _CONFIGURED if len(factors) == len(of_all) == 1 else ():
+    for field in _CONFIGURED if len(of_all) == 1 and widths and widths <= said else ():
         if isinstance(getattr(config, field, None), float):
             setattr(config, field, next(iter(of_all)))

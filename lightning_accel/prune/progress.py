@@ -76,8 +76,11 @@ class Progress:
             hook.remove()
         self._observers = None
 
-    def add_gradients(self, module: nn.Module, stepped: set[int]) -> None:
+    def add_gradients(self, module: nn.Module, stepped: set[int], every: set[int]) -> None:
         """Adds the gradients of the parameters that an optimizer steps now (their ids), where the saliency needs them.
+
+        Args:
+            every: those that any optimizer steps.
 
         Raises:
             ValueError: of what belongs together only a part is stepped.
@@ -85,7 +88,7 @@ class Progress:
         if self.targets is None or "gradients" not in self.needs:
             return
         parameters = select.named_parameters(module)
-        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        trained = {name for name, parameter in parameters.items() if id(parameter) in every}
         found = {name: p for name, p in parameters.items() if id(p) in stepped}
         for target in self.targets:
             own = trained & {member.name for member in target.members}

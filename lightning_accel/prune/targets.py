@@ -15,6 +15,7 @@ from .._warn import warn
 from ..inputs import ExampleInputs
 from .config import PruneConfig
 from .groups import KINDS, Group, find_groups, find_groups_below, fixed_widths
+from .keep import rounded
 from .patterns import check_divides, find_weights
 
 _NEEDS = {
@@ -56,7 +57,7 @@ def find_targets(
             raise ValueError(
                 f"{structure} pruning found nothing to prune in {type(model).__name__}; "
                 f"it needs {_NEEDS.get(structure, 'linear or convolution layers')}"
-                + (_reasons(model, example_inputs) if structure in KINDS and structure != "layers" else "")
+                + ("" if structure == "layers" else _reasons(model, example_inputs or (calls or {}).get("")))
                 + (f". {_fused(model)}" if structure == "heads" and _fused(model) else "")
             )
     if "heads" in config.structures and (left_out := _fused(model)):
@@ -110,12 +111,14 @@ def _check_amounts(found: list[Group], config: PruneConfig) -> None:
     numbers: dict[str, float] = {}
     for group, amount in zip(found, amounts, strict=True):
         key = group.kind if config.scope in ("global", "latency") else group.name
-        numbers[key] = numbers.get(key, 0) + round(amount * group.width)
+        left = group.width - min(round(amount * group.width), group.width - 1)
+        numbers[key] = numbers.get(key, 0) + group.width - rounded(left, group, config.round_to)
     if any(amounts) and not any(numbers.values()):
         widest = max(found, key=lambda group: group.width)
+        more = f"amount={math.ceil(100 / widest.width) / 100} or more" if config.round_to == 1 else "a larger amount"
         raise ValueError(
-            f"{config!r} prunes nothing: the most that a module has is {widest.width} {widest.kind} ({widest.name!r}); "
-            f"write amount={math.ceil(100 / widest.width) / 100} or more, or scope='global' for a share of all together"
+            f"{config!r} prunes nothing: the most that a module has is {widest.width} {widest.kind} ({widest.name!r}), "
+            f"and one stays; write {more if widest.width > 1 else 'another structure'}"
         )
 
 
