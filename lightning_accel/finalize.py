@@ -17,7 +17,7 @@ from . import select
 from .capture import as_inputs, call_example, flatten_output
 from .inputs import ExampleInputs
 from .prune import Masks, apply_masks_, shrink_model
-from .prune.cut import rebased, replay_
+from .prune.cut import is_done, note_in_configs, rebased, replay_
 from .prune.layers import dropped_layers, renamed
 from .quantize import QuantConfig, calibrate_, convert_, is_prepared, prepare_, unprepare_
 from .quantize.fake import Int4GroupFakeQuantizer, shapes_of
@@ -169,7 +169,10 @@ def restore_(model: nn.Module, checkpoint: str | Path, module: str | None) -> Re
             f"the callbacks (the checkpoint has {sorted(weights)[0]!r}, the model {sorted(own)[0]!r})"
         )
     for at, record in records:
-        replay_(model, rebased(record, at, prefix))
+        record = rebased(record, at, prefix)
+        if not is_done(model, record):
+            replay_(model, record)
+            note_in_configs(model, "", record)
     own = {select.canonical_name(name): name for name in model.state_dict()}
     model.load_state_dict({real: weights[prefix + name] for name, real in own.items()})
     masks: Masks = {}

@@ -216,6 +216,35 @@ def test_what_was_cut_in_steps_is_loaded_by_either_way(tmp_path, order):
             assert torch.equal(again.eval()(**IDS).logits, shrunk(**IDS).logits)
 
 
+@pytest.mark.parametrize("where", ["", "model", "model.model"])
+def test_what_a_fit_cut_is_saved_and_loaded(tmp_path, where):
+    module = AccelModule(llama())
+    inputs = {"": IDS | {"labels": IDS["input_ids"]}, "model": IDS, "model.model": IDS}[where]
+    pruning = Pruning(PruneConfig("neurons", 0.5), module=where, cut_first=True, example_inputs=inputs)
+    trainer(tmp_path, [pruning, every_epoch(tmp_path)], max_epochs=1).fit(module, texts())
+    restored = load_checkpoint(tmp_path / "epoch=0.ckpt", llama())
+    for saved in (module.model, restored):
+        saved.save_pretrained(tmp_path / "folder")
+        again = load_checkpoint(tmp_path / "folder", llama())
+        assert_same(weights(again), weights(module.model))
+        if where and saved is module.model:  # what is cut above a model does not reach its configuration's own entries
+            assert_same(weights(plain(saved, tmp_path / "folder")), weights(module.model))
+
+
+def test_eps_of_norms_is_set_once_where_the_configuration_refuses_the_width(tmp_path):
+    make: Any = tiny.llama
+    model = make(rms_norm_eps=1e-3)
+    masks = prune_model_(model, PruneConfig("hidden", 10 / 32), example_inputs=IDS)  # 22 is no multiple of 4 heads
+    shrunk: Any = shrink_model(model, masks, example_inputs=IDS).eval()
+    assert shrunk.config.hidden_size == 32 and shrunk.config.rms_norm_eps == 1e-3
+    shrunk.save_pretrained(tmp_path)
+    saved = type(model)(type(model.config).from_pretrained(tmp_path))
+    for again in (load_checkpoint(tmp_path, make(seed=1, rms_norm_eps=1e-3)), load_checkpoint(tmp_path, saved)):
+        assert again.model.norm.variance_epsilon == pytest.approx(1e-3 * 32 / 22)
+        with torch.no_grad():
+            assert torch.equal(again.eval()(**IDS).logits, shrunk(**IDS).logits)
+
+
 @pytest.mark.parametrize("structure", ["neurons", "heads", "layers"])
 def test_weights_that_are_saved_under_other_names_are_loaded(tmp_path, structure):
     model, inputs = tiny.vit(), {"pixel_values": torch.randn(2, 3, 16, 16)}
@@ -225,6 +254,36 @@ def test_weights_that_are_saved_under_other_names_are_loaded(tmp_path, structure
     again = load_checkpoint(tmp_path, tiny.vit(seed=1)).eval()
     with torch.no_grad():
         assert torch.equal(tiny.logits(again(**inputs)), tiny.logits(shrunk(**inputs)))
+
+
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.vit])
+def test_heads_and_hidden_that_a_configuration_cannot_tell_apart_are_not_loaded_as_others(tmp_path, make):
+    inputs = IDS if make is tiny.gpt2 else {"pixel_values": torch.randn(2, 3, 16, 16)}
+    model = make()
+    masks = prune_model_(model, PruneConfig(("heads", "hidden"), 0.5), example_inputs=inputs)
+    shrunk: Any = shrink_model(model, masks, example_inputs=inputs).eval()
+    shrunk.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatched"):
+        type(model).from_pretrained(tmp_path)
+    saved = type(model)(type(model.config).from_pretrained(tmp_path))
+    for again in (load_checkpoint(tmp_path, make(seed=1)), load_checkpoint(tmp_path, saved)):
+        with torch.no_grad():
+            assert torch.equal(tiny.logits(again.eval()(**inputs)), tiny.logits(shrunk(**inputs)))
+
+
+def test_layers_that_alternate_are_not_counted_anew(tmp_path):
+    shape: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 4], "num_heads": [2, 4]}
+    make = lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**shape, window_size=4))  # noqa: E731
+    model, inputs = make().eval(), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    config = PruneConfig("layers", 0.5, overrides={"swin.encoder.layers.0.blocks.1": None})  # the shifted one stays
+    masks = prune_model_(model, config, example_inputs=inputs, calibration=[inputs])
+    shrunk: Any = shrink_model(model, masks, example_inputs=inputs).eval()
+    shrunk.save_pretrained(tmp_path)
+    if len(shrunk.swin.encoder.layers[0].blocks) == 1:
+        assert shrunk.config.depths[0] == 2
+    again = load_checkpoint(tmp_path, make()).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, shrunk(**inputs).logits)
 
 
 def test_layers_of_a_stage_are_counted_in_the_configuration(tmp_path):

@@ -175,6 +175,8 @@ def drop_layers_(model: nn.Module, name: str, gone: list[int]) -> None:
     """
     blocks: Any = select.get_module(model, name)
     before, left = len(blocks), [i for i in range(len(blocks)) if i not in gone]
+    kinds = [_settings(block) for block in blocks]
+    alike = all(kinds[old] == kinds[new] for new, old in enumerate(left))
     for i in reversed(gone):
         del blocks[i]
     for new, (old, block) in enumerate(zip(left, blocks, strict=True)):
@@ -186,18 +188,31 @@ def drop_layers_(model: nn.Module, name: str, gone: list[int]) -> None:
         config: Any = getattr(select.get_module(model, ".".join(path[:depth])), "config", None)
         if config is not None and id(config) not in seen:
             seen.add(id(config))
-            _record_layers(config, path[depth:], before, left)
+            _record_layers(config, path[depth:], before, left, alike)
 
 
-def _record_layers(config: Any, path: list[str], before: int, left: list[int]) -> None:
+def _settings(block: nn.Module) -> dict[str, Any]:
+    """Numbers that a block's modules hold beside their parameters, but for its index."""
+    return {
+        f"{name}.{field}": value
+        for name, module in block.named_modules()
+        for field, value in vars(module).items()
+        if isinstance(value, int | float | str) and field not in ("layer_idx", "training")
+    }
+
+
+def _record_layers(config: Any, path: list[str], before: int, left: list[int], alike: bool) -> None:
+    """Counts the layers that are left; those of a stage only where they are what would be built in their places."""
     part = next((kind for kind in ("decoder", "encoder") if any(kind in step for step in path)), "")
     own = [field for field in _COUNTS[part] if isinstance(getattr(config, field, None), int)] if part else []
     for field in own or _COUNTS[""]:
         if getattr(config, field, None) == before:
             setattr(config, field, len(left))
     depths, stage = getattr(config, "depths", None), next((int(step) for step in path if step.isdigit()), None)
-    if isinstance(depths, list | tuple) and stage is not None and stage < len(depths) and depths[stage] == before:
-        config.depths = [*depths[:stage], len(left), *depths[stage + 1 :]]
+    if alike and isinstance(depths, list | tuple) and stage is not None:
+        at_stage = list(depths)
+        if at_stage[stage : stage + 1] == [before]:
+            config.depths = [*at_stage[:stage], len(left), *at_stage[stage + 1 :]]
     for field, value in list(vars(config).items()):
         if "layer" in field and isinstance(value, list | tuple) and len(value) == before:
             setattr(config, field, type(value)(value[i] for i in left))

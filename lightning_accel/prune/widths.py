@@ -52,7 +52,7 @@ def record_widths(model: nn.Module, widths: list[dict[str, Any]], changed: set[s
         _record_heads(model, width)
     if cut and len({(w["of"], w["left"]) for w in heads}) == 1 and _has_head_width(config):
         _scale(config, _HEADS, cut[0])
-    for field in _HIDDEN:
+    for field in _HIDDEN if _has_head_width(config) else ():  # else heads would be of another width than they are
         for width in (w for w in widths if w["kind"] == "hidden" and w["left"] < w["of"]):
             if getattr(config, field, None) == width["of"]:
                 setattr(config, field, width["left"])
