@@ -27,10 +27,4 @@ with _silenced("torchao", "torch.utils._pytree"):
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-__all__ = [
-    "AttentionInterface",
-    "Conv1D",
-    "FakeQuantizedLinear",
-    "FakeQuantizerBase",
-    "PreTrainedModel",
-]
+__all__ = ["AttentionInterface", "Conv1D", "FakeQuantizedLinear", "FakeQuantizerBase", "PreTrainedModel"]

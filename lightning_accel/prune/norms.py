@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import select
+from .widths import HIDDEN
 
 _EPS = ("variance_epsilon", "eps")  # of norms of transformers, and of torch
-_HIDDEN = ("hidden_size", "d_model")
 _CONFIGURED = ("rms_norm_eps", "layer_norm_epsilon")  # in configurations
 
 
@@ -74,7 +74,7 @@ def record_eps(model: nn.Module, gains: Iterable[Sequence[Any]]) -> None:
     """Writes eps into the configuration where it says the new width, and all norms of the model have the same."""
     config: Any = getattr(model, "config", None)
     widths = {len(select.get_module(model, name.rpartition(".")[0]).weight) for name, *_ in gains}  # type: ignore[arg-type]
-    said = {getattr(config, field, None) for field in _HIDDEN}
+    said = {getattr(config, field, None) for field in HIDDEN}
     of_all = {getattr(m, f) for m in model.modules() for f in _EPS if isinstance(getattr(m, f, None), float)}
     for field in _CONFIGURED if len(of_all) == 1 and widths and widths <= said else ():
         if isinstance(getattr(config, field, None), float):

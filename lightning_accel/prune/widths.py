@@ -10,7 +10,7 @@ from .. import select
 from .._quiet import Conv1D
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "nhead")  # of a block
-_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 _ALL_HEADS = ("all_head_size", "embed_dim", "inner_dim", "split_size")  # heads * width of a head
 
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim")
@@ -44,7 +44,7 @@ def record_widths(model: nn.Module, widths: list[dict[str, Any]], changed: set[s
         changed: the parameters that were cut just now.
     """
     config: Any = getattr(model, "config", None)
-    before = {field: getattr(config, field) for field in (*_HEADS, *_HIDDEN) if hasattr(config, field)}
+    before = {field: getattr(config, field) for field in (*_HEADS, *HIDDEN) if hasattr(config, field)}
     _record_neurons(model, config, [w for w in widths if w["kind"] == "neurons"])
     heads = [w for w in widths if w["kind"] == "heads"]
     cut = [w for w in heads if w["left"] < w["of"] and changed.intersection(w["members"])]
@@ -52,7 +52,7 @@ def record_widths(model: nn.Module, widths: list[dict[str, Any]], changed: set[s
         _record_heads(model, width)
     if cut and len({(w["of"], w["left"]) for w in heads}) == 1 and _has_head_width(config):
         _scale(config, _HEADS, cut[0])
-    for field in _HIDDEN if _has_head_width(config) else ():  # else heads would be of another width than they are
+    for field in HIDDEN if _has_head_width(config) else ():  # else heads would be of another width than they are
         for width in (w for w in widths if w["kind"] == "hidden" and w["left"] < w["of"]):
             if getattr(config, field, None) == width["of"]:
                 setattr(config, field, width["left"])
