@@ -40,6 +40,22 @@ struct Activated {  // the epilogue of the first product; the largest magnitudes
     }
   };
   Column at(int64_t n, int64_t count) const { return {value.at(n, first(count)), hidden + n, ld, most, {}}; }
+
+#ifdef VNNI
+  static constexpr bool kTakesRows = true;  // a row's largest magnitudes are written once
+  template <int N>
+  void store_row(int64_t m, int64_t n, int64_t count, const Ints* sums) const {
+    const Activate<kind> activate;
+    Ints top = load(most + m * 16);
+    for (int i = 0; i < N; i++) {
+      const int64_t from = n + i * kRows;
+      const Floats out = activate(value.at(from, first(count - i * kRows))(m, sums[i]));
+      ::store(hidden + m * ld + from, out);
+      top = larger(top, out);
+    }
+    ::store(most + m * 16, top);
+  }
+#endif
 #else
   void store(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
     for (int64_t i = 0; i < std::min(count, kRows); i++) {
