@@ -3,6 +3,7 @@
 int8 and int8-static, each with attention in float and in int8.
 
     lightning-accel run benchmarks/encoders.py --threads 1 --out out/encoders  # builds all once, then measures
+    lightning-accel run benchmarks/encoders.py minilm-8x128 --threads 1 --out out/encoders
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ SHAPES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {},
 }
-ROWS = (("minilm", 1, 128), ("minilm", 8, 128), ("bert-base", 1, 128))  # shape, batch, length
+ROWS = {  # shape, batch, length
+    "minilm-1x128": ("minilm", 1, 128),
+    "minilm-8x128": ("minilm", 8, 128),
+    "bert-base-1x128": ("bert-base", 1, 128),
+}
 CONFIGS = {
     scheme: config_of(scheme) for scheme in ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")
 }
@@ -39,17 +44,18 @@ def float_model(shape: str) -> BertModel:
     return BertModel(BertConfig(**SHAPES[shape]), add_pooling_layer=False).eval()
 
 
-def artifact(out: Path, shape: str, batch: int, length: int, name: str) -> Path:
-    return out / file_name(f"{shape}-{batch}x{length}-{name}")
+def artifact(out: Path, row: str, name: str) -> Path:
+    return out / file_name(f"{row}-{name}")
 
 
-def build(out: Path) -> None:
+def build(out: Path, rows: list[str]) -> None:
     """Writes the artifacts, unless they are there; the golden inputs are those that are timed."""
-    for shape, batch, length in ROWS:
+    for row in rows:
+        shape, batch, length = ROWS[row]
         model = float_model(shape)
         example = inputs(batch, length)
         for name, quantize in {"float": None, **CONFIGS}.items():
-            folder = artifact(out, shape, batch, length, name)
+            folder = artifact(out, row, name)
             if not (folder / MANIFEST).exists():
                 export_model(
                     model, folder, example_inputs=example, quantize=quantize, calibration=8 * [example], measure=False
@@ -58,31 +64,34 @@ def build(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="default: all")
     parser.add_argument("--out", type=Path, default=Path("out/encoders"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     peers.add_option(parser)
     options = parser.parse_args()
+    wanted = options.rows or list(ROWS)
     options.out.mkdir(parents=True, exist_ok=True)
     others = peers.chosen(options.peers, "encoder")
-    build(options.out)
-    for shape, batch, length in ROWS:
-        float_, *quantized = (artifact(options.out, shape, batch, length, name) for name in ("float", *CONFIGS))
-        folder = options.out / "peers" / f"{shape}-{batch}x{length}"
-        rows, agreements = peers.encoder_rows(others, float_model(shape), inputs(batch, length), folder)
+    build(options.out, wanted)
+    for row in wanted:
+        shape, batch, length = ROWS[row]
+        float_, *quantized = (artifact(options.out, row, name) for name in ("float", *CONFIGS))
+        folder = options.out / "peers" / row
+        timed, agreements = peers.encoder_rows(others, float_model(shape), inputs(batch, length), folder)
         targets = {
             "eager_fp32": Target(str(float_), engine="portable"),
             "engine_fp32": Target(str(float_)),
             **{name: Target(str(folder)) for name, folder in zip(CONFIGS, quantized, strict=True)},
-            **{row.name: row.target for row in rows},
+            **{peer.name: peer.target for peer in timed},
         }
         measured = compare(targets, threads=options.threads, rounds=options.rounds, pause=PAUSE)
         sizes = {"eager_fp32": default_load(float_), "engine_fp32": default_load(float_)}
         sizes |= {name: default_load(folder) for name, folder in zip(CONFIGS, quantized, strict=True)}
-        sizes |= {row.name: row.bytes for row in rows}
+        sizes |= {peer.name: peer.bytes for peer in timed}
         print(table(f"{shape}, {batch} x {length}", measured, sizes) + "\n")
         print("; ".join(map(coverage, quantized)) + "\n")
-        print(peers.notes(rows, agreements) + "\n")
+        print(peers.notes(timed, agreements) + "\n")
     print("random weights: no quality is claimed\n" + provenance(options.threads, peers.packages(others)))
 
 

@@ -65,8 +65,12 @@ def with_decoder_inputs(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict
 
 
 def inputs_of_batch(model: torch.nn.Module, batch: Any) -> ExampleInputs:
-    """The model's inputs in a batch of a loader: those of a mapping that it takes, or a tuple's first item."""
+    """The model's inputs in a batch of a loader: those of a mapping that it takes, or a tuple's first item.
+
+    An encoder-decoder model of transformers gets decoder inputs that it would make of the labels.
+    """
     if isinstance(batch, Mapping):
+        batch = with_decoder_inputs(model, dict(batch))
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return {k: v for k, v in without_labels(batch).items() if v is not None and (k in parameters or open_ended)}

@@ -72,6 +72,11 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(name): parameter for name, parameter in root.named_parameters()}
 
 
+def all_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by each of its canonical names: one that is used at several places is there several times."""
+    return {canonical_name(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+
+
 def get_module(root: nn.Module, name: str | None) -> nn.Module:
     """The module called `name` (canonical) below `root`; `None` and `""` mean `root`.
 

@@ -232,8 +232,9 @@ def test_cutting_first_takes_a_loss_of_ones_own(tmp_path):
 
     config = PruneConfig("neurons", 0.5, saliency="taylor", scope="sensitivity")
     options: dict[str, Any] = {"module": "model", "cut_first": True, "example_inputs": (X,), "calibration": batches}
-    with pytest.raises(ValueError, match="a loss is needed"):
-        trainer(tmp_path, [Pruning(config, **options)]).fit(seeded(Plain), loader())
+    numbers = options | {"calibration": [(x, y.float()) for x, y in batches]}
+    with pytest.raises(ValueError, match=r"a loss is needed, and targets of torch\.float32 are no classes"):
+        trainer(tmp_path, [Pruning(config, **numbers)]).fit(seeded(Plain), loader())
     pruning = Pruning(config, **options, loss=loss)
     module = seeded(Plain)
     trainer(tmp_path, [pruning]).fit(module, loader())

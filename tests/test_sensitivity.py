@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_accel import QuantConfig, allocate, prepare_, quantize_model, sensitivity
-from lightning_accel.quantize.mixed import Sensitivity, default_loss
+from lightning_accel.loss import default_loss
+from lightning_accel.quantize.mixed import Sensitivity
 
 
 def network() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -176,8 +177,17 @@ def test_wrong_calls_say_what_to_write() -> None:
     assert sensitivity(model, batches, ("int8",), loss=lambda m, b: default_loss(m, b).item()).loss > 0
     with pytest.raises(ValueError, match="unknown scheme 'int3'"):
         sensitivity(model, batches, ("int3",))
-    with pytest.raises(ValueError, match=r"gives no loss for \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"the model gives none for \['input_ids'\]"):
         default_loss(tiny.llama(), {"input_ids": tiny.ids()})
+    x, y = batches[0]
+    for other, target, reason in ((model, y.float(), "float32 are no classes"), (Nothing(), y, "puts out no logits")):
+        with pytest.raises(ValueError, match=f"a loss is needed, and .*{reason}; write loss="):
+            default_loss(other, (x, target))
+
+
+class Nothing(nn.Module):
+    def forward(self, x: Any) -> dict[str, Any]:
+        return {"hidden": x}
 
 
 def test_static_ranges_are_left_out_where_no_batch_comes() -> None:

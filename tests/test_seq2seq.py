@@ -241,6 +241,23 @@ def test_bad_inputs_say_what_to_write(pair: tuple[str, Any, LoadedSeq2Seq]) -> N
             ours.generate(**given, max_new_tokens=65)
 
 
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_calibration_reads_the_answers_that_labels_are(name: str) -> None:
+    from lightning_accel import quantize_model
+
+    model, ids = made(name), torch.randint(3, VOCABULARY, (3, 5))
+    shifted = torch.cat([torch.full((3, 1), 1), ids[:, :-1]], 1)
+    labelled, given, bare = (
+        [source(name, seed=seed) | answer for seed in range(8)]
+        for answer in ({"labels": ids}, {"decoder_input_ids": shifted}, {})
+    )
+    found, expected = (quantize_model(model, QuantConfig("int8-static"), data) for data in (labelled, given))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+    with pytest.raises(ValueError, match=r"decodes an answer, and the calibration data has none .* decoder_input_ids$"):
+        quantize_model(model, QuantConfig("int8-static"), bare)
+
+
 def test_whisper_asks_its_quantized_convolutions_for_their_stride() -> None:
     from lightning_accel import quantize_model
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from .. import select
 from ..prune import PruneConfig
+from ..prune.calibrate import needed
 from ..prune.cut import Record, is_done, note_in_configs, replay_
 from ..prune.groups import KINDS
-from ..prune.masks import needed
 
 
 def before_restore(trainer: pl.Trainer, then: Callable[[dict[str, Any] | None], None]) -> None:

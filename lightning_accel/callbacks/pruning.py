@@ -51,7 +51,7 @@ class Pruning(AccelCallback):
             mask them; a resumed fit cuts the same before weights are restored. Needs `example_inputs`.
         calibration: batches for a saliency that needs data, with `cut_first`; else the training batches serve.
         loss: (module, batch) -> scalar, for `"taylor"` and `scope="sensitivity"` with `cut_first`; by default that
-            which a transformers model puts out for a batch with labels.
+            which a transformers model puts out for a batch with labels, or the cross-entropy of (input, classes).
 
     Attributes:
         timer: what measures a latency; `prune.time_in_turns` unless it is set otherwise.

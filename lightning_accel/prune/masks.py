@@ -1,4 +1,4 @@
-"""Saliency and masks: which weights or neurons go, and keeping them at zero.
+"""Masks: which weights or units go, and keeping them at zero.
 
 Masks are plain boolean tensors keyed by parameter name, broadcastable to the parameter; they live outside the
 model, so that its state_dict never changes (no `weight_orig`).
@@ -7,7 +7,7 @@ model, so that its state_dict never changes (no `weight_orig`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import select
-from ..capture import call_example
-from ..inputs import ExampleInputs, inputs_of_batch
+from ..inputs import ExampleInputs
 from ..select import Coverage, Entry
 from .allocate import Costs, amount_for
+from .calibrate import Tables, costs_of, measure, measure_tables, saliencies_of
 from .config import PruneConfig
 from .groups import Group
 from .keep import Masks, keep_units, masks_of
-from .latency import Calls, LatencyCosts, Timer, gain, latency_table, time_in_turns
-from .losses import equal_rises, loss_table
-from .saliency import SALIENCIES, Means, add_gradients, observe_blocks, observe_inputs, saliency
+from .latency import LatencyCosts, Timer, gain, time_in_turns
+from .losses import equal_rises
+from .saliency import Means
 from .targets import find_targets
-
-Tables = dict[str, list[Any]]  # what was measured of each target, in plain types
 
 
 def prune_model_(
@@ -47,7 +45,7 @@ def prune_model_(
         calibration: batches for the saliencies that need data and for `scope="sensitivity"`: mappings of keyword
             inputs, tensors, or tuples whose first item is the input.
         loss: (model, batch) -> scalar, for `"taylor"` and `scope="sensitivity"`; by default that which a transformers
-            model puts out for a batch with labels.
+            model puts out for a batch with labels, or the cross-entropy of (input, classes).
         timer: (models, calls) -> seconds of each, for `of="latency"` and `scope="latency"`; by default eager forwards
             of the example inputs in turns, `prune.time_in_turns`.
 
@@ -68,106 +66,6 @@ def prune_model_(
     masks = compute_masks(model, targets, config, means=means, costs=costs, tables=tables)
     apply_masks_(model, masks)
     return masks
-
-
-def measure(
-    model: nn.Module,
-    targets: Sequence[Group],
-    config: PruneConfig,
-    calibration: Iterable[Any] | None,
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> Means:
-    """What the saliency of `config` needs to know of the calibration batches; nothing for those that need none.
-
-    Raises:
-        ValueError: it needs some, and there are none.
-    """
-    means, needs = Means(), needed(config)
-    if not needs:
-        return means
-    batches = list(calibration) if calibration is not None else []
-    if not batches:
-        names = sorted({config.saliency_of(s) for s in config.structures} - {"l1", "l2", "random"})
-        raise ValueError(
-            f"saliency={names[0]!r} is measured on data; write calibration=[batch, ...], some batches of inputs, "
-            "or a saliency that needs none: saliency='l2'"
-        )
-    handles = observe_inputs(model, means) if "inputs" in needs else []
-    if "blocks" in needs:
-        handles += observe_blocks(model, [unit for target in targets for unit in target.units], means)
-    try:
-        with select.evaluating(model):
-            for batch in batches:
-                if "gradients" in needs:
-                    _measure_gradients(model, targets, batch, loss or own_loss, means)
-                if needs - {"gradients"}:
-                    call_example(model, inputs_of_batch(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return means
-
-
-def needed(config: PruneConfig) -> set[str]:
-    """What the saliencies of a config need beside the weights."""
-    return {SALIENCIES[config.saliency_of(structure)] for structure in config.structures} - {""}
-
-
-def _measure_gradients(
-    model: nn.Module, targets: Sequence[Group], batch: Any, loss: Callable[[nn.Module, Any], Tensor], means: Means
-) -> None:
-    before = {p: p.grad for p in model.parameters()}
-    try:
-        for parameter in before:
-            parameter.grad = None
-        with torch.enable_grad():
-            loss(model, batch).backward()
-        add_gradients(means, targets, dict(_all_parameters(model)))
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient
-
-
-def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a transformers model puts out for a batch with labels."""
-    found = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
-    if found is None:
-        raise ValueError(
-            "a loss is needed: saliency='taylor' takes its gradients, scope='sensitivity' its values; give batches "
-            "with labels to a model that computes it, or write "
-            "loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
-        )
-    return found
-
-
-def measure_tables(
-    model: nn.Module,
-    targets: list[Group],
-    config: PruneConfig,
-    calls: Calls | None,
-    *,
-    means: Means | None = None,
-    calibration: Sequence[Any] = (),
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    timer: Timer = time_in_turns,
-) -> Tables:
-    """What the amount or scope of `config` needs to be measured of each target, in plain types: `"latency"` curves
-    (`latency_table`), `"losses"` (`loss_table`); empty where it needs nothing.
-
-    Raises:
-        ValueError: example inputs or batches missing.
-    """
-    tables: Tables = {}
-    if config.needs_latency:
-        if not calls:
-            raise ValueError("latency is measured on a forward and needs example_inputs=(x,)")
-        tables["latency"] = latency_table(model, targets, calls, config.round_to, timer)
-    if config.scope == "sensitivity":
-        if not calibration:
-            raise ValueError("scope='sensitivity' measures losses; write calibration=[batch, ...], some with labels")
-        saliencies = _saliencies(model, targets, config, means)
-        tables["losses"] = loss_table(model, targets, saliencies, calibration, loss or own_loss)
-    return tables
 
 
 def compute_masks(
@@ -193,8 +91,8 @@ def compute_masks(
     Raises:
         ValueError: an amount out of reach, or means missing.
     """
-    parameters = dict(_all_parameters(model))
-    saliencies = _saliencies(model, targets, config, means)
+    parameters = select.all_parameters(model)
+    saliencies = saliencies_of(model, targets, config, means)
     fixed = [select.first_match(t.name, config.overrides, math.nan) for t in targets]
     if config.scope == "latency":  # what is kept for a second of time; what is zero, at 0 or -1, stays the least
         gains = [max(gain(curve), 1e-12) for curve in (tables or {})["latency"]]
@@ -220,11 +118,6 @@ def compute_masks(
     return masks_of(targets, kept_at(amount), parameters)
 
 
-def _saliencies(model: nn.Module, targets: list[Group], config: PruneConfig, means: Means | None) -> list[Tensor]:
-    parameters = dict(_all_parameters(model))
-    return [saliency(config.saliency_of(t.kind), t, parameters, means, config.seed) for t in targets]
-
-
 def _free(targets: list[Group], fixed: list[float], together: bool) -> list[list[int]]:
     """Targets whose amount no override fixes: all of them, or those of each kind."""
     sets: dict[str, list[int]] = {}
@@ -232,25 +125,6 @@ def _free(targets: list[Group], fixed: list[float], together: bool) -> list[list
         if math.isnan(fixed[i]):
             sets.setdefault("" if together else target.kind, []).append(i)
     return list(sets.values())
-
-
-def costs_of(
-    model: nn.Module,
-    targets: list[Group],
-    config: PruneConfig,
-    calls: Mapping[str, ExampleInputs] | None,
-    tables: Tables | None = None,
-    counted: Mapping[str, float] | None = None,
-) -> Costs | LatencyCosts | None:
-    """What `compute_masks` needs to reach a share of parameters, FLOPs or, by the tables, latency; `None` for a share
-    of units.
-
-    Args:
-        counted: `Costs.costs` of the same model, in place of counting again.
-    """
-    if config.of == "latency":
-        return LatencyCosts(targets, (tables or {})["latency"])
-    return None if config.of == "units" else Costs(model, targets, config.of, calls, counted)
 
 
 @torch.no_grad()
@@ -265,7 +139,7 @@ def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -
     >>> layer.bias[1].item()
     0.0
     """
-    parameters = dict(_all_parameters(model))
+    parameters = select.all_parameters(model)
     for name, mask in masks.items():
         if name not in parameters:
             raise ValueError(
@@ -284,7 +158,7 @@ def apply_masks_(model: nn.Module, masks: Masks, only: set[int] | None = None) -
 @torch.no_grad()
 def clear_state_(optimizer: Optimizer, model: nn.Module, masks: Masks) -> None:
     """Zeroes the optimizer's momentum and moments of weights that the masks drop, so that none regrows from them."""
-    parameters = dict(_all_parameters(model))
+    parameters = select.all_parameters(model)
     for name, mask in masks.items():
         for key, value in optimizer.state.get(parameters[name], {}).items():
             if key != "step" and isinstance(value, Tensor) and value.shape == parameters[name].shape:
@@ -304,7 +178,3 @@ def pruning_coverage(model: nn.Module, masks: Masks) -> Coverage:
             coverage.entries.append(Entry(name, "parameter", parameter.numel(), reason="not selected"))
     coverage.touched = zeroed
     return coverage
-
-
-def _all_parameters(model: nn.Module):
-    return ((select.canonical_name(n), p) for n, p in model.named_parameters(remove_duplicate=False))

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .. import select
 from .allocate import Costs
+from .calibrate import Tables, costs_of, measure_tables, needed
 from .config import PruneConfig
 from .groups import Group
 from .keep import Masks
 from .latency import Calls, LatencyCosts, Timer
-from .masks import Tables, apply_masks_, compute_masks, costs_of, measure_tables, needed
+from .masks import apply_masks_, compute_masks
 from .saliency import Means, add_gradients, observe_blocks, observe_inputs
 from .targets import find_targets
 

@@ -13,13 +13,14 @@ from .. import select
 from .._warn import warn
 from ..capture import call_example, flatten_output
 from ..inputs import ExampleInputs
+from ..loss import default_loss
 from . import cut
 from .config import PruneConfig
 from .groups import all_groups
 from .keep import Masks
 from .latency import Timer, time_in_turns
 from .layers import pass_through
-from .masks import apply_masks_, own_loss, prune_model_
+from .masks import apply_masks_, prune_model_
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -45,7 +46,8 @@ def shrink_model(
 
     Args:
         calibration: batches to measure the loss on, masked and cut, where the two differ by construction.
-        loss: (model, batch) -> scalar; by default that which a transformers model puts out for a batch with labels.
+        loss: (model, batch) -> scalar; by default that which a transformers model puts out for a batch with labels, or
+            the cross-entropy of (input, classes).
 
     Raises:
         ValueError: the masks belong to another model, drop units that cannot be cut out, or the cut model does not run
@@ -166,7 +168,7 @@ def _report_change(
     if batches:
         with torch.no_grad():
             models = masked.eval(), copy.deepcopy(shrunk).eval()
-            sums = [sum((loss or own_loss)(model, batch).item() for batch in batches) for model in models]
+            sums = [sum((loss or default_loss)(model, batch).item() for batch in batches) for model in models]
         found = [total / len(batches) for total in sums]
         text += f", the loss from {found[0]:.4f} masked to {found[1]:.4f} cut ({len(batches)} batches)"
     else:

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import select
-from ..distill import logits_of
+from ..loss import default_loss
 from .config import SCHEMES, QuantConfig
 from .fake import shapes_of, unprepare_
 from .prepare import plan, prepare_, prepare_as_planned_
@@ -57,19 +56,6 @@ class Sensitivity:
             figures = ", ".join(f"{s} {self.increase[name][s]:+.5f}" for s in schemes if s in self.increase[name])
             lines.append(f"  {name}: {figures}")
         return "\n".join(lines)
-
-
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that the model puts out for a mapping with labels, or the cross-entropy of (input, target)."""
-    if isinstance(batch, Mapping):
-        loss = getattr(model(**batch), "loss", None)
-        if loss is None:
-            raise ValueError(f"the model gives no loss for {sorted(batch)}; write loss=lambda model, batch: ...")
-        return loss
-    logits = logits_of(model(batch[0]))
-    if logits is None:
-        raise ValueError("the model puts out no logits; write loss=lambda model, batch: ...")
-    return F.cross_entropy(logits, batch[1])
 
 
 @torch.no_grad()

@@ -193,7 +193,17 @@ def _run(model: nn.Module, batch: Any) -> None:
         raise ValueError(f"a batch of the calibration data is a {kind} without tensors; write torch.as_tensor(...)")
     inputs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     args, kwargs = split_inputs(inputs)
-    model(*args, **kwargs)
+    try:
+        model(*args, **kwargs)
+    except NonFinite:
+        raise
+    except ValueError as error:
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_input_ids" in kwargs:
+            raise
+        raise ValueError(
+            f"{type(model).__name__} decodes an answer, and the calibration data has none ({error}); give batches with "
+            "labels or decoder_input_ids"
+        ) from error
 
 
 def _set_ranges(quantizers: dict[str, AffineFakeQuantizer], count: int, all_reached: bool) -> None:
