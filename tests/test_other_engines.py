@@ -330,6 +330,12 @@ def test_a_decoder_without_a_state_and_another_graph_of_the_cache_are_refused(qu
     model = openvino.Model([opset13.result(new)], [ids, cache])
     with pytest.raises(ValueError, match=r"in the graph of the cache, cache.0 is read by \['Relu'\], not by one Slice"):
         engine._keep_state(model, entry["cache"])
+    capacity = opset13.gather(opset13.shape_of(cache), opset13.constant([1]), opset13.constant(0))
+    read = opset13.relu(opset13.add(cache, opset13.convert(capacity, "f32")))
+    read.output(0).set_names({"new.0"})
+    model = openvino.Model([opset13.result(read)], [ids, cache])
+    with pytest.raises(ValueError, match="reads more than its batch: this version of OpenVINO"):
+        engine._keep_state(model, entry["cache"])
 
 
 # --- which one is taken -----------------------------------------------------------------------------------------------

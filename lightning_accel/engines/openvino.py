@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ..capture import Capture
     from ..quantize.layers import Int4Linear, Int8StaticConv, Int8StaticLinear
 
+_OTHER_VERSION = (
+    ": this version of OpenVINO converts it otherwise than the one known here; pip install 'openvino==2026.4.*'"
+)
 
 
 # --- build side ------------------------------------------------------------------------------------------------------
@@ -155,8 +158,9 @@ def _keep_state(model: Any, cache: dict[str, Any]) -> None:
     for index in range(cache.get("cross", 0), len(cache["shapes"])):
         old, new = model.input(f"cache.{index}").get_node(), model.output(f"new.{index}").get_node()
         for reader in old.output(0).get_target_inputs():
-            if reader.get_node().get_type_name() == "ShapeOf":  # for the batch, which the ids have too
-                reader.replace_source_output(ids.output(0))
+            if reader.get_node().get_type_name() == "ShapeOf":
+                _check_batch(reader.get_node())
+                reader.replace_source_output(ids.output(0))  # which have the same batch
         read = _reader(_reader(_reader(old, "Slice"), "Concat"), "Transpose")
         heads, width = cache["shapes"][index]
         old.set_partial_shape(openvino.PartialShape([-1, heads, -1, width]))
@@ -177,15 +181,23 @@ def _keep_state(model: Any, cache: dict[str, Any]) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def _check_batch(shape: Any) -> None:
+    """Raises unless all that is read of the shape of a cache is its first size."""
+    for target in shape.output(0).get_target_inputs():
+        reader = target.get_node()
+        of = reader.input_value(1).get_node() if reader.get_type_name() == "Gather" else None
+        if of is None or of.get_type_name() != "Constant" or of.data.reshape(-1).tolist() != [0]:
+            name = reader.get_friendly_name()
+            raise ValueError(f"in the graph of the cache, {name} reads more than its batch{_OTHER_VERSION}")
+
+
 def _reader(node: Any, kind: str) -> Any:
     """The one node that reads `node`, of that kind."""
     readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
     kinds = [reader.get_type_name() for reader in readers]
     if kinds != [kind]:
-        raise ValueError(
-            f"in the graph of the cache, {node.get_friendly_name()} is read by {kinds}, not by one {kind}: this "
-            "version of OpenVINO converts it otherwise than the one known here; pip install 'openvino==2026.4.*'"
-        )
+        name = node.get_friendly_name()
+        raise ValueError(f"in the graph of the cache, {name} is read by {kinds}, not by one {kind}{_OTHER_VERSION}")
     return readers[0]
 
 
