@@ -4,9 +4,10 @@
     python benchmarks/generation.py smollm2 whisper --out out/generation
     python benchmarks/generation.py gpt2 qwen gemma mistral t5 bart marian --out out/generation
 
-In float32, through the portable and the compiled program: how many prompts have all tokens equal, and where the first
-others are, by how much transformers' two best logits differ there, beside the largest error of the program's logits
-on transformers' own tokens. Two tokens whose logits are nearer than twice that error may be exchanged, no others.
+No token ends an answer, and none is suppressed. In float32, through the portable and the compiled program: how many
+prompts have all tokens equal, and where the first others are, by how much transformers' two best logits differ there,
+beside the largest error of the program's logits on transformers' own tokens, read at once. Two tokens whose logits are
+nearer than twice that error may be exchanged, no others.
 
 Quantized, through the compiled program: the same count; then teacher-forced on transformers' tokens, the KL divergence
 and the share of positions with the same best token, against the quantized model in eager (which has to agree) and
@@ -134,7 +135,7 @@ MODELS = {
 
 @torch.no_grad()
 def theirs(model: Any, given: Given, begin: tuple[int, ...], new: int) -> Tensor:
-    """The new tokens of transformers' greedy search, [new]."""
+    """The new tokens of transformers' greedy search, [new]; the model's own ends and suppressed tokens are cleared."""
     config = model.generation_config
     config.eos_token_id = config.forced_eos_token_id = config.suppress_tokens = config.begin_suppress_tokens = None
     options = {"decoder_input_ids": torch.tensor([begin])} if begin else {}
@@ -209,7 +210,7 @@ def table(name: str, out: Path, count: int, new: int, schemes: list[str]) -> str
     expected = [theirs(model, given, of.begin, new) for given in prompts]
     different = len({token for tokens in expected for token in tokens.tolist()})
     example = dict(prompts[0])
-    rows = [f"{name}: {count} prompts, {new} tokens each, {different} different ones\n",
+    rows = [f"{name}: {len(prompts)} prompts, {new} tokens each, {different} different ones\n",
             "| float32 | equal | first differences | twice the error |", "|---|---|---|---|"]  # fmt: skip
     for engine in ("portable", "aoti"):
         program = load(built(model, out / name / "float", example, None), engine=engine)

@@ -5,8 +5,9 @@
     lightning-accel run benchmarks/inference.py smollm2 whisper efficientnet --threads 2 --out out/inference
 
 Artifacts are built once a model, through all engines that are installed; one whose program does not compute what was
-quantized is left out, and named. Then all are timed in one interleaved run, each in its own process. Quantized after
-training, on real inputs; `quality.py` says what that costs.
+quantized is left out, and named. Then all are timed in one interleaved run, each in its own process, and with them
+torch.compile (forwards), llama.cpp (SmolLM2) and CTranslate2 (Whisper). Quantized after training, on real inputs;
+`quality.py` says what that costs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inference_peers import Peer, compiled, ct2_whisper, llama_files
 from tables import PAUSE, coverage, provenance, table
 from torch import nn
 
@@ -25,6 +27,7 @@ from lightning_accel import QuantConfig, engines, export_model
 from lightning_accel.artifact import MANIFEST, program_files, read_manifest
 from lightning_accel.measure import Target, compare
 
+LENGTHS = {"prompt": 128, "new": 64}  # tokens, of decoders
 PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
 
 
@@ -72,7 +75,7 @@ def _whisper() -> nn.Module:
 
 
 def _speech() -> list[dict[str, torch.Tensor]]:
-    """The recordings whose length is nearest to 10 s, as Whisper hears them, and what was said but for the first."""
+    """The recordings whose length is nearest to 10 s, as Whisper hears them; all but the first with what was said."""
     from real_speech import PROMPT, clips, features, whisper_processor
 
     first, *rest = sorted(clips(), key=lambda clip: abs(len(clip.samples) / 16_000 - 10))[:9]
@@ -124,8 +127,19 @@ def build(name: str, out: Path, names: tuple[str, ...]) -> dict[str, Path]:
     return folders
 
 
+def others(name: str, out: Path, eager_bytes: int) -> dict[str, Peer]:
+    """The peers of a model."""
+    model = MODELS[name]
+    if name == "whisper":
+        return ct2_whisper()
+    if name == "smollm2":
+        schemes = {scheme: QuantConfig(scheme) for scheme in model.schemes}
+        return llama_files(model.build, out / name, schemes, LENGTHS)
+    return compiled(name, eager_bytes)
+
+
 def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> str:
-    """The table of a model, and what each scheme covers."""
+    """The table of a model, what each scheme covers, and the settings of the peers."""
     targets: dict[str, Target] = {"float eager": Target("")}  # the first row
     sizes: dict[str, int] = {}
     for scheme, folder in folders.items():
@@ -136,11 +150,17 @@ def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> s
             files = {file["file"] for entry in programs for file in program_files(entry)}
             files |= {weights} if weights and any(entry["weights"] for entry in programs) else set()
             row = "float eager" if (scheme, engine) == ("float", "portable") else f"{scheme} {engine}"
-            targets[row] = Target(str(folder), {"prompt": 128}, engine=engine)
+            targets[row] = Target(str(folder), LENGTHS, engine=engine)
+            if name == "whisper":
+                targets[row] = Target("inference_peers:transcription", {"directory": str(folder), "engine": engine})
             sizes[row] = sum((folder / file).stat().st_size for file in files)
+    peers = others(name, folders["float"].parent.parent, sizes["float eager"])
+    targets |= {row: peer.target for row, peer in peers.items()}
+    sizes |= {row: peer.bytes for row, peer in peers.items()}
     measured = compare(targets, threads=threads, rounds=rounds, pause=PAUSE)
     covered = [f"{scheme}: {coverage(folder)}" for scheme, folder in folders.items() if scheme != "float"]
-    return f"{table(name, measured, sizes)}\n\n{'; '.join(covered)}\n"
+    settings = "".join(f"- {row}: {peer.settings}\n" for row, peer in peers.items())
+    return f"{table(name, measured, sizes)}\n\n{'; '.join(covered)}\n\n{settings}"
 
 
 def main() -> None:
@@ -157,7 +177,8 @@ def main() -> None:
         folders = build(name, options.out, names)
         if not options.build:
             print(measure(name, folders, options.threads, options.rounds))
-    print(provenance(options.threads, [package for name in names for package in PACKAGES.get(name, ())]))
+    packages = [package for name in names for package in PACKAGES.get(name, ())]
+    print(provenance(options.threads, [*packages, "ctranslate2", "llama-cpp-python"]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 from lightning_accel import QuantConfig
@@ -66,6 +66,7 @@ def coverage(folder: Path) -> str:
 
 
 def provenance(threads: int, packages: Iterable[str] = ()) -> str:
-    """Machine, versions (of further packages too) and command, as they belong beside every figure."""
-    found = versions() | {name: version(name) for name in packages}
+    """Machine, versions (of those of `packages` that are installed too) and command, as they belong beside figures."""
+    installed = {d.name for d in distributions()}
+    found = versions() | {name: version(name) for name in packages if name in installed}
     return json.dumps({"machine": machine(threads), "versions": found, "command": " ".join(sys.argv)})

@@ -216,6 +216,7 @@ def _source_and_answer(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in inputs.items() if not k.startswith("decoder_")}, "decoder_input_ids": ids}
 
 
+_LONGEST_ANSWER = 32  # tokens of labels that verification reads
 _CAUSAL = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position")  # known or made anew
 
 
@@ -233,7 +234,12 @@ def _inputs_of_batch(model: nn.Module, batch: Any) -> ExampleInputs:
     inputs = inputs_of_batch(model, batch)
     if is_seq2seq(model):
         args, kwargs = split_inputs(inputs)
-        return _source_and_answer(model, dict(zip(input_names(model, args, {}), args, strict=True)) | kwargs)
+        found = _source_and_answer(model, dict(zip(input_names(model, args, {}), args, strict=True)) | kwargs)
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor) and "decoder_input_ids" not in batch:  # nothing of what is behind an answer
+            shortest = int((labels != -100).sum(-1).min())
+            found["decoder_input_ids"] = found["decoder_input_ids"][:, : min(max(shortest, 1), _LONGEST_ANSWER)]
+        return found
     if isinstance(inputs, Mapping) and is_causal_lm(model):
         return {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     return inputs

@@ -53,8 +53,9 @@ def with_decoder_inputs(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict
     """Keyword inputs with what transformers' encoder-decoder models make of labels, which no artifact is given."""
     labels, config = kwargs.get("labels"), getattr(module, "config", None)
     given = kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None
-    if labels is None or given or not getattr(config, "is_encoder_decoder", False):
+    if given or not getattr(config, "is_encoder_decoder", False) or not _is_answer(module, labels):
         return kwargs
+    assert labels is not None
     if (prepare := getattr(module, "prepare_decoder_input_ids_from_labels", None)) is not None:
         return {**kwargs, "decoder_input_ids": prepare(labels)}
     start, pad = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
@@ -62,6 +63,12 @@ def with_decoder_inputs(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict
         return kwargs
     ids = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), 1)  # as Whisper does without a method
     return {**kwargs, "decoder_input_ids": ids.masked_fill(ids == -100, start if pad is None else pad)}
+
+
+def _is_answer(module: Any, labels: Any) -> bool:
+    """Whether labels are ids [N, T] that the module decodes, and not classes."""
+    generates = getattr(module, "can_generate", lambda: True)()
+    return generates and isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
 def inputs_of_batch(model: torch.nn.Module, batch: Any) -> ExampleInputs:

@@ -220,6 +220,9 @@ def test_the_loss_before_and_after_a_hidden_width_is_cut_is_said() -> None:
     assert found
     losses = [m(**batch).loss.item() for m in (model, shrunk)]
     assert [float(found[1]), float(found[2])] == pytest.approx(losses, abs=1e-4)
+    pair = (batch["input_ids"], batch["labels"])  # classes of positions: cross_entropy wants them in another shape
+    with pytest.warns(UserWarning, match="; of the loss: a loss is needed, and logits .* have no cross-entropy"):
+        shrink_model(model, masks, example_inputs=inputs, calibration=[pair])
 
 
 def test_heads_that_share_keys_go_together() -> None:

@@ -258,6 +258,28 @@ def test_calibration_reads_the_answers_that_labels_are(name: str) -> None:
         quantize_model(model, QuantConfig("int8-static"), bare)
 
 
+def test_classes_are_no_answers() -> None:
+    from transformers import BartForSequenceClassification
+
+    from lightning_accel.inputs import inputs_of_batch
+
+    config = BartConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=3, **_LAYERS, **_HEADS, **_IDS)
+    batch = source("bart") | {"labels": torch.tensor([0, 2, 1])}
+    assert inputs_of_batch(BartForSequenceClassification(config), batch).keys() == source("bart").keys()
+    answers = inputs_of_batch(made("bart"), source("bart") | {"labels": torch.tensor([[5, 2, -100]] * 3)})
+    assert answers["decoder_input_ids"].tolist() == [[1, 5, 2]] * 3
+
+
+def test_verification_reads_the_answers_that_labels_are_up_to_the_shortest(tmp_path: Path) -> None:
+    model, labels = made("t5"), torch.randint(3, VOCABULARY, (3, 40))
+    labels[1, 7:] = -100
+    data = [source("t5") | {"labels": labels}]
+    options = {"example_inputs": source("t5"), "engines": ("portable",), "measure": False}
+    report = export_model(model, tmp_path / "m", data=data, quantize=QuantConfig("int8"), **options)
+    found = [p["verification"]["positions"] for p in report.manifest["programs"] if "verification" in p]
+    assert found == [3 * 7]
+
+
 def test_whisper_asks_its_quantized_convolutions_for_their_stride() -> None:
     from lightning_accel import quantize_model
 

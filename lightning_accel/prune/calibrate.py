@@ -81,6 +81,7 @@ def _measure_gradients(
 
 
 def saliencies_of(model: nn.Module, targets: list[Group], config: PruneConfig, means: Means | None) -> list[Tensor]:
+    """The saliencies of each target's units, [width] each."""
     parameters = select.all_parameters(model)
     return [saliency(config.saliency_of(t.kind), t, parameters, means, config.seed) for t in targets]
 
@@ -109,7 +110,10 @@ def measure_tables(
         tables["latency"] = latency_table(model, targets, calls, config.round_to, timer)
     if config.scope == "sensitivity":
         if not calibration:
-            raise ValueError("scope='sensitivity' measures losses; write calibration=[batch, ...], some with labels")
+            raise ValueError(
+                "scope='sensitivity' measures losses; write calibration=[batch, ...], some with labels, or "
+                "(input, classes)"
+            )
         saliencies = saliencies_of(model, targets, config, means)
         tables["losses"] = loss_table(model, targets, saliencies, calibration, loss or default_loss)
     return tables

@@ -36,7 +36,7 @@ def loss_table(
         loss: (model, batch) -> scalar.
     """
     batches = list(batches)
-    parameters = {select.canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    parameters = select.all_parameters(model)
     with select.evaluating(model):
         whole = _mean(model, batches, loss)
         if not math.isfinite(whole):

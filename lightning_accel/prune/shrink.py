@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .. import select
 from .._warn import warn
 from ..capture import call_example, flatten_output
 from ..inputs import ExampleInputs
-from ..loss import default_loss
+from ..loss import default_loss, has_loss
 from . import cut
 from .config import PruneConfig
 from .groups import all_groups
@@ -86,7 +86,7 @@ def shrunk_with_record(
     said, change = _check_outputs(masked, model, example_inputs, record, comparable and passes)
     if not comparable and passes and change > 1e-3:
         batches = list(calibration) if calibration is not None else []
-        measurable = [b for b in batches if loss is not None or (isinstance(b, Mapping) and "labels" in b)]
+        measurable = [b for b in batches if loss is not None or has_loss(b)]
         _report_change(said, change, masked, model, measurable, loss)
     return model, record
 
@@ -157,20 +157,27 @@ def _check_outputs(
     return said, most
 
 
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss | None) -> float:
+    return sum((loss or default_loss)(model, batch).item() for batch in batches) / len(batches)
+
+
 def _report_change(
     said: str, change: float, masked: nn.Module, shrunk: nn.Module, batches: list[Any], loss: Loss | None
 ) -> None:
-    """Warns of what a cut changes that a normalization sees, with the loss where there are batches to measure it on."""
+    """Warns of what a cut changes that a normalization sees, with the loss where there are batches that have one."""
     text = (
         f"{said} changes what the model computes, since a normalization over fewer values differs: its outputs for the "
         f"example inputs by {change:.1%}"
     )
     if batches:
-        with torch.no_grad():
-            models = masked.eval(), copy.deepcopy(shrunk).eval()
-            sums = [sum((loss or default_loss)(model, batch).item() for batch in batches) for model in models]
-        found = [total / len(batches) for total in sums]
-        text += f", the loss from {found[0]:.4f} masked to {found[1]:.4f} cut ({len(batches)} batches)"
+        try:
+            found = [_mean_loss(model.eval(), batches, loss) for model in (masked, copy.deepcopy(shrunk))]
+            text += f", the loss from {found[0]:.4f} masked to {found[1]:.4f} cut ({len(batches)} batches)"
+        except ValueError as error:
+            if loss is not None:
+                raise
+            text += f"; of the loss: {error}"
     else:
         text += "; for the loss, write shrink_model(..., calibration=[batch, ...])"
     warn(f"{text}. Train it further")

@@ -142,7 +142,8 @@ def calibrate_(
     """Finds the ranges of static activations of a prepared model, and which BatchNorm follows which convolution.
 
     Args:
-        batches: mappings of keyword inputs (labels are left out), tensors, or tuples whose first item is the input; in
+        batches: mappings of keyword inputs (labels are left out, or of an encoder-decoder
+            model the answers that it decodes), tensors, or tuples whose first item is the input; in
             the dtype of the model, or are brought into it.
         run: calls the model with a batch, if it takes other batches than these.
         all_reached: raise where no batch reaches a module; else it stays without a range.
@@ -185,7 +186,7 @@ def calibrate_(
     return model
 
 
-def _run(model: nn.Module, batch: Any) -> None:
+def _run(model: Any, batch: Any) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = inputs_of_batch(model, batch)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
@@ -198,11 +199,12 @@ def _run(model: nn.Module, batch: Any) -> None:
     except NonFinite:
         raise
     except ValueError as error:
-        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_input_ids" in kwargs:
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and model.can_generate()
+        if not decodes or kwargs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             raise
         raise ValueError(
-            f"{type(model).__name__} decodes an answer, and the calibration data has none ({error}); give batches with "
-            "labels or decoder_input_ids"
+            f"{type(model).__name__} decodes an answer, and the calibration data has none ({error}); give mappings "
+            "with labels or decoder_input_ids"
         ) from error
 
 

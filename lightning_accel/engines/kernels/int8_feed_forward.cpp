@@ -47,7 +47,7 @@ struct Activated {  // the epilogue of the first product; the largest magnitudes
   void store_row(int64_t m, int64_t n, int64_t count, const Ints* sums) const {
     const Activate<kind> activate;
     Ints top = load(most + m * 16);
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < N; i++) {  // as Column::store
       const int64_t from = n + i * kRows;
       const Floats out = activate(value.at(from, first(count - i * kRows))(m, sums[i]));
       ::store(hidden + m * ld + from, out);

@@ -7,7 +7,7 @@
 // An epilogue is an object with
 //     Column at(int64_t n, int64_t count)              // of channels n .. n + count, at most a register, with
 //         void store(int64_t m, Ints sums)             // their sums in row m
-// where there are LANES, and elsewhere with
+// where there are LANES, so that what depends on the channels may stay in registers from row to row, and elsewhere with
 //     void store(int64_t m, int64_t n, int64_t count, const int32_t* sums)
 // For signed codes it has besides
 //     int32_t start(int64_t m)                         // -128 * sum of the codes of row m
@@ -114,7 +114,7 @@ inline void block(const Codes& x, int64_t m, const int8_t* w, int64_t K4, int64_
     for (int i = 0; i < M; i++) out.template store_row<N>(m + i, n, channels, sums[i]);
     return;
   }
-  for (int i = 0; i < M; i++)
+  for (int i = 0; i < M; i++)  // row by row: the sums of one lie beside each other in memory
     for (int j = 0; j < N; j++) out.at(n + j * kRows, channels - j * kRows).store(m + i, sums[i][j]);
 }
 

@@ -1,0 +1,147 @@
+"""What `inference.py` times beside the engines: torch.compile, llama.cpp, CTranslate2; each from a worker process."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers.common import Workloads, forward_workload
+
+from lightning_accel import export_model, load
+from lightning_accel.measure import Target
+
+FILES = {"int8": "Q8_0", "int4-int8": "Q4_0"}  # the engine gguf's, of 32 weights a scale
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row: what a worker loads, bytes on disk, and settings in words."""
+
+    target: Target
+    bytes: int
+    settings: str
+
+
+def installed(*modules: str) -> bool:
+    """Whether all can be imported; says which peer is left out otherwise."""
+    if missing := [module for module in modules if not importlib.util.find_spec(module)]:
+        print(f"left out, {' and '.join(missing)} not being installed: {modules[0]}")
+    return not missing
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def compiled(name: str, size: int) -> dict[str, Peer]:
+    """The float model under torch.compile, weights frozen."""
+    settings = "torch.compile(model), torch._inductor.config.freezing=True, under torch.inference_mode()"
+    return {"float torch.compile": Peer(Target("inference_peers:compiled_forward", {"name": name}), size, settings)}
+
+
+def compiled_forward(name: str) -> Workloads:
+    """Timed in a worker."""
+    import torch._inductor.config
+    from inference import MODELS
+
+    torch._inductor.config.freezing = True
+    model, inputs = torch.compile(MODELS[name].build().eval()), MODELS[name].inputs()[0]
+
+    @torch.inference_mode()
+    def run() -> Any:
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+    run()  # compiles
+    return forward_workload(run)
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def llama_files(model: Callable[[], Any], out: Path, schemes: Mapping[str, Any], lengths: Any) -> dict[str, Peer]:
+    """llama.cpp on the files of the engine gguf: the same integers, but for what the format rounds."""
+    if not installed("llama_cpp", "gguf"):
+        return {}
+    found = {}
+    for scheme in schemes.keys() & FILES.keys():
+        path = out / f"{scheme}-gguf" / "decoder.gguf"
+        if not path.exists():
+            export_model(model().eval(), path.parent, quantize=schemes[scheme], engines=("gguf",), measure=False)
+        settings = f"{FILES[scheme]}, built from source with GGML_NATIVE, context of 1024"
+        target = Target("peers.llama:causal", {"path": str(path), **lengths})
+        found[f"{scheme} llama.cpp"] = Peer(target, path.stat().st_size, settings)
+    return found
+
+
+# --- Whisper ----------------------------------------------------------------------------------------------------------
+
+
+def _workloads(encode: Callable[[], Any], answer: Callable[[], int], first: Callable[[], Any]) -> Workloads:
+    """Seconds of the encoder, of a token after the first, and of a whole transcription.
+
+    Args:
+        answer: transcribes, and returns the number of tokens.
+        first: encodes as `answer` does, and decodes one token.
+    """
+
+    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+        start = time.perf_counter()
+        result = work()
+        return time.perf_counter() - start, result
+
+    def decode() -> float:
+        short, _ = timed(first)
+        whole, tokens = timed(answer)
+        return (whole - short) / (tokens - 1)
+
+    return {"encode": lambda: timed(encode)[0], "decode": decode, "whole": lambda: timed(answer)[0]}
+
+
+def transcription(directory: str, engine: str) -> Workloads:
+    """Of an artifact, timed in a worker: greedy, to the end of the text."""
+    from inference import MODELS
+    from real_speech import END, PROMPT
+
+    model, source = load(directory, engine=engine), MODELS["whisper"].inputs()[0]
+
+    def answer(most: int = 100) -> int:
+        tokens = model.generate(**source, decoder_input_ids=list(PROMPT), max_new_tokens=most, stop=(END,))
+        return tokens.shape[1]
+
+    return _workloads(lambda: model.encoder(**source), answer, lambda: answer(1))
+
+
+def ct2_whisper() -> dict[str, Peer]:
+    """CTranslate2 on the files that the weights were read from, which are its own."""
+    from real_data import folder
+
+    if not installed("ctranslate2"):
+        return {}
+    size = (folder("whisper") / "model.bin").stat().st_size
+    found = {}
+    for name, kind in (("float", "float32"), ("int8", "int8")):
+        settings = f"Whisper(compute_type={kind!r}, inter_threads=1), greedy; bytes of its float16 file"
+        found[f"{name} ctranslate2"] = Peer(Target("inference_peers:ct2", {"kind": kind}), size, settings)
+    return found
+
+
+def ct2(kind: str) -> Workloads:
+    """Timed in a worker."""
+    import ctranslate2
+    from inference import MODELS
+    from real_data import folder
+    from real_speech import PROMPT
+
+    options = {"inter_threads": 1, "intra_threads": torch.get_num_threads()}
+    model = ctranslate2.models.Whisper(str(folder("whisper")), device="cpu", compute_type=kind, **options)
+    features = ctranslate2.StorageView.from_array(MODELS["whisper"].inputs()[0]["input_features"].numpy())
+
+    def answer(most: int = 100) -> int:
+        (result,) = model.generate(features, [list(PROMPT)], beam_size=1, max_length=len(PROMPT) + most)
+        return len(result.sequences_ids[0]) + 1  # the end is not among them
+
+    return _workloads(lambda: model.encode(features), answer, lambda: answer(1))
