@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_peers import Peer, compiled, ct2_whisper, llama_files
+from inference_peers import Peer, compiled, ct2_whisper, llama_files, transcribed
 from tables import PAUSE, coverage, provenance, table
 from torch import nn
 
@@ -127,14 +127,14 @@ def build(name: str, out: Path, names: tuple[str, ...]) -> dict[str, Path]:
     return folders
 
 
-def others(name: str, out: Path, eager_bytes: int) -> dict[str, Peer]:
-    """The peers of a model."""
+def others(name: str, folder: Path, eager_bytes: int) -> dict[str, Peer]:
+    """The peers of a model, whose float artifact is in `folder`."""
     model = MODELS[name]
     if name == "whisper":
-        return ct2_whisper()
+        return ct2_whisper(folder)
     if name == "smollm2":
         schemes = {scheme: QuantConfig(scheme) for scheme in model.schemes}
-        return llama_files(model.build, out / name, schemes, LENGTHS)
+        return llama_files(model.build, folder.parent, schemes, LENGTHS)
     return compiled(name, eager_bytes)
 
 
@@ -150,11 +150,10 @@ def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> s
             files = {file["file"] for entry in programs for file in program_files(entry)}
             files |= {weights} if weights and any(entry["weights"] for entry in programs) else set()
             row = "float eager" if (scheme, engine) == ("float", "portable") else f"{scheme} {engine}"
-            targets[row] = Target(str(folder), LENGTHS, engine=engine)
-            if name == "whisper":
-                targets[row] = Target("inference_peers:transcription", {"directory": str(folder), "engine": engine})
+            target = Target(str(folder), LENGTHS, engine=engine)
+            targets[row] = transcribed(folder, engine) if name == "whisper" else target
             sizes[row] = sum((folder / file).stat().st_size for file in files)
-    peers = others(name, folders["float"].parent.parent, sizes["float eager"])
+    peers = others(name, folders["float"], sizes["float eager"])
     targets |= {row: peer.target for row, peer in peers.items()}
     sizes |= {row: peer.bytes for row, peer in peers.items()}
     measured = compare(targets, threads=threads, rounds=rounds, pause=PAUSE)

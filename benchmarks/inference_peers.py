@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from peers.common import Workloads, forward_workload
+from torch import Tensor
 
 from lightning_accel import export_model, load
+from lightning_accel.artifact import load_weights, read_manifest
 from lightning_accel.measure import Target
 
 FILES = {"int8": "Q8_0", "int4-int8": "Q4_0"}  # the engine gguf's, of 32 weights a scale
@@ -101,47 +103,56 @@ def _workloads(encode: Callable[[], Any], answer: Callable[[], int], first: Call
     return {"encode": lambda: timed(encode)[0], "decode": decode, "whole": lambda: timed(answer)[0]}
 
 
-def transcription(directory: str, engine: str) -> Workloads:
-    """Of an artifact, timed in a worker: greedy, to the end of the text."""
-    from inference import MODELS
+def transcribed(directory: Path, engine: str) -> Target:
+    """An artifact of Whisper."""
     from real_speech import END, PROMPT
 
-    model, source = load(directory, engine=engine), MODELS["whisper"].inputs()[0]
+    told = {"begin": list(PROMPT), "end": END}
+    return Target("inference_peers:transcription", {"directory": str(directory), "engine": engine, **told})
+
+
+def transcription(directory: str, engine: str, begin: list[int], end: int) -> Workloads:
+    """Timed in a worker: greedy, to the end of the text."""
+    model, source = load(directory, engine=engine), {"input_features": _heard(directory)}
 
     def answer(most: int = 100) -> int:
-        tokens = model.generate(**source, decoder_input_ids=list(PROMPT), max_new_tokens=most, stop=(END,))
-        return tokens.shape[1]
+        return model.generate(**source, decoder_input_ids=begin, max_new_tokens=most, stop=(end,)).shape[1]
 
     return _workloads(lambda: model.encoder(**source), answer, lambda: answer(1))
 
 
-def ct2_whisper() -> dict[str, Peer]:
-    """CTranslate2 on the files that the weights were read from, which are its own."""
+def _heard(directory: str) -> Tensor:
+    """The features that an artifact was exported with."""
+    golden = load_weights(Path(directory) / read_manifest(directory)["golden"]["file"])
+    return golden["input.input_features"][:1].clone()
+
+
+def ct2_whisper(directory: Path) -> dict[str, Peer]:
+    """CTranslate2 on the files that the weights were read from, which are its own; it hears what the artifact does."""
     from real_data import folder
+    from real_speech import PROMPT
 
     if not installed("ctranslate2"):
         return {}
     size = (folder("whisper") / "model.bin").stat().st_size
+    told = {"directory": str(directory), "files": str(folder("whisper")), "begin": list(PROMPT)}
     found = {}
     for name, kind in (("float", "float32"), ("int8", "int8")):
         settings = f"Whisper(compute_type={kind!r}, inter_threads=1), greedy; bytes of its float16 file"
-        found[f"{name} ctranslate2"] = Peer(Target("inference_peers:ct2", {"kind": kind}), size, settings)
+        found[f"{name} ctranslate2"] = Peer(Target("inference_peers:ct2", {"kind": kind, **told}), size, settings)
     return found
 
 
-def ct2(kind: str) -> Workloads:
+def ct2(kind: str, files: str, directory: str, begin: list[int]) -> Workloads:
     """Timed in a worker."""
     import ctranslate2
-    from inference import MODELS
-    from real_data import folder
-    from real_speech import PROMPT
 
     options = {"inter_threads": 1, "intra_threads": torch.get_num_threads()}
-    model = ctranslate2.models.Whisper(str(folder("whisper")), device="cpu", compute_type=kind, **options)
-    features = ctranslate2.StorageView.from_array(MODELS["whisper"].inputs()[0]["input_features"].numpy())
+    model = ctranslate2.models.Whisper(files, device="cpu", compute_type=kind, **options)
+    features = ctranslate2.StorageView.from_array(_heard(directory).numpy())
 
     def answer(most: int = 100) -> int:
-        (result,) = model.generate(features, [list(PROMPT)], beam_size=1, max_length=len(PROMPT) + most)
+        (result,) = model.generate(features, [begin], beam_size=1, max_length=len(begin) + most)
         return len(result.sequences_ids[0]) + 1  # the end is not among them
 
     return _workloads(lambda: model.encode(features), answer, lambda: answer(1))
