@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from inference_peers import Peer, compiled, ct2_whisper, llama_files, transcribed
-from tables import PAUSE, coverage, provenance, table
+from tables import ATTENTION, PAUSE, config_of, coverage, file_name, provenance, table
 from torch import nn
 
 from lightning_accel import QuantConfig, engines, export_model
@@ -104,7 +104,7 @@ MODELS = {
     "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), ("int8", "int8-static")),
     "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), ("int8", "int8-static")),
     "smollm2": Model(_smollm2, _brown, ("int8", "int4-int8")),
-    "whisper": Model(_whisper, _speech, ("int8", "int8-static")),
+    "whisper": Model(_whisper, _speech, ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")),
     "efficientnet": Model(_efficientnet, _images, ("int8-static",)),
 }
 
@@ -113,11 +113,11 @@ def build(name: str, out: Path, names: tuple[str, ...]) -> dict[str, Path]:
     """The folder of each scheme's artifact, written unless it is there."""
     model, folders = MODELS[name], {}
     for scheme in ("float", *model.schemes):
-        folder = folders[scheme] = out / name / scheme
+        folder = folders[scheme] = out / name / file_name(scheme)
         if (folder / MANIFEST).exists():
             continue
         first, *rest = model.inputs()
-        quantize = None if scheme == "float" else QuantConfig(scheme)
+        quantize = None if scheme == "float" else config_of(scheme)
         wanted = dict.fromkeys((*names, "portable")) if scheme == "float" else names
         report = export_model(
             model.build().eval(), folder, example_inputs=first, data=[first], calibration=rest, quantize=quantize,
