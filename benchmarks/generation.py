@@ -119,7 +119,7 @@ def _speech(count: int) -> list[Given]:
 
 MODELS = {
     "smollm2": Model(_smollm2, _texts),
-    "whisper": Model(_whisper, _speech, (50257, 50362)),
+    "whisper": Model(_whisper, _speech, (50257, 50362)),  # real_speech.PROMPT
     "gpt2": Model(_random("GPT2LMHeadModel", "GPT2Config", **_GPT2), _ids),
     "qwen": Model(_random("Qwen3ForCausalLM", "Qwen3Config", **_LLAMA, head_dim=32), _ids),
     "gemma": Model(_random("GemmaForCausalLM", "GemmaConfig", **_LLAMA, head_dim=32), _ids),

@@ -30,9 +30,9 @@ class Peer:
 
 
 def installed(*modules: str) -> bool:
-    """Whether all can be imported; says which peer is left out otherwise."""
+    """Whether all can be imported; otherwise says that the peer, the first of them, is left out."""
     if missing := [module for module in modules if not importlib.util.find_spec(module)]:
-        print(f"left out, {' and '.join(missing)} not being installed: {modules[0]}")
+        print(f"{modules[0]} is left out, {' and '.join(missing)} not being installed (docs/benchmarks/peers.md)")
     return not missing
 
 
@@ -69,7 +69,7 @@ def llama_files(model: Callable[[], Any], out: Path, schemes: Mapping[str, Any],
     if not installed("llama_cpp", "gguf"):
         return {}
     found = {}
-    for scheme in schemes.keys() & FILES.keys():
+    for scheme in (name for name in schemes if name in FILES):
         path = out / f"{scheme}-gguf" / "decoder.gguf"
         if not path.exists():
             export_model(model().eval(), path.parent, quantize=schemes[scheme], engines=("gguf",), measure=False)

@@ -53,9 +53,9 @@ def with_decoder_inputs(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict
     """Keyword inputs with what transformers' encoder-decoder models make of labels, which no artifact is given."""
     labels, config = kwargs.get("labels"), getattr(module, "config", None)
     given = kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None
-    if given or not getattr(config, "is_encoder_decoder", False) or not _is_answer(module, labels):
+    decodes = getattr(config, "is_encoder_decoder", False)
+    if labels is None or given or not decodes or not _is_answer(module, labels):
         return kwargs
-    assert labels is not None
     if (prepare := getattr(module, "prepare_decoder_input_ids_from_labels", None)) is not None:
         return {**kwargs, "decoder_input_ids": prepare(labels)}
     start, pad = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)

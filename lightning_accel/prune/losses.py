@@ -38,10 +38,10 @@ def loss_table(
     batches = list(batches)
     parameters = select.all_parameters(model)
     with select.evaluating(model):
-        whole = _mean(model, batches, loss)
+        whole = mean_loss(model, batches, loss)
         if not math.isfinite(whole):
             raise ValueError(f"the loss of the calibration batches is {whole}; look at the batches and the model")
-        return [_rises(model, t, s, parameters, lambda: _mean(model, batches, loss) - whole)
+        return [_rises(model, t, s, parameters, lambda: mean_loss(model, batches, loss) - whole)
                 for t, s in zip(targets, saliencies, strict=True)]  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def _rises(
     return [*found, [1.0, high + (high - low) * (1.0 - b) / (b - a)]] if b < 1.0 else found
 
 
-def _mean(model: nn.Module, batches: list[Any], loss: Loss) -> float:
+def mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:
+    """The mean over batches of `loss(model, batch)`."""
     return sum(loss(model, batch).item() for batch in batches) / len(batches)
 
 

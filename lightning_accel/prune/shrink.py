@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import select
 from .._warn import warn
@@ -20,9 +20,8 @@ from .groups import all_groups
 from .keep import Masks
 from .latency import Timer, time_in_turns
 from .layers import pass_through
+from .losses import Loss, mean_loss
 from .masks import apply_masks_, prune_model_
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def shrink_model(
@@ -158,10 +157,6 @@ def _check_outputs(
 
 
 @torch.no_grad()
-def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss | None) -> float:
-    return sum((loss or default_loss)(model, batch).item() for batch in batches) / len(batches)
-
-
 def _report_change(
     said: str, change: float, masked: nn.Module, shrunk: nn.Module, batches: list[Any], loss: Loss | None
 ) -> None:
@@ -172,7 +167,8 @@ def _report_change(
     )
     if batches:
         try:
-            found = [_mean_loss(model.eval(), batches, loss) for model in (masked, copy.deepcopy(shrunk))]
+            models = masked.eval(), copy.deepcopy(shrunk).eval()
+            found = [mean_loss(model, batches, loss or default_loss) for model in models]
             text += f", the loss from {found[0]:.4f} masked to {found[1]:.4f} cut ({len(batches)} batches)"
         except ValueError as error:
             if loss is not None:

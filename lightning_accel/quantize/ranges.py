@@ -142,9 +142,8 @@ def calibrate_(
     """Finds the ranges of static activations of a prepared model, and which BatchNorm follows which convolution.
 
     Args:
-        batches: mappings of keyword inputs (labels are left out, or of an encoder-decoder
-            model the answers that it decodes), tensors, or tuples whose first item is the input; in
-            the dtype of the model, or are brought into it.
+        batches: mappings of keyword inputs (labels are left out, but for an encoder-decoder model, whose answers they
+            are), tensors, or tuples whose first item is the input; in the dtype of the model, or are brought into it.
         run: calls the model with a batch, if it takes other batches than these.
         all_reached: raise where no batch reaches a module; else it stays without a range.
 
