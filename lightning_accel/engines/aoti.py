@@ -1,9 +1,9 @@
-"""The compiled program: AOTInductor, with the project's int8 kernel linked in.
+"""The compiled program: AOTInductor, with the project's kernels linked in.
 
 The package that AOTInductor writes is reduced to its shared library, which torch opens in about a millisecond
 without a compiler, an archive to unpack or further imports. Its constants are left out and given at load: tensors
-mapped from the folder's weights, not copied. Where no layer is quantized, Inductor's freezing packs the weights into
-the library instead (20 % faster fp32 decoding was measured), and they are stored there.
+mapped from the folder's weights, not copied. Of a float network with convolutions, Inductor's freezing packs the
+weights into the library instead, and they are stored there.
 
 The file is named by its content: dlopen gives a path that it has open already the library which was there before, and
 an export that is repeated in one process would be verified, and served, through the older program.
@@ -42,6 +42,7 @@ _OPERATORS = (  # which the kernels implement
     "int8_static_feed_forward",
     "attention",
     "int8_attention",
+    "linear_tiled",
 )
 _ISA = (
     "avx2",
@@ -152,18 +153,21 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
     from ..quantize.layers import LINEAR
     from .attention import replace_attention
     from .fuse import fuse
+    from .linear import replace_linear
 
     compiler, instructions = _compiler(), _instructions(processor)
-    freeze = not any(isinstance(module, LINEAR) for module in capture.module.modules())
     program = capture.export(capture.module)
     fuse(program)
     if not slow_kernels({"isa": instructions}):
         replace_attention(program)
+    tiled = replace_linear(program) if set(_AVX2) <= set(instructions) else {}
+    quantized = any(isinstance(module, LINEAR) for module in capture.module.modules())
+    freeze = not quantized and (not tiled or any(map(_is_convolution, program.graph.nodes)))
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary), kernel_flags(processor))
         package = _compile(program, Path(temporary), freeze, processor)
         library = _extract(package, directory, name)
-    weights = {} if freeze else _constants(library, program, capture)
+    weights = {} if freeze else _constants(library, program, capture, tiled)
     entry = {"file": library.name, "isa": instructions, "arch": platform.machine(), "weights": weights}
     nodes = library.with_suffix(".json")  # operators without a C interface, which torch looks up by name
     return {**entry, "nodes": {"file": nodes.name, "sha256": sha256(nodes)}} if nodes.exists() else entry
@@ -242,7 +246,7 @@ def _compile(
 def _shims() -> dict[Any, list[str]]:
     """The C interface of each operator that the kernels implement, from its schema."""
     from ..quantize import fused, int4, ops, static  # noqa: F401  register the operators
-    from . import attention  # noqa: F401
+    from . import attention, linear  # noqa: F401
 
     types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*"}
     types |= {"int": "int64_t", "bool": "int32_t", "float": "double"}
@@ -276,16 +280,23 @@ def _extract(package: Path, directory: Path, name: str) -> Path:
     return named
 
 
-def _constants(library: Path, program: torch.export.ExportedProgram, capture: Capture) -> dict[str, str]:
+def _is_convolution(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and "conv" in str(node.target)
+
+
+def _constants(
+    library: Path, program: torch.export.ExportedProgram, capture: Capture, tiled: Mapping[str, Tensor]
+) -> dict[str, str]:
     """Name of each constant in the library -> name of the tensor in the folder's weights."""
     names = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).get_constant_names_to_original_fqns()
     weights, aliases = capture.weights(), capture.aliases()
     constants = {}
-    for constant, name in names.items():
-        name = aliases.get(name, name)
-        if name not in weights:  # a constant that the export lifted out of the code
+    for constant, given in names.items():
+        constants[constant] = name = aliases.get(given, given)
+        if given in tiled:
+            capture.extra[name] = tiled[given]
+        elif name not in weights:  # a constant that the export lifted out of the code
             capture.extra[name] = program.constants[name]
-        constants[constant] = name
     return constants
 
 

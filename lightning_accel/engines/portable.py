@@ -140,8 +140,11 @@ _LOADING = threading.Lock()  # torch.export.load keeps state for the process
 
 
 def _untile(tiles: Tensor, shape: list[int]) -> Tensor:
-    """int8 [rows, n] from the tiles that the compiled program reads (`quantize.ops.tile`)."""
+    """[rows, n] from the tiles of the compiled program: int8 of `quantize.ops.tile`, floats of `linear.tile`."""
     rows, n = shape
+    if tiles.is_floating_point():
+        plain = tiles.flatten(0, -3).transpose(1, 2).flatten(0, 1)
+        return (plain[:n].T if tiles.dim() == 4 else plain[:rows]).contiguous()
     return tiles.permute(0, 2, 1, 3).reshape(tiles.shape[0] * tiles.shape[2], -1)[:rows, :n].contiguous()
 
 

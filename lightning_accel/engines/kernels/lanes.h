@@ -31,6 +31,7 @@ inline Lanes first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n)
 
 inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
 inline Ints load(Lanes in, const int32_t* p) { return _mm512_maskz_loadu_epi32(in, p); }
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load(Lanes in, const float* p) { return _mm512_maskz_loadu_ps(in, p); }
 inline Floats load_halves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -80,6 +81,7 @@ inline Lanes first(int64_t n) {
 
 inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Ints load(Lanes in, const int32_t* p) { return _mm256_maskload_epi32(p, in); }
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load(Lanes in, const float* p) { return _mm256_maskload_ps(p, in); }
 inline Floats load_halves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -55,16 +55,24 @@ struct Call {
   int64_t M, N, K;
 };
 
-// Checks `x`, allocates the output with as many channels as `channels` [N] has elements.
+// Checks `x`, allocates the output of N channels.
 template <class T>
-AOTITorchError open(AtenTensorHandle x, AtenTensorHandle channels, AtenTensorHandle* out, Call<T>* call) {
-  int64_t dims, *sizes, *n, shape[kMaxDims];
-  if (rows(x, &call->x, &dims, &sizes) || aoti_torch_get_sizes(channels, &n)) return AOTI_TORCH_FAILURE;
+AOTITorchError open(AtenTensorHandle x, int64_t N, AtenTensorHandle* out, Call<T>* call) {
+  int64_t dims, *sizes, shape[kMaxDims];
+  if (rows(x, &call->x, &dims, &sizes)) return AOTI_TORCH_FAILURE;
   call->M = 1;
   for (int64_t d = 0; d + 1 < dims; d++) call->M *= shape[d] = sizes[d];
   call->K = sizes[dims - 1];
-  call->N = shape[dims - 1] = n[0];
+  call->N = shape[dims - 1] = N;
   return allocate(dims, shape, out, &call->y);
+}
+
+// The same with as many channels as `channels` [N] has elements.
+template <class T>
+AOTITorchError open(AtenTensorHandle x, AtenTensorHandle channels, AtenTensorHandle* out, Call<T>* call) {
+  int64_t* n;
+  if (aoti_torch_get_sizes(channels, &n)) return AOTI_TORCH_FAILURE;
+  return open(x, n[0], out, call);
 }
 
 }  // namespace

@@ -1,0 +1,164 @@
+"""The compiled float32 linear kernel against float64, and its pass over programs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from compiled import Built
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import PATHS, compiled, linear_bound, source_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_accel import QuantConfig, export_model, load
+from lightning_accel.artifact import read_manifest
+from lightning_accel.capture import capture
+from lightning_accel.engines.linear import replace_linear, tile
+from lightning_accel.engines.portable import _untile
+
+Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+ENTRY = """
+#include "{source}"
+extern "C" __attribute__((visibility("default"))) void run(const float* x, const float* w, const float* bias, float* y,
+    int64_t M, int64_t N, int64_t K) {{ linear(x, w, bias, y, M, N, K); }}
+"""
+
+
+@pytest.fixture(scope="module", params=[name for name in PATHS if name in ("this machine", "AVX2")])
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    """The kernel's inner function as a small shared library, called with a plain weight [out, n]."""
+    library = compiled(ENTRY.format(source=source_of("linear")), request.param, tmp_path_factory.mktemp("linear"))
+    function = ctypes.CDLL(str(library)).run
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y, tiles = torch.full((len(x), len(weight)), float("nan")), tile(weight)
+        pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (x, tiles, bias, y)]
+        function(*pointers, *(ctypes.c_int64(n) for n in (len(x), len(weight), x.shape[1])))
+        return y
+
+    return run
+
+
+def drawn(rows: int, n: int, out: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [rows, n], a weight [out, n] and a bias [out]."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(size, generator=generator) for size in ((rows, n), (out, n), (out,)))  # type: ignore[return-value]
+
+
+def assert_within_rounding(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert bool(((y - exact).abs() <= linear_bound(x, weight, bias)).all())
+
+
+@settings(deadline=None, max_examples=75)
+@given(st.integers(1, 50), st.integers(1, 130), st.integers(1, 150), st.booleans(), st.integers(0, 10**6))
+def test_outputs_are_sums_of_the_exact_products(
+    kernel: Kernel, rows: int, n: int, out: int, with_bias: bool, seed: int
+) -> None:
+    x, weight, bias = drawn(rows, n, out, seed)
+    assert_within_rounding(kernel(x, weight, bias if with_bias else None), x, weight, bias if with_bias else None)
+
+
+@pytest.mark.parametrize("n", [1024, 2048])
+@pytest.mark.parametrize("rows", [1, 8, 9, 25, 130])
+def test_rows_that_lie_whole_pages_apart(kernel: Kernel, rows: int, n: int) -> None:
+    x, weight, bias = drawn(rows, n, 70, rows)
+    assert_within_rounding(kernel(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize(("n", "out"), [(96, 40), (1024, 300), (576, 1536)])
+def test_a_row_depends_neither_on_the_others_nor_on_threads(kernel: Kernel, n: int, out: int) -> None:
+    x, weight, bias = drawn(31, n, out, n)
+    together, threads = kernel(x, weight, bias), torch.get_num_threads()
+    for row in (0, 11, 12, 30):
+        assert torch.equal(kernel(x[row : row + 1].clone(), weight, bias), together[row : row + 1])
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(kernel(x, weight, bias), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(kernel: Kernel, bad: float) -> None:
+    x, weight, bias = drawn(13, 33, 45, 0)
+    expected = kernel(x, weight, bias)
+    x[4, 7] = bad
+    y, rest = kernel(x, weight, bias), torch.arange(13) != 4
+    assert not y[4].isfinite().any() and torch.equal(y[rest], expected[rest])
+
+
+@pytest.mark.parametrize("shape", [(70, 33), (32, 32), (5, 64), (64, 5)])
+def test_tiles_of_both_kinds_give_the_weight_back(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    for transposed in (False, True):
+        assert torch.equal(_untile(tile(weight, transposed), list(shape)), weight)
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+class Uses(nn.Module):
+    """A weight that two layers share, one that is read in another way too, and one in float64."""
+
+    def __init__(self, wide: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.shared, self.read, self.wide = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3, dtype=wide)
+        self.table = nn.Embedding(40, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.shared(self.table(ids))
+        x = self.read(self.shared(x.transpose(1, 2).contiguous().transpose(1, 2)))
+        x = x + self.read.weight.sum()
+        return F.linear(x, self.table.weight) + self.wide(x.to(self.wide.bias.dtype)).float().sum(-1, keepdim=True)
+
+
+def _tiled(model: nn.Module, inputs: dict[str, Tensor] | tuple) -> set[str]:
+    (captured,) = capture(model, inputs).values()
+    program = captured.export(captured.module)
+    names = set(replace_linear(program))
+    operators = [str(node.target) for node in program.graph.nodes]
+    assert bool(names) == ("lightning_accel.linear_tiled.default" in operators)
+    return names
+
+
+def test_weights_with_other_uses_and_dtypes_stay() -> None:
+    assert _tiled(Uses(), (torch.randint(40, (2, 5)),)) == {"model.shared.weight", "model.table.weight"}
+
+
+def test_every_linear_layer_of_transformers_models_is_found() -> None:
+    for model in (tiny.llama(), tiny.gpt2()):
+        layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+        assert len(_tiled(model, {"input_ids": tiny.ids(2, 7)})) == len(layers)
+
+
+@pytest.mark.aoti
+@pytest.mark.parametrize("quantize", [None, QuantConfig("int8", overrides={"shared": None, "read": None, "table": None})])
+def test_programs_are_what_the_model_is(tmp_path: Path, quantize: QuantConfig | None) -> None:
+    torch.manual_seed(0)
+    model = Uses(torch.float32).eval()
+    data = [(torch.randint(40, (3, 6)),) for _ in range(4)]
+    export_model(model, tmp_path / "a", example_inputs=data[0], data=data, quantize=quantize, measure=False)
+    compiled, portable = (load(tmp_path / "a", engine=name) for name in ("aoti", "portable"))
+    with torch.no_grad():
+        for shape in ((1, 2), (2, 7), (17, 3)):
+            ids = torch.randint(40, shape)
+            torch.testing.assert_close(compiled(ids), portable(ids), rtol=1e-4, atol=1e-4)
+            if quantize is None:
+                torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.aoti
+def test_the_folder_holds_a_float_weight_once(gpt2_fp32: Built) -> None:
+    manifest = read_manifest(gpt2_fp32.directory)
+    compiled, portable = ({e["engine"]: e for e in manifest["programs"]}[name] for name in ("aoti", "portable"))
+    stored = (gpt2_fp32.directory / manifest["weights"]["file"]).stat().st_size
+    own = sum(p.numel() * p.element_size() for p in gpt2_fp32.eager.parameters())
+    assert compiled["weights"] and portable["layouts"] and own < stored < 1.5 * own
