@@ -19,14 +19,18 @@ from torch.nn import functional as F
 from lightning_accel import QuantConfig, export_model, load
 from lightning_accel.artifact import read_manifest
 from lightning_accel.capture import capture
-from lightning_accel.engines.linear import replace_linear, tile
+from lightning_accel.engines.linear import NONE, replace_linear, tile
 from lightning_accel.engines.portable import _untile
+from lightning_accel.quantize.fused import ACTIVATIONS
 
-Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Kernel = Callable[..., Tensor]
 ENTRY = """
 #include "{source}"
 extern "C" __attribute__((visibility("default"))) void run(const float* x, const float* w, const float* bias, float* y,
-    int64_t M, int64_t N, int64_t K) {{ linear(x, w, bias, y, M, N, K); }}
+    int64_t M, int64_t N, int64_t K, int64_t activation) {{
+  const auto run = [&](auto kind) {{ linear<decltype(kind)::value>(x, w, bias, y, M, N, K); }};
+  if (!with_activation(activation, run)) run(std::integral_constant<int64_t, kNone>());
+}}
 """
 
 
@@ -36,10 +40,10 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     library = compiled(ENTRY.format(source=source_of("linear")), request.param, tmp_path_factory.mktemp("linear"))
     function = ctypes.CDLL(str(library)).run
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int = NONE) -> Tensor:
         y, tiles = torch.full((len(x), len(weight)), float("nan")), tile(weight)
         pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (x, tiles, bias, y)]
-        function(*pointers, *(ctypes.c_int64(n) for n in (len(x), len(weight), x.shape[1])))
+        function(*pointers, *(ctypes.c_int64(n) for n in (len(x), len(weight), x.shape[1], activation)))
         return y
 
     return run
@@ -70,6 +74,16 @@ def test_outputs_are_sums_of_the_exact_products(
 def test_rows_that_lie_whole_pages_apart(kernel: Kernel, rows: int, n: int) -> None:
     x, weight, bias = drawn(rows, n, 70, rows)
     assert_within_rounding(kernel(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_follow(kernel: Kernel, name: str) -> None:
+    for rows, n, out in ((1, 5, 3), (14, 40, 75), (25, 1024, 33)):
+        x, weight, bias = drawn(rows, n, out, n)
+        y = kernel(x, weight, bias)
+        exact = ACTIVATIONS[name](y.double())
+        got = kernel(x, weight, bias, list(ACTIVATIONS).index(name))
+        assert bool(((got - exact).abs() <= 2.0**-20 * y.abs() + 1e-37).all())
 
 
 @pytest.mark.parametrize(("n", "out"), [(96, 40), (1024, 300), (576, 1536)])
@@ -133,6 +147,28 @@ def test_weights_with_other_uses_and_dtypes_stay() -> None:
     assert _tiled(Uses(), (torch.randint(40, (2, 5)),)) == {"model.shared.weight", "model.table.weight"}
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_that_alone_takes_the_output_goes_into_the_operator(name: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = ACTIVATIONS[name](self.first(x))
+            y = self.second(x)
+            return ACTIVATIONS[name](y) + y
+
+    (captured,) = capture(Two(), (torch.randn(3, 6),)).values()
+    program = captured.export(captured.module)
+    x = torch.randn(3, 6)
+    expected = captured.module(x)[0]
+    replace_linear(program)
+    codes = [n.args[-1] for n in program.graph.nodes if "linear_tiled" in str(n.target)]
+    assert codes == [list(ACTIVATIONS).index(name), NONE]
+    torch.testing.assert_close(program.module()(x)[0], expected)
+
+
 def test_every_linear_layer_of_transformers_models_is_found() -> None:
     for model in (tiny.llama(), tiny.gpt2()):
         layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
@@ -140,18 +176,19 @@ def test_every_linear_layer_of_transformers_models_is_found() -> None:
 
 
 @pytest.mark.aoti
-@pytest.mark.parametrize("quantize", [None, QuantConfig("int8", overrides={"shared": None, "read": None, "table": None})])
-def test_programs_are_what_the_model_is(tmp_path: Path, quantize: QuantConfig | None) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_programs_are_what_the_model_is(tmp_path: Path, quantized: bool) -> None:
     torch.manual_seed(0)
     model = Uses(torch.float32).eval()
     data = [(torch.randint(40, (3, 6)),) for _ in range(4)]
+    quantize = QuantConfig("int8", overrides={"shared": None, "read": None, "table": None}) if quantized else None
     export_model(model, tmp_path / "a", example_inputs=data[0], data=data, quantize=quantize, measure=False)
     compiled, portable = (load(tmp_path / "a", engine=name) for name in ("aoti", "portable"))
     with torch.no_grad():
         for shape in ((1, 2), (2, 7), (17, 3)):
             ids = torch.randint(40, shape)
             torch.testing.assert_close(compiled(ids), portable(ids), rtol=1e-4, atol=1e-4)
-            if quantize is None:
+            if not quantized:
                 torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-5)
 
 

@@ -34,13 +34,13 @@ def _feed_forwards(program: torch.export.ExportedProgram) -> int:
     found = 0
     for second in [node for node in program.graph.nodes if node.target in (dynamic, static)]:
         hidden, *quantization = _affine(second.args[0]) if second.target is static else (second.args[0],)
-        activation = _activation(_alone(hidden))
-        first = _alone(*activation[1:]) if activation else None
+        activation = activation_of(alone(hidden))
+        first = alone(*activation[1:]) if activation else None
         if activation is None or first is None or first.target is not second.target:
             continue
         fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
         code = list(ACTIVATIONS).index(activation[0])
-        _become(second, fused.default, (*_all(first), *_all(second)[1:], code, *quantization))
+        become(second, fused.default, (*_all(first), *_all(second)[1:], code, *quantization))
         found += 1
     return found
 
@@ -53,7 +53,7 @@ def _convolutions(program: torch.export.ExportedProgram) -> int:
         clamped = _image(x)
         limits = _clamp(clamped)
         turned = clamped if limits is None else _image(clamped.args[0])  # type: ignore[union-attr]
-        conv = _alone(turned.args[0]) if turned is not None and _is_permute(turned, _NCHW) else None
+        conv = alone(turned.args[0]) if turned is not None and _is_permute(turned, _NCHW) else None
         if conv is None or conv.target is not operators.int8_static_conv2d_tiled.default or node.meta["val"].dim() != 4:
             continue
         least, most = (_code(limit, factor, zero_point) for limit in limits or (-math.inf, math.inf))
@@ -64,14 +64,14 @@ def _convolutions(program: torch.export.ExportedProgram) -> int:
         for user in [user for user in node.users if _is_permute(user, _NHWC)]:
             user.replace_all_uses_with(coded)
             program.graph.erase_node(user)
-        _become(node, _aten.permute.default, (coded, list(_NCHW)))
+        become(node, _aten.permute.default, (coded, list(_NCHW)))
         if not _uses(node):
             _erase(dict.fromkeys([node]))
         found += 1
     return found
 
 
-def _become(node: Node, operator: Any, arguments: tuple) -> None:
+def become(node: Node, operator: Any, arguments: tuple) -> None:
     """Makes `node` call `operator`, under its own name, and takes out what only it used."""
     idle = dict.fromkeys(node.all_input_nodes)
     node.target, node.args, node.kwargs = operator, arguments, {}
@@ -99,7 +99,7 @@ def _all(node: Node) -> tuple:
 # --- the way from one layer to the next -------------------------------------------------------------------------------
 
 
-def _alone(node: Any, uses: int = 1) -> Node | None:
+def alone(node: Any, uses: int = 1) -> Node | None:
     """The call that `node` comes from, past what computes nothing; None unless in float32 and with these uses only."""
     while isinstance(node, Node) and node.op == "call_function":
         if _uses(node) != uses or _dtype(node) is not torch.float32:
@@ -158,10 +158,10 @@ _NCHW, _NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def _image(node: Any) -> Node | None:
-    """`_alone`, past the height of 1 that one-dimensional convolutions are given and lose."""
-    found = _alone(node)
+    """`alone`, past the height of 1 that one-dimensional convolutions are given and lose."""
+    found = alone(node)
     while found is not None and found.target in (_aten.squeeze.dim, _aten.unsqueeze.default) and found.args[1] == -2:
-        found = _alone(found.args[0])
+        found = alone(found.args[0])
     return found
 
 
@@ -191,7 +191,7 @@ def _code(value: float, factor: float, zero_point: int) -> int:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def _activation(node: Node | None) -> tuple[str, Any, int] | None:
+def activation_of(node: Node | None) -> tuple[str, Any, int] | None:
     """Name of the activation that `node` is, what it takes, and how often it uses that."""
     if node is None:
         return None

@@ -1,4 +1,6 @@
-"""Float linear layers of a captured program through the project's own operator: y = x @ w.T + bias, weights in tiles.
+"""Float linear layers of a captured program through the project's own operator, weights in tiles.
+
+    y = activation(x @ w.T + bias)
 
 Few rows, such as the one of a decoding step, wait for the weights: tiles lie in memory in the order in which they are
 multiplied. A tied embedding gathers its rows from the tiles.
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
+
+from ..quantize.fused import ACTIVATIONS
+from .fuse import activation_of, alone, become
 
 _aten = torch.ops.aten
 CHANNELS = 32  # of a tile
@@ -29,15 +34,22 @@ def tile(weight: Tensor, transposed: bool = False) -> Tensor:
     return tiles.unsqueeze(0) if transposed else tiles
 
 
+NONE = -1  # in the place of an activation's number in `quantize.fused.ACTIVATIONS`
+
+
 @torch.library.custom_op("lightning_accel::linear_tiled", mutates_args=())
-def _linear_tiled(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+def _linear_tiled(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int, activation: int) -> Tensor:
     plain = tiles.flatten(0, -3).transpose(1, 2).flatten(0, 1)
-    return F.linear(x, plain[:channels], bias)
+    y = F.linear(x, plain[:channels], bias)
+    return y if activation == NONE else list(ACTIVATIONS.values())[activation](y)
 
 
 @_linear_tiled.register_fake
-def _(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+def _(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int, activation: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], channels)
+
+
+_OPERATOR = torch.ops.lightning_accel.linear_tiled.default
 
 
 def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
@@ -60,6 +72,11 @@ def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
         for user in list(node.users):
             _replace(user, node, weight.shape[transposed])
         node.meta["val"] = node.meta["val"].new_empty(tiles.shape)
+    for node in list(program.graph.nodes):
+        found = activation_of(node)
+        layer = alone(*found[1:]) if found else None
+        if found and layer is not None and layer.target is _OPERATOR:
+            become(node, _OPERATOR, (*layer.args[:-1], list(ACTIVATIONS).index(found[0])))
     program.graph_module.recompile()
     return tiled
 
@@ -90,7 +107,7 @@ def _replace(user: Node, weight: Node, channels: int) -> None:
         bias, x = user.args[:2] if user.target is _aten.addmm.default else ((*user.args, None)[2], user.args[0])
         with graph.inserting_before(user):
             x = _call(graph, _aten.contiguous.default, x)
-        user.target, user.args = torch.ops.lightning_accel.linear_tiled.default, (x, weight, bias, channels)
+        user.target, user.args = _OPERATOR, (x, weight, bias, channels, NONE)
     user.kwargs = {}
 
 

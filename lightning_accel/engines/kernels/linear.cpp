@@ -1,5 +1,5 @@
-// y[M, N] = x[M, K] @ w[N, K].T + bias in float32. Each output is one sum, from the first input to the last, in fused
-// multiply-adds: a row's result depends neither on the other rows nor on the number of threads.
+// y[M, N] = x[M, K] @ w[N, K].T + bias in float32, and an activation of it. Each output is one sum, from the first input to
+// the last, in fused multiply-adds: a row's result depends neither on the other rows nor on the number of threads.
 //
 // Weights come in tiles of 32 channels, [ceil(N/32), K, 32], padded with zeros: the order in which they are multiplied, so
 // that few rows, which wait for the weights, read memory from front to back.
@@ -7,7 +7,7 @@
 #include <array>
 #include <utility>
 
-#include "products.h"
+#include "activation.h"
 #include "shim.h"
 
 #ifdef LANES
@@ -47,6 +47,18 @@ constexpr std::array<Block, sizeof...(M)> blocks(std::integer_sequence<int, M...
 }
 constexpr auto kBlocks = blocks(std::make_integer_sequence<int, kMost>());  // of 1 to kMost rows
 
+constexpr int64_t kNone = -1;  // in the place of an Activation
+
+template <int64_t kind>
+void activate(float* y, int64_t count, int64_t N, int64_t channels) {
+  const Activate<kind> function;
+  for (int64_t n = 0; n < std::min(channels, kColumns); n += kLanes) {
+    const Lanes in = first(channels - n);
+    for (int64_t i = 0; i < count; i++) store(in, y + i * N + n, function(load(in, y + i * N + n)));
+  }
+}
+
+template <int64_t kind>
 void linear(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K) {
   const int64_t tiles = (N + kChannels - 1) / kChannels, parts = (M + kMost - 1) / kMost;
   static thread_local Buffer<float> scratch;
@@ -63,9 +75,12 @@ void linear(const float* x, const float* w, const float* bias, float* y, int64_t
       each([&](int64_t t) {
         for (int64_t part = 0; part < parts; part++) {
           const int64_t m = M * part / parts, count = M * (part + 1) / parts - m;
-          for (int64_t n = t * kChannels, c = 0; c < kChannels && n + c < N; c += kColumns)
-            kBlocks[count - 1](rows + m * stride, stride, K, w + t * K * kChannels + c, bias ? bias + n + c : nullptr,
-                               y + m * N + n + c, N, N - n - c);
+          for (int64_t n = t * kChannels, c = 0; c < kChannels && n + c < N; c += kColumns) {
+            float* out = y + m * N + n + c;
+            kBlocks[count - 1](rows + m * stride, stride, K, w + t * K * kChannels + c, bias ? bias + n + c : nullptr, out,
+                               N, N - n - c);
+            if constexpr (kind != kNone) activate<kind>(out, count, N, N - n - c);
+          }
         }
       }));
 }
@@ -73,12 +88,15 @@ void linear(const float* x, const float* w, const float* bias, float* y, int64_t
 }  // namespace
 
 extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cpu_linear_tiled(
-    AtenTensorHandle x, AtenTensorHandle tiles, AtenTensorHandle* bias, int64_t channels, AtenTensorHandle* out) {
+    AtenTensorHandle x, AtenTensorHandle tiles, AtenTensorHandle* bias, int64_t channels, int64_t activation,
+    AtenTensorHandle* out) {
   Call<float> call;
   const float *w, *b = nullptr;
   if (data(tiles, &w) || (bias && data(*bias, &b))) return AOTI_TORCH_FAILURE;
   if (AOTITorchError error = open(x, channels, out, &call)) return error;
-  linear(call.x, w, b, call.y, call.M, call.N, call.K);
+  const auto run = [&](auto kind) { linear<decltype(kind)::value>(call.x, w, b, call.y, call.M, call.N, call.K); };
+  if (activation == kNone) run(std::integral_constant<int64_t, kNone>());
+  else if (!with_activation(activation, run)) return AOTI_TORCH_FAILURE;
   return AOTI_TORCH_SUCCESS;
 }
 
