@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from ..quantize.fused import ACTIVATIONS
 from .fuse import activation_of, alone, become
 
 _aten = torch.ops.aten
@@ -39,6 +38,8 @@ NONE = -1  # in the place of an activation's number in `quantize.fused.ACTIVATIO
 
 @torch.library.custom_op("lightning_accel::linear_tiled", mutates_args=())
 def _linear_tiled(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int, activation: int) -> Tensor:
+    from ..quantize.fused import ACTIVATIONS
+
     plain = tiles.flatten(0, -3).transpose(1, 2).flatten(0, 1)
     y = F.linear(x, plain[:channels], bias)
     return y if activation == NONE else list(ACTIVATIONS.values())[activation](y)
@@ -58,6 +59,8 @@ def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
     Returns:
         The weights that are tiles now, by their names in the program.
     """
+    from ..quantize.fused import ACTIVATIONS
+
     names, tiled = program.graph_signature.inputs_to_parameters, {}
     for node in program.graph.find_nodes(op="placeholder"):
         kinds = {_use(user, node) for user in node.users}
