@@ -120,18 +120,19 @@ def test_tiles_of_both_kinds_give_the_weight_back(shape: tuple[int, int]) -> Non
 
 
 class Uses(nn.Module):
-    """A weight that two layers share, one that is read in another way too, and one in float64."""
+    """A weight in two layers, one that is read in another way too, one in float64, and a bias that is one number."""
 
     def __init__(self, wide: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.shared, self.read, self.wide = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3, dtype=wide)
-        self.table = nn.Embedding(40, 8)
+        self.table, self.level = nn.Embedding(40, 8), nn.Parameter(torch.ones(1))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(self.table(ids))
         x = self.read(self.shared(x.transpose(1, 2).contiguous().transpose(1, 2)))
         x = x + self.read.weight.sum()
-        return F.linear(x, self.table.weight) + self.wide(x.to(self.wide.bias.dtype)).float().sum(-1, keepdim=True)
+        wide = self.wide(x.to(self.wide.bias.dtype)).float()
+        return F.linear(x, self.table.weight, self.level.expand(40)) + wide.sum(-1, keepdim=True)
 
 
 def _tiled(model: nn.Module, inputs: dict[str, Tensor] | tuple) -> set[str]:

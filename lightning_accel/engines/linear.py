@@ -109,7 +109,7 @@ def _replace(user: Node, weight: Node, channels: int) -> None:
     else:
         bias, x = user.args[:2] if user.target is _aten.addmm.default else ((*user.args, None)[2], user.args[0])
         with graph.inserting_before(user):
-            x = _call(graph, _aten.contiguous.default, x)
+            x, bias = (None if given is None else _call(graph, _aten.contiguous.default, given) for given in (x, bias))
         user.target, user.args = _OPERATOR, (x, weight, bias, channels, NONE)
     user.kwargs = {}
 
