@@ -7,7 +7,7 @@
 Artifacts are built once a model, through all engines that are installed; one whose program does not compute what was
 quantized is left out, and named. Then all are timed in one interleaved run, each in its own process, and with them
 torch.compile (forwards), llama.cpp (SmolLM2) and CTranslate2 (Whisper). Quantized after training, on real inputs;
-`quality.py` says what that costs.
+`quality.py` says what that costs, and of Whisper `transcripts.py`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network, real inputs of it (the first are timed), and the schemes that it is deployed in."""
+    """A trained network, real inputs of it (the first are timed), its schemes, and what reads text or sound for it."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], list[Any]]
     schemes: tuple[str, ...]
+    processor: Callable[[], Any] = lambda: None
 
 
 def _minilm() -> nn.Module:
@@ -75,14 +76,22 @@ def _whisper() -> nn.Module:
 
 
 def _speech() -> list[dict[str, torch.Tensor]]:
-    """The recordings whose length is nearest to 10 s, as Whisper hears them; all but the first with what was said."""
-    from real_speech import PROMPT, clips, features, whisper_processor
+    """Training clips whose length is nearest to 10 s, as Whisper hears them; all but the first with what was said."""
+    from distillation_speech import SPEECH, clips_of
+    from real_speech import PROMPT, features, whisper_processor
 
-    first, *rest = sorted(clips(), key=lambda clip: abs(len(clip.samples) / 16_000 - 10))[:9]
+    train = clips_of(SPEECH.settings)[0]
+    first, *rest = sorted(train, key=lambda clip: abs(len(clip.samples) / 16_000 - 10))[:9]
     texts = [whisper_processor().tokenizer(" " + clip.text, add_special_tokens=False).input_ids for clip in rest]
     answers = [{"decoder_input_ids": torch.tensor([[*PROMPT, *ids]])} for ids in texts]
     heard = [{"input_features": features([clip.samples])} for clip in (first, *rest)]
     return [heard[0], *(a | b for a, b in zip(heard[1:], answers, strict=True))]
+
+
+def _hearing() -> Any:
+    from real_speech import whisper_processor
+
+    return whisper_processor()
 
 
 def _efficientnet() -> nn.Module:
@@ -104,7 +113,12 @@ MODELS = {
     "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), ("int8", "int8-static")),
     "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), ("int8", "int8-static")),
     "smollm2": Model(_smollm2, _brown, ("int8", "int4-int8")),
-    "whisper": Model(_whisper, _speech, ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")),
+    "whisper": Model(
+        _whisper,
+        _speech,
+        ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}"),
+        _hearing,
+    ),
     "efficientnet": Model(_efficientnet, _images, ("int8-static",)),
 }
 
@@ -121,7 +135,7 @@ def build(name: str, out: Path, names: tuple[str, ...]) -> dict[str, Path]:
         wanted = dict.fromkeys((*names, "portable")) if scheme == "float" else names
         report = export_model(
             model.build().eval(), folder, example_inputs=first, data=[first], calibration=rest, quantize=quantize,
-            engines=tuple(wanted), measure=False,
+            engines=tuple(wanted), measure=False, processor=model.processor(),
         )  # fmt: skip
         print("\n".join(f"{name} {scheme} {row['engine']}: {row['why']}" for row in report.manifest["ranking"]))
     return folders
