@@ -152,7 +152,7 @@ def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]
     begun = time.perf_counter(), time.process_time()
     for i, fit in enumerate(fits):
         part = batches[i * len(batches) // len(fits) : (i + 1) * len(batches) // len(fits)]
-        student = train(student, fit, task, training, teacher, data, part, cell.seed, out)
+        student, found["loss"] = train(student, fit, task, training, teacher, data, part, cell.seed, out)
     found["fit_seconds"], found["cpu_seconds"] = time.perf_counter() - begun[0], time.process_time() - begun[1]
     if task.example and cell.seed == 0:
         _save(student, cell.path(out).with_suffix(".pt"))
@@ -178,8 +178,9 @@ def teacher_scores(task: Task, teacher: nn.Module, data: Examples, seed: int, ou
 def train(
     student: nn.Module, fit: Fit, task: Task, training: Settings, teacher: nn.Module, data: Examples,
     batches: list[list[int]], seed: int, out: Path,
-) -> nn.Module:  # fmt: skip
-    """The student after one fit; without the neurons that were pruned in it."""
+) -> tuple[nn.Module, float]:  # fmt: skip
+    """The student after one fit, without the neurons that were pruned in it, and its mean loss in the last tenth."""
+    ending = Ending(len(batches))
     callbacks: list[pl.Callback] = []
     if fit.teach:
         callbacks.append(distillation(fit.teach, task, student, teacher, data, seed, out))
@@ -187,9 +188,22 @@ def train(
         callbacks.append(Pruning(PRUNE, SCHEDULE, module="model"))
     if fit.quantize:
         callbacks.append(QuantizationAwareTraining(QUANTIZE, BEGIN, module="model"))
-    fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks)
+    fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks, ending)
     pruned = [callback for callback in callbacks if isinstance(callback, Pruning)]
-    return shrink_model(student, pruned[0].masks, example_inputs=inputs_of(data.test[0])) if pruned else student
+    if pruned:
+        student = shrink_model(student, pruned[0].masks, example_inputs=inputs_of(data.test[0]))
+    return student, mean(ending.losses)
+
+
+class Ending(pl.Callback):
+    """The losses, with all their terms, of the last tenth of `total` batches."""
+
+    def __init__(self, total: int) -> None:
+        self.begin, self.losses = total - max(1, total // 10), list[float]()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx >= self.begin:
+            self.losses.append(outputs["loss"].item())
 
 
 def distillation(

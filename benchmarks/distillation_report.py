@@ -38,6 +38,7 @@ def _table(name: str, task: Task, seeds: list[int], out: Path) -> str:
         else:
             lines.append("| " + " | ".join(_row(method, saved, control, unit, method == task.control)) + " |")
     lines += [""] + [f"{line}\n" for line in latencies(out / name)]
+    lines += losses(out / name)
     if some:
         lines += _notes(task, some)
     return "\n".join(lines)
@@ -58,6 +59,18 @@ def _row(method: str, saved: Saved, control: Saved, unit: Unit, own: bool) -> li
     cell, cells = saved[common[0]], [saved[s] for s in common]
     row += [f"{cell['lr']:g}", f"{cell['bytes'] / cell['teacher_bytes']:.3f}"]
     return row + [f"{mean(c[name] for c in cells):.0f}" for name in ("fit_seconds", "cpu_seconds")]
+
+
+def losses(folder: Path) -> list[str]:
+    """How the loss of training from the cache ends, against that with the teacher itself, of all pairs of cells."""
+    ratios = []
+    for path in sorted(folder.glob("seed*/cached*.json")):
+        other = path.with_name(path.name.replace("cached", "logits"))
+        cached, live = (json.loads(p.read_text()) if p.exists() else {} for p in (path, other))
+        if "loss" in cached and "loss" in live and cached["lr"] == live["lr"]:
+            ratios.append(f"{cached['loss'] / live['loss'] - 1:+.2%} (seed {cached['seed']}, {cached['lr']:g})")
+    said = f"Mean loss of the last tenth of the steps, cached against logits: {', '.join(ratios)}."
+    return [said, ""] if ratios else []
 
 
 def latencies(folder: Path) -> list[str]:
