@@ -73,10 +73,17 @@ def llama_files(model: Callable[[], Any], out: Path, schemes: Mapping[str, Any],
         path = out / f"{scheme}-gguf" / "decoder.gguf"
         if not path.exists():
             export_model(model().eval(), path.parent, quantize=schemes[scheme], engines=("gguf",), measure=False)
-        settings = f"{FILES[scheme]}, built from source with GGML_NATIVE, context of 1024"
+        settings = f"{FILES[scheme]}, context of 1024, {_llama_build()}"
         target = Target("peers.llama:causal", {"path": str(path), **lengths})
         found[f"{scheme} llama.cpp"] = Peer(target, path.stat().st_size, settings)
     return found
+
+
+def _llama_build() -> str:
+    """What llama.cpp says of its build, such as `AVX512_VNNI = 1`."""
+    import llama_cpp
+
+    return llama_cpp.llama_print_system_info().decode().strip(" |\n").replace("|", ";")
 
 
 # --- Whisper ----------------------------------------------------------------------------------------------------------
