@@ -104,7 +104,7 @@ def _programs(
             "role": role,
             "engine": name,
             **entry,
-            "layouts": _store(captures[role], entry, stored),
+            "layouts": _store(captures[role], entry, stored, name == "portable"),
             "sha256": artifact.sha256(path / entry["file"]),
             "torch": torch.__version__,
             "inputs": captures[role].inputs,
@@ -115,14 +115,24 @@ def _programs(
     ]
 
 
-def _store(captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, list[int]]:
-    """Adds a program's weights to the stored ones; returns the shapes of those that are stored in another layout."""
+def _store(
+    captured: Capture, entry: Mapping[str, Any], stored: dict[str, Tensor], reads_tiles: bool
+) -> dict[str, list[int]]:
+    """Adds a program's weights to the stored ones; returns the shapes of those that are stored in another layout.
+
+    Args:
+        reads_tiles: the engine takes plain weights out of tiles. What another one has in another layout than is stored,
+            as the two programs of an encoder-decoder may, is stored too, under a name of its own.
+    """
     weights, layouts = captured.weights(), {}
-    for index, weight in entry["weights"].items():
-        if weight in stored and stored[weight].shape != weights[weight].shape:
-            layouts[index] = list(weights[weight].shape)
-        else:
-            stored.setdefault(weight, weights[weight])
+    for index, name in entry["weights"].items():
+        weight = weights[name]
+        if name in stored and stored[name].shape != weight.shape and reads_tiles:
+            layouts[index] = list(weight.shape)
+            continue
+        if name in stored and stored[name].shape != weight.shape:
+            name = entry["weights"][index] = f"{name}.{'x'.join(map(str, weight.shape))}"
+        stored.setdefault(name, weight)
     return layouts
 
 

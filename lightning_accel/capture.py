@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.export.graph_signature import InputKind
 
 from .inputs import ExampleInputs, copy_inputs, explain_export, split_inputs, without_labels
 
@@ -80,12 +81,16 @@ class Capture:
             shapes = (*fixed, tuple(self.dynamic_shapes)) if len(fixed) else (tuple(self.dynamic_shapes),)
         try:
             with torch.no_grad():
-                return torch.export.export(module, (*lead, *self.example), dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(module, (*lead, *self.example), dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise ValueError(
                 f"torch.export cannot capture the model: {explain_export(error)}\n"
                 + (_HINT if self.cache is None else f"{_HINT}. {CAUSAL_HINT}")
             ) from error
+        for spec in program.graph_signature.input_specs:  # buffers keep their names in AOTInductor, constants do not
+            if spec.kind is InputKind.CONSTANT_TENSOR:
+                spec.kind, spec.persistent = InputKind.BUFFER, False
+        return program
 
 
 def _varargs(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kernels import PATHS, compiled, linear_bound, source_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lightning_accel import QuantConfig, export_model, load
 from lightning_accel.artifact import read_manifest
@@ -86,7 +87,7 @@ def test_activations_follow(kernel: Kernel, name: str) -> None:
         assert bool(((got - exact).abs() <= 2.0**-20 * y.abs() + 1e-37).all())
 
 
-@pytest.mark.parametrize(("n", "out"), [(96, 40), (1024, 300), (576, 1536)])
+@pytest.mark.parametrize(("n", "out"), [(96, 40), (1024, 20), (1024, 300), (576, 1536)])
 def test_a_row_depends_neither_on_the_others_nor_on_threads(kernel: Kernel, n: int, out: int) -> None:
     x, weight, bias = drawn(31, n, out, n)
     together, threads = kernel(x, weight, bias), torch.get_num_threads()
@@ -120,19 +121,22 @@ def test_tiles_of_both_kinds_give_the_weight_back(shape: tuple[int, int]) -> Non
 
 
 class Uses(nn.Module):
-    """A weight in two layers, one that is read in another way too, one in float64, and a bias that is one number."""
+    """A weight in two layers, one that is read in another way too, one in float64, products with columns, and biases of
+    one number."""
 
     def __init__(self, wide: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.shared, self.read, self.wide = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3, dtype=wide)
         self.table, self.level = nn.Embedding(40, 8), nn.Parameter(torch.ones(1))
+        self.columns, self.one = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(4, 6))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(self.table(ids))
         x = self.read(self.shared(x.transpose(1, 2).contiguous().transpose(1, 2)))
         x = x + self.read.weight.sum()
-        wide = self.wide(x.to(self.wide.bias.dtype)).float()
-        return F.linear(x, self.table.weight, self.level.expand(40)) + wide.sum(-1, keepdim=True)
+        wide = self.wide(x.to(self.wide.bias.dtype)).float().sum(-1, keepdim=True)
+        columns = F.linear(F.silu(F.relu(x @ self.columns)), self.one, self.level).sum(-1, keepdim=True)
+        return F.linear(x, self.table.weight, self.level.expand(40)) + wide + columns
 
 
 def _tiled(model: nn.Module, inputs: dict[str, Tensor] | tuple) -> set[str]:
@@ -145,7 +149,28 @@ def _tiled(model: nn.Module, inputs: dict[str, Tensor] | tuple) -> set[str]:
 
 
 def test_weights_with_other_uses_and_dtypes_stay() -> None:
-    assert _tiled(Uses(), (torch.randint(40, (2, 5)),)) == {"model.shared.weight", "model.table.weight"}
+    assert _tiled(Uses(), (torch.randint(40, (2, 5)),)) == {
+        "model.shared.weight", "model.table.weight", "model.columns"
+    }  # fmt: skip
+
+
+class Odd(nn.Module):
+    """Products that the operator does not know: of vectors, of complex numbers, of a weight with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector, self.square = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 6))
+        self.turn = nn.Parameter(torch.randn(5, 6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = F.linear(x.to(torch.complex64), self.turn).abs().sum(-1)
+        twice = torch.addmm(self.vector, self.square, self.square)
+        deep = F.linear(x.reshape(-1, 1, 1, 1, 1, 1, 1, 1, 6), twice).sum((1, 2, 3, 4, 5, 6, 7, 8))
+        return F.linear(x, self.vector) + turned + deep
+
+
+def test_products_that_the_operator_does_not_know_stay() -> None:
+    assert not _tiled(Odd(), (torch.randn(3, 6),))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -182,7 +207,8 @@ def test_programs_are_what_the_model_is(tmp_path: Path, quantized: bool) -> None
     torch.manual_seed(0)
     model = Uses(torch.float32).eval()
     data = [(torch.randint(40, (3, 6)),) for _ in range(4)]
-    quantize = QuantConfig("int8", overrides={"shared": None, "read": None, "table": None}) if quantized else None
+    kept = dict.fromkeys(("shared", "read", "table"))
+    quantize = QuantConfig("int8", overrides=kept) if quantized else None
     export_model(model, tmp_path / "a", example_inputs=data[0], data=data, quantize=quantize, measure=False)
     compiled, portable = (load(tmp_path / "a", engine=name) for name in ("aoti", "portable"))
     with torch.no_grad():
@@ -191,6 +217,41 @@ def test_programs_are_what_the_model_is(tmp_path: Path, quantized: bool) -> None
             torch.testing.assert_close(compiled(ids), portable(ids), rtol=1e-4, atol=1e-4)
             if not quantized:
                 torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+class Curve(nn.Module):
+    """A layer, and a constant of more numbers than are written into the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * torch.tensor([0.5 * i for i in range(12)])
+
+
+@pytest.mark.aoti
+@pytest.mark.parametrize("quantize", [None, QuantConfig("int8")])
+def test_constants_of_the_code_keep_their_names(tmp_path: Path, quantize: QuantConfig | None) -> None:
+    model, x = Curve().eval(), torch.randn(4, 12)
+    export_model(model, tmp_path / "a", example_inputs=(x,), data=[(x,)], quantize=quantize, measure=False)
+    compiled, portable = (load(tmp_path / "a", engine=name) for name in ("aoti", "portable"))
+    torch.testing.assert_close(compiled(x), portable(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.aoti
+def test_programs_of_one_model_may_hold_a_weight_in_two_layouts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, int] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 97}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()  # type: ignore[arg-type]
+    ids = torch.randint(3, 97, (2, 9))
+    export_model(model, tmp_path / "a", example_inputs={"input_ids": ids}, measure=False)
+    tokens = [load(tmp_path / "a", engine=name).generate(ids, max_new_tokens=12) for name in ("aoti", "portable")]
+    assert torch.equal(*tokens)
+    with torch.no_grad():
+        given = {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
+        found = load(tmp_path / "a", engine="aoti")(**given)
+        torch.testing.assert_close(found, model(**given).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.aoti

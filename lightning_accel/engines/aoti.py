@@ -162,7 +162,7 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
         replace_attention(program)
     tiled = replace_linear(program) if set(_AVX2) <= set(instructions) else {}
     quantized = any(isinstance(module, LINEAR) for module in capture.module.modules())
-    freeze = not quantized and (not tiled or any(map(_is_convolution, program.graph.nodes)))
+    freeze = not quantized and _could_be_packed(program, tiled)
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary), kernel_flags(processor))
         package = _compile(program, Path(temporary), freeze, processor)
@@ -280,8 +280,15 @@ def _extract(package: Path, directory: Path, name: str) -> Path:
     return named
 
 
-def _is_convolution(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and "conv" in str(node.target)
+def _could_be_packed(program: torch.export.ExportedProgram, tiled: Mapping[str, Tensor]) -> bool:
+    """Whether freezing would gain anything: some weight is neither tiles nor a table to gather from."""
+    names = program.graph_signature.inputs_to_parameters
+    gathers = {torch.ops.aten.embedding.default}
+    return any(
+        node.name in names and names[node.name] not in tiled and node.meta["val"].dim() > 1
+        and not {user.target for user in node.users} <= gathers
+        for node in program.graph.find_nodes(op="placeholder")
+    )  # fmt: skip
 
 
 def _constants(

@@ -40,7 +40,7 @@ def _feed_forwards(program: torch.export.ExportedProgram) -> int:
             continue
         fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
         code = list(ACTIVATIONS).index(activation[0])
-        become(second, fused.default, (*_all(first), *_all(second)[1:], code, *quantization))
+        become(second, fused.default, (*arguments_of(first), *arguments_of(second)[1:], code, *quantization))
         found += 1
     return found
 
@@ -58,7 +58,7 @@ def _convolutions(program: torch.export.ExportedProgram) -> int:
             continue
         least, most = (_code(limit, factor, zero_point) for limit in limits or (-math.inf, math.inf))
         with program.graph.inserting_before(node):
-            arguments = (*_all(conv), factor, zero_point, least, most)
+            arguments = (*arguments_of(conv), factor, zero_point, least, most)
             coded = program.graph.call_function(operators.int8_static_conv2d_coded.default, arguments)
         coded.meta["val"] = node.meta["val"].permute(_NHWC)
         for user in [user for user in node.users if _is_permute(user, _NHWC)]:
@@ -89,7 +89,7 @@ def _erase(idle: dict[Node, None]) -> None:
             before.graph.erase_node(before)
 
 
-def _all(node: Node) -> tuple:
+def arguments_of(node: Node) -> tuple:
     """The arguments of a call by position, those left out too."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
@@ -125,7 +125,7 @@ def _computes_nothing(node: Node) -> bool:
         return len(node.args) == 2 and _dtype(node.args[0]) == node.args[1]
     if node.target is _aten.contiguous.default:
         return node.args[0].meta["val"].is_contiguous()  # type: ignore[union-attr]
-    return node.target is _aten.dropout.default and not _all(node)[2]
+    return node.target is _aten.dropout.default and not arguments_of(node)[2]
 
 
 def _operands(node: Any, target: Any, count: int = 2, uses: int = 1) -> tuple:
@@ -176,7 +176,7 @@ def _clamp(node: Node | None) -> tuple[float, float] | None:
     if node.target in (_aten.relu.default, _aten.relu_.default):
         return 0.0, math.inf
     if node.target in (_aten.hardtanh.default, _aten.hardtanh_.default, _aten.clamp.default, _aten.clamp_.default):
-        _, low, high = _all(node)
+        _, low, high = arguments_of(node)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         return (low, high) if low <= 0 <= high else None
     return None
@@ -200,7 +200,7 @@ def activation_of(node: Node | None) -> tuple[str, Any, int] | None:
     if node.target in (_aten.silu.default, _aten.silu_.default):
         return "silu", node.args[0], 1
     if node.target is _aten.gelu.default:
-        x, approximate = _all(node)
+        x, approximate = arguments_of(node)
         return "gelu_tanh" if approximate == "tanh" else "gelu", x, 1
     return _gelu_by_hand(node)
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from .fuse import activation_of, alone, become
+from .fuse import activation_of, alone, arguments_of, become
 
 _aten = torch.ops.aten
 CHANNELS = 32  # of a tile
+MOST_DIMENSIONS = 8  # of an input, which kernels/shim.h has too
+NONE = -1  # in the place of an activation's number in `quantize.fused.ACTIVATIONS`
 
 
 def tile(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -31,9 +33,6 @@ def tile(weight: Tensor, transposed: bool = False) -> Tensor:
     padded = F.pad(weight, (0, 0, 0, -len(weight) % CHANNELS))
     tiles = padded.unflatten(0, (-1, CHANNELS)).transpose(1, 2).contiguous()
     return tiles.unsqueeze(0) if transposed else tiles
-
-
-NONE = -1  # in the place of an activation's number in `quantize.fused.ACTIVATIONS`
 
 
 @torch.library.custom_op("lightning_accel::linear_tiled", mutates_args=())
@@ -59,58 +58,79 @@ def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
     Returns:
         The weights that are tiles now, by their names in the program.
     """
-    from ..quantize.fused import ACTIVATIONS
-
     names, tiled = program.graph_signature.inputs_to_parameters, {}
     for node in program.graph.find_nodes(op="placeholder"):
-        kinds = {_use(user, node) for user in node.users}
-        transposed = "addmm" in kinds
-        alike = kinds == {"addmm"} if transposed else "linear" in kinds
-        if node.name not in names or not alike or None in kinds:
+        layout = _layout(node) if node.name in names else None
+        if layout is None:
             continue
         weight = program.state_dict[names[node.name]].detach()
-        tiles = tile(weight, transposed)
+        tiles = tile(weight, transposed=layout == "columns")
         program.state_dict[names[node.name]] = torch.nn.Parameter(tiles, requires_grad=False)
         tiled[names[node.name]] = tiles
         for user in list(node.users):
-            _replace(user, node, weight.shape[transposed])
+            _replace(user, node, weight.shape[layout == "columns"])
         node.meta["val"] = node.meta["val"].new_empty(tiles.shape)
-    for node in list(program.graph.nodes):
-        found = activation_of(node)
-        layer = alone(*found[1:]) if found else None
-        if found and layer is not None and layer.target is _OPERATOR:
-            become(node, _OPERATOR, (*layer.args[:-1], list(ACTIVATIONS).index(found[0])))
+    _take_in_activations(program)
     program.graph_module.recompile()
     return tiled
 
 
+def _layout(weight: Node) -> str | None:
+    """How the channels of a weight lie, by its uses: `"rows"`, `"columns"`, or None where it cannot be tiles."""
+    uses = {_use(user, weight) for user in weight.users}
+    if uses == {"columns"}:
+        return "columns"
+    return "rows" if uses in ({"rows"}, {"rows", "gathered"}) else None
+
+
 def _use(user: Node, weight: Node) -> str | None:
-    """What `user` does with `weight`: a `"linear"` layer, an `"addmm"`, an `"embedding"`, or None for anything else."""
-    values = [v.meta["val"] for v in (*user.all_input_nodes, user) if isinstance(v.meta.get("val"), Tensor)]
-    if any(v.is_floating_point() and (v.dtype, v.device.type) != (torch.float32, "cpu") for v in values):
+    """What `user` does with `weight`: multiplies with its rows or columns, gathers rows, or, None, anything else."""
+    if [*user.args, *user.kwargs.values()].count(weight) != 1 or not _is_float(weight, 2, 2) or not _is_float(user):
         return None
-    if user.target is _aten.embedding.default and user.args[0] is weight:
-        return "embedding"
-    if user.target is _aten.linear.default and user.args[0] is not weight and user.args[1] is weight:
-        return "linear"
-    if user.target is _aten.addmm.default and user.args[2] is weight and not user.kwargs:
-        bias = user.args[0].meta["val"]  # type: ignore[union-attr]
-        return "addmm" if bias.shape == weight.meta["val"].shape[1:] else None
+    if user.target is _aten.embedding.default:
+        return "gathered" if user.args[0] is weight else None
+    operands = _operands(user)
+    if operands is None or operands[1] is not weight or not _is_float(operands[0], 1, MOST_DIMENSIONS):
+        return None
+    columns = user.target is not _aten.linear.default
+    channels, bias = weight.meta["val"].shape[columns], operands[2]
+    if bias is not None and not (_is_float(bias, 1, 1) and bias.meta["val"].shape[0] == channels):
+        return None
+    return "columns" if columns else "rows"
+
+
+def _operands(user: Node) -> tuple[Node, Node, Node | None] | None:
+    """Input, weight and bias of a product with a weight."""
+    if user.target is _aten.linear.default:
+        x, weight, bias = arguments_of(user)
+        return x, weight, bias
+    if user.target in (_aten.mm.default, _aten.matmul.default):
+        x, weight = arguments_of(user)
+        return x, weight, None
+    if user.target is _aten.addmm.default:
+        bias, x, weight, *factors = arguments_of(user)
+        return (x, weight, bias) if factors == [1, 1] else None
     return None
 
 
+def _is_float(node: Node, least: int = 0, most: int = 64) -> bool:
+    """Whether a node is a float32 tensor on the CPU, of so many dimensions."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not least <= value.dim() <= most:
+        return False
+    return value.dtype is torch.float32 and value.device.type == "cpu"
+
+
 def _replace(user: Node, weight: Node, channels: int) -> None:
-    graph = user.graph
-    if user.target is _aten.embedding.default:
-        ids = user.args[1]
-        with graph.inserting_before(user):
+    graph, operands = user.graph, _operands(user)
+    with graph.inserting_before(user):
+        if operands is None:
+            ids = user.args[1]
             of, at = (_call(graph, op, ids, CHANNELS) for op in (_aten.floor_divide.default, _aten.remainder.Scalar))
-        user.target, user.args = _aten.index.Tensor, (weight, [of, None, at])
-    else:
-        bias, x = user.args[:2] if user.target is _aten.addmm.default else ((*user.args, None)[2], user.args[0])
-        with graph.inserting_before(user):
-            x, bias = (None if given is None else _call(graph, _aten.contiguous.default, given) for given in (x, bias))
-        user.target, user.args = _OPERATOR, (x, weight, bias, channels, NONE)
+            user.target, user.args = _aten.index.Tensor, (weight, [of, None, at])
+        else:
+            x, bias = (operands[i] and _call(graph, _aten.contiguous.default, operands[i]) for i in (0, 2))
+            user.target, user.args = _OPERATOR, (x, weight, bias, channels, NONE)
     user.kwargs = {}
 
 
@@ -119,3 +139,14 @@ def _call(graph: torch.fx.Graph, operator: Any, x: Any, *args: Any) -> Node:
     with x.meta["val"].fake_mode:
         node.meta["val"] = operator(x.meta["val"], *args)
     return node
+
+
+def _take_in_activations(program: torch.export.ExportedProgram) -> None:
+    """An activation that alone takes the output of an operator goes into it; of several in a row, the first."""
+    from ..quantize.fused import ACTIVATIONS
+
+    for node in list(program.graph.nodes):
+        found = activation_of(node)
+        layer = alone(*found[1:]) if found else None
+        if found and layer is not None and layer.target is _OPERATOR and layer.args[-1] == NONE:
+            become(node, _OPERATOR, (*layer.args[:-1], list(ACTIVATIONS).index(found[0])))

@@ -118,13 +118,16 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
     from .._int_mm import SATURATES, mend_
 
     with _LOADING:
-        program: Any = torch.export.load(path).module()
+        exported = torch.export.load(path)
+        program: Any = exported.module()
     if SATURATES:
         mend_(program.graph)
         program.recompile()
     tensors = [weights[entry["weights"][str(i)]] for i in range(len(entry["weights"]))]
-    layouts = entry.get("layouts", {})
-    tensors = [_untile(t, layouts[str(i)]) if str(i) in layouts else t for i, t in enumerate(tensors)]
+    layouts, inputs = entry.get("layouts", {}), exported.graph.find_nodes(op="placeholder")
+    for i, shape in ((int(i), shape) for i, shape in layouts.items()):
+        idle = not inputs[i].users  # such as the decoder's weights in an encoder
+        tensors[i] = tensors[i].new_empty(1).expand(shape) if idle else _untile(tensors[i], shape)
     caches = len(entry["cache"]["shapes"]) if entry.get("cache") else 0
 
     def run(inputs: list[Tensor]) -> list[Tensor]:

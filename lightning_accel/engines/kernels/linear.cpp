@@ -14,10 +14,11 @@
 
 namespace {
 
-constexpr int64_t kChannels = 32;                          // of a tile
+constexpr int64_t kChannels = 32;                           // of a tile
 constexpr int64_t kColumns = 2 * kLanes;                    // of a block of sums, in two registers
-constexpr int kMost = kLanes == 16 ? 12 : 6;                 // rows of a block: there are 32 registers, or 16
+constexpr int kMost = kLanes == 16 ? 12 : 6;                // rows of a block: there are 32 registers, or 16
 constexpr int64_t kWays = 8, kPage = 4096 / sizeof(float);  // of the first cache; rows so far apart share its places
+constexpr int64_t kCopied = 1 << 24;                        // floats, at most, that are copied for that reason
 
 template <int M>
 void block(const float* x, int64_t stride, int64_t K, const float* w, const float* bias, float* y, int64_t N,
@@ -58,22 +59,32 @@ void activate(float* y, int64_t count, int64_t N, int64_t channels) {
   }
 }
 
+// Into how many groups of blocks of rows the work on a tile of channels is divided, so that threads have enough of it.
+inline int64_t groups_of(int64_t tiles, int64_t blocks) {
+#ifdef _OPENMP
+  const int64_t enough = 4 * omp_get_max_threads();
+  if (enough > 4 && 0 < tiles && tiles < enough && blocks) return std::min(blocks, (enough + tiles - 1) / tiles);
+#endif
+  return 1;
+}
+
 template <int64_t kind>
 void linear(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N, int64_t K) {
-  const int64_t tiles = (N + kChannels - 1) / kChannels, parts = (M + kMost - 1) / kMost;
+  const int64_t tiles = (N + kChannels - 1) / kChannels, parts = (M + kMost - 1) / kMost, groups = groups_of(tiles, parts);
   static thread_local Buffer<float> scratch;
   Buffer<float>& copy = scratch;  // of this thread: in the others of a team the name means their own
-  const bool apart = K % kPage == 0 && M > kWays;
+  const bool apart = K % kPage == 0 && M > kWays && M * K <= kCopied;
   const int64_t stride = apart ? K + 16 : K;
   if (apart) copy.grow(M * stride);
   const float* rows = apart ? copy.data() : x;
   run(
-      M, tiles, sizeof(float) * work(M, N * K),
+      M, tiles * groups, sizeof(float) * work(M, N * K),
       [&](int64_t m) {
         if (apart) std::memcpy(copy.data() + m * stride, x + m * K, K * sizeof(float));
       },
-      each([&](int64_t t) {
-        for (int64_t part = 0; part < parts; part++) {
+      each([&](int64_t task) {
+        const int64_t t = task / groups, group = task % groups;
+        for (int64_t part = parts * group / groups; part < parts * (group + 1) / groups; part++) {
           const int64_t m = M * part / parts, count = M * (part + 1) / parts - m;
           for (int64_t n = t * kChannels, c = 0; c < kChannels && n + c < N; c += kColumns) {
             float* out = y + m * N + n + c;
