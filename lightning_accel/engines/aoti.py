@@ -2,8 +2,8 @@
 
 The package that AOTInductor writes is reduced to its shared library, which torch opens in about a millisecond
 without a compiler, an archive to unpack or further imports. Its constants are left out and given at load: tensors
-mapped from the folder's weights, not copied. Of a float network with convolutions, Inductor's freezing packs the
-weights into the library instead, and they are stored there.
+mapped from the folder's weights, not copied. Of a float network with weights that can be packed or folded, such as
+convolutions, Inductor's freezing does so, and they are stored in the library.
 
 The file is named by its content: dlopen gives a path that it has open already the library which was there before, and
 an export that is repeated in one process would be verified, and served, through the older program.
