@@ -127,10 +127,11 @@ def _store(
     weights, layouts = captured.weights(), {}
     for index, name in entry["weights"].items():
         weight = weights[name]
-        if name in stored and stored[name].shape != weight.shape and reads_tiles:
+        other = name in stored and stored[name].shape != weight.shape
+        if other and reads_tiles:
             layouts[index] = list(weight.shape)
             continue
-        if name in stored and stored[name].shape != weight.shape:
+        if other:
             name = entry["weights"][index] = f"{name}.{'x'.join(map(str, weight.shape))}"
         stored.setdefault(name, weight)
     return layouts
