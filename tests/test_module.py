@@ -166,6 +166,42 @@ def test_weight_decay_leaves_biases_alone(tmp_path):
     assert [p.dim() for p in decayed["params"]] == [2, 2] and [p.dim() for p in others["params"]] == [1, 1]
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_fused_step_is_that_of_plain_adamw_and_is_clipped_under_amp_too(tmp_path, precision):
+    """Lightning refuses to clip for fused optimizers under every AMP, though only fp16 scales its gradients."""
+
+    def fitted(module):
+        fit = trainer(tmp_path, max_epochs=4, precision=precision, gradient_clip_val=0.1)
+        fit.fit(module, loader())
+        return fit.optimizers[0], torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    class Plain(AccelModule):
+        def configure_optimizers(self):
+            found = super().configure_optimizers()
+            found["optimizer"].param_groups[0]["fused"] = found["optimizer"].param_groups[1]["fused"] = False
+            return found
+
+    start = torch.cat([p.detach().flatten() for p in seeded(Perceptron).parameters()])
+    (ours, fused), (theirs, plain) = fitted(AccelModule(seeded(Perceptron))), fitted(Plain(seeded(Perceptron)))
+    assert all(group["fused"] for group in ours.param_groups)
+    assert not any(group["fused"] for group in theirs.param_groups)
+    assert (fused - plain).norm() < 1e-3 * (plain - start).norm()
+
+
+def test_complex_parameters_are_trained_without_the_fused_step(tmp_path):
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filter, self.last = nn.Parameter(torch.ones(8, dtype=torch.complex64)), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.last(torch.fft.ifft(torch.fft.fft(x) * self.filter).real)
+
+    module = AccelModule(seeded(Spectrum), lr=0.1)
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    assert (module.model.filter - 1).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
