@@ -37,9 +37,11 @@ from distillation_tasks import Examples, Fit, Task, tasks
 from quality import fit_on, size
 from quality_tasks import Settings, inputs_of
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_accel import (
+    AccelModule,
     Cubic,
     Distillation,
     Keyed,
@@ -48,6 +50,7 @@ from lightning_accel import (
     QuantConfig,
     QuantizationAwareTraining,
     TeacherCache,
+    distillation_loss,
     layer_map,
     quantize_model,
     shrink_model,
@@ -55,7 +58,7 @@ from lightning_accel import (
 from lightning_accel.measure import machine, versions
 
 PRUNE, QUANTIZE = PruneConfig("neurons", amount=0.5), QuantConfig("int8")
-SCHEDULE, BEGIN = Cubic(0.1, 0.6), 0.6  # of each fit, as the README's example has them
+SCHEDULE, BEGIN = Cubic(0.1, 0.6), 0.6  # of a fit that does both, as the README's example has them
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,13 @@ def teacher_of(task: Task, seed: int, settings: Settings, out: Path) -> nn.Modul
         return model
     path = out / "teachers" / f"{source.name}-{seed}.pt"
     if path.exists():
-        model.load_state_dict(torch.load(path))
+        saved = torch.load(path)
+        _check_settings(path, saved["settings"], asdict(settings))
+        model.load_state_dict(saved["weights"])
         return model
     data = load(task, settings)
     fit_on(model, settings, loader(data, data.order(seed, settings)), seed)
-    _save(model.state_dict(), path)
+    _save({"settings": asdict(settings), "weights": model.state_dict()}, path)
     return model.eval()
 
 
@@ -149,11 +154,17 @@ def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]
     found: dict[str, Any] = {"lr": lr, "teacher_bytes": size(teacher)}
     fits = task.methods[cell.method]
     batches = data.order(cell.seed, training)
+    if any(fit.teach == "cached" for fit in fits):
+        begun = time.process_time()
+        cache_of(task, teacher, data, cell.seed, out)
+        found["cache_seconds"] = time.process_time() - begun  # of a cell that finds it there: only of opening it
     begun = time.perf_counter(), time.process_time()
     for i, fit in enumerate(fits):
         part = batches[i * len(batches) // len(fits) : (i + 1) * len(batches) // len(fits)]
-        student, found["loss"] = train(student, fit, task, training, teacher, data, part, cell.seed, out)
+        student = train(student, fit, task, training, teacher, data, part, cell.seed, out)
     found["fit_seconds"], found["cpu_seconds"] = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    if "cached" in task.methods and fits:
+        found["objective"] = objective(student, teacher, task, data, batches[-max(1, len(batches) // 10) :])
     if task.example and cell.seed == 0:
         _save(student, cell.path(out).with_suffix(".pt"))
     if any(fit.quantize for fit in fits):
@@ -178,32 +189,32 @@ def teacher_scores(task: Task, teacher: nn.Module, data: Examples, seed: int, ou
 def train(
     student: nn.Module, fit: Fit, task: Task, training: Settings, teacher: nn.Module, data: Examples,
     batches: list[list[int]], seed: int, out: Path,
-) -> tuple[nn.Module, float]:  # fmt: skip
-    """The student after one fit, without the neurons that were pruned in it, and its mean loss in the last tenth."""
-    ending = Ending(len(batches))
+) -> nn.Module:  # fmt: skip
+    """The student after one fit, without the neurons that were pruned in it."""
     callbacks: list[pl.Callback] = []
     if fit.teach:
         callbacks.append(distillation(fit.teach, task, student, teacher, data, seed, out))
     if fit.prune:
         callbacks.append(Pruning(PRUNE, SCHEDULE, module="model"))
     if fit.quantize:
-        callbacks.append(QuantizationAwareTraining(QUANTIZE, BEGIN, module="model"))
-    fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks, ending)
+        begin = BEGIN if fit.prune else 0.0  # a fit that only quantizes does so in all of its steps
+        callbacks.append(QuantizationAwareTraining(QUANTIZE, begin, module="model"))
+    fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks)
     pruned = [callback for callback in callbacks if isinstance(callback, Pruning)]
-    if pruned:
-        student = shrink_model(student, pruned[0].masks, example_inputs=inputs_of(data.test[0]))
-    return student, mean(ending.losses)
+    return shrink_model(student, pruned[0].masks, example_inputs=inputs_of(data.test[0])) if pruned else student
 
 
-class Ending(pl.Callback):
-    """The losses, with all their terms, of the last tenth of `total` batches."""
-
-    def __init__(self, total: int) -> None:
-        self.begin, self.losses = total - max(1, total // 10), list[float]()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx >= self.begin:
-            self.losses.append(outputs["loss"].item())
+@torch.no_grad()
+def objective(student: nn.Module, teacher: nn.Module, task: Task, data: Examples, batches: list[list[int]]) -> float:
+    """What `logits` minimizes, over all classes and in float32, on these batches: the same for all methods."""
+    alpha, found = task.config.alpha, []
+    student.eval()
+    for batch in loader(data, batches):
+        logits, targets = AccelModule(student).logits_and_targets(batch)
+        answers, _ = AccelModule(teacher).logits_and_targets(batch)
+        taught = distillation_loss(logits, answers, task.config.temperature, targets != -100)
+        found.append((alpha * taught + (1 - alpha) * F.cross_entropy(logits, targets)).item())
+    return mean(found)
 
 
 def distillation(
@@ -217,11 +228,15 @@ def distillation(
         pairs = layer_map(*parts, "uniform")
         config = replace(config, hidden={f"{prefix}{own}": f"{prefix}{other}" for own, other in pairs.items()})
     if teach == "cached":
-        config = replace(config, top_k=task.top_k)
-        folder = out / "caches" / f"{task.source.name}-{seed}"
-        cache = TeacherCache.build(folder, teacher, Keyed(data.train), config, collate_fn=data.collate, progress=False)
-        return Distillation(config, teacher=cache, student="model")
+        cache = cache_of(task, teacher, data, seed, out)
+        return Distillation(replace(config, top_k=task.top_k), teacher=cache, student="model")
     return Distillation(config, teacher=teacher, student="model")
+
+
+def cache_of(task: Task, teacher: nn.Module, data: Examples, seed: int, out: Path) -> TeacherCache:
+    """The cache of the teacher of a seed, built where it is not there yet."""
+    config, folder = replace(task.config, top_k=task.top_k), out / "caches" / f"{task.source.name}-{seed}"
+    return TeacherCache.build(folder, teacher, Keyed(data.train), config, collate_fn=data.collate, progress=False)
 
 
 def _save(value: Any, path: Path) -> None:
@@ -241,23 +256,28 @@ def run_all(chosen_tasks: dict[str, Task], seeds: list[int], out: Path, quick: b
     for cell in cells(chosen_tasks, seeds):
         path, task = cell.path(out), chosen_tasks[cell.task]
         settings = settings_of(task, quick)
-        if finished(path, settings):
+        training = {"settings": asdict(settings), "epochs": task.epochs, "distillation": str(task.config)}
+        if finished(path, training):
             continue
         print(f"{time.strftime('%H:%M:%S')} {cell}", flush=True)
         found = run(cell, task, settings, out)
         print(f"         {mean(found['scores']):.4f}, {found['seconds']:.0f} s", flush=True)
-        about = {"settings": asdict(settings), "epochs": task.epochs, "distillation": str(task.config),
-                 "machine": machine(), "versions": versions(), "command": " ".join(sys.argv)}  # fmt: skip
-        _write(asdict(cell) | found | about, path)
+        about = {"machine": machine(), "versions": versions(), "command": " ".join(sys.argv)}
+        _write(asdict(cell) | found | training | about, path)
 
 
-def finished(path: Path, settings: Settings) -> bool:
-    """Whether the cell is saved, with these settings."""
+def finished(path: Path, training: dict[str, Any]) -> bool:
+    """Whether the cell is saved, trained so."""
     if not path.exists():
         return False
-    if Settings(**(before := json.loads(path.read_text())["settings"])) != settings:
-        raise SystemExit(f"{path} was made with other settings ({before}); write another --out, or remove it")
+    saved = json.loads(path.read_text())
+    _check_settings(path, {name: saved[name] for name in training}, training)
     return True
+
+
+def _check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before != now:
+        raise SystemExit(f"{path} was made with other settings ({before}); write another --out, or remove it")
 
 
 def main() -> None:

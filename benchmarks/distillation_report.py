@@ -26,20 +26,21 @@ def _table(name: str, task: Task, seeds: list[int], out: Path) -> str:
     picked = {method: chosen(name, task, method, out) for method in task.methods}
     found = {method: _read(out / name, method, cell, seeds) for method, cell in picked.items()}
     control = found[task.control]
-    heads = [task.title, unit.name, f"gain over {task.control}, 95 %", "of each seed", "learning rate",
+    heads = [task.title, unit.name, f"gain over {task.control}, 95 %", "beyond it", "of each seed", "learning rate",
              "bytes of the teacher's", "s of fits", "CPU s"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     if some := next((saved for saved in found.values() if saved), None):
         teachers = [cell["teacher scores"] for cell in some.values()]
-        lines.append(f"| teacher | {_show(mean(teachers), unit)} | | {_each(teachers, unit)} | | 1 | | |")
+        lines.append(f"| teacher | {_show(mean(teachers), unit)} | | | {_each(teachers, unit)} | | 1 | | |")
     for method, saved in found.items():
         if not saved:
             lines.append(f"| {method} | not run |{' |' * (len(heads) - 2)}")
         else:
             lines.append("| " + " | ".join(_row(method, saved, control, unit, method == task.control)) + " |")
     lines += [""] + [f"{line}\n" for line in latencies(out / name)]
-    lines += losses(out / name)
+    lines += objectives(out / name)
     if some:
+        lines += tried(name, task, out) + spent(out / name)
         lines += _notes(task, some)
     return "\n".join(lines)
 
@@ -50,27 +51,51 @@ def _row(method: str, saved: Saved, control: Saved, unit: Unit, own: bool) -> li
     ours = torch.tensor([saved[s]["scores"] for s in common], dtype=torch.float64)
     row = [method, _show(ours.mean().item(), unit)]
     if own or not control:
-        row += ["", _each(ours.mean(1).tolist(), unit)]
+        row += ["", "", _each(ours.mean(1).tolist(), unit)]
     else:
         theirs = torch.tensor([control[s]["scores"] for s in common], dtype=torch.float64)
         gains = (theirs - ours) if unit.lower else (ours - theirs)
         middle, half = paired(gains)
-        row += [f"{_show(middle, unit, '+')} ± {_show(half, unit)}", _each(gains.mean(1).tolist(), unit, "+")]
+        row += [f"{_show(middle, unit, '+')} ± {_show(half, unit)}", "yes" if abs(middle) > half else "no"]
+        row += [_each(gains.mean(1).tolist(), unit, "+")]
     cell, cells = saved[common[0]], [saved[s] for s in common]
     row += [f"{cell['lr']:g}", f"{cell['bytes'] / cell['teacher_bytes']:.3f}"]
     return row + [f"{mean(c[name] for c in cells):.0f}" for name in ("fit_seconds", "cpu_seconds")]
 
 
-def losses(folder: Path) -> list[str]:
-    """How the loss of training from the cache ends, against that with the teacher itself, of all pairs of cells."""
+def objectives(folder: Path) -> list[str]:
+    """How training from the cache ends, against that with the teacher itself, of all pairs of cells."""
     ratios = []
     for path in sorted(folder.glob("seed*/cached*.json")):
         other = path.with_name(path.name.replace("cached", "logits"))
         cached, live = (json.loads(p.read_text()) if p.exists() else {} for p in (path, other))
-        if "loss" in cached and "loss" in live and cached["lr"] == live["lr"]:
-            ratios.append(f"{cached['loss'] / live['loss'] - 1:+.2%} (seed {cached['seed']}, {cached['lr']:g})")
-    said = f"Mean loss of the last tenth of the steps, cached against logits: {', '.join(ratios)}."
-    return [said, ""] if ratios else []
+        if "objective" in cached and "objective" in live and cached["lr"] == live["lr"]:
+            ratio = cached["objective"] / live["objective"] - 1
+            ratios.append(f"{ratio:+.2%} (seed {cached['seed']}, {cached['lr']:g})")
+    said = "Loss at the end, of all classes, on the last tenth of the batches, cached against logits"
+    return [f"{said}: {', '.join(ratios)}.", ""] if ratios else []
+
+
+def tried(name: str, task: Task, out: Path) -> list[str]:
+    """The mean on the validation split at each rate that a method could choose, of seed 0."""
+    from distillation import Cell, rates
+
+    said = []
+    for method in task.methods:
+        paths = [Cell(name, method, 0, lr).path(out) for lr in rates(task, method)]
+        means = [mean(json.loads(path.read_text())["validation"]) if path.exists() else None for path in paths]
+        said.append(f"{method} " + ", ".join("not yet" if m is None else _show(m, task.source.unit) for m in means))
+    rated = ", ".join(f"{lr:g}" for lr in task.rates)
+    return [f"Validation split, seed 0, at rates of {rated}: {'; '.join(said)}.", ""]
+
+
+def spent(folder: Path) -> list[str]:
+    """The longest cell, and all of them."""
+    seconds = [json.loads(path.read_text())["seconds"] for path in folder.glob("seed*/*.json")]
+    if not seconds:
+        return []
+    longest, whole = max(seconds) / 60, sum(seconds) / 3600
+    return [f"{len(seconds)} cells, the longest {longest:.0f} minutes, {whole:.1f} hours of a core in all.", ""]
 
 
 def latencies(folder: Path) -> list[str]:

@@ -234,6 +234,7 @@ def tasks() -> dict[str, Task]:
     from distillation_speech import SPEECH, half_of_the_decoder
 
     minilm, smollm2 = as_quality("minilm", glosses), as_quality("smollm2", brown)
+    longer = replace(minilm, name="minilm-2-epochs", settings=replace(minilm.settings, epochs=2))  # as its students
     images = Source(
         "efficientnet",
         Settings(train=12000, validation=2000, test=10000, epochs=1, batch=64, lr=1e-3, begin=0.0, precision=q.BF16),
@@ -254,7 +255,7 @@ def tasks() -> dict[str, Task]:
         "whisper-2": Task("Whisper tiny.en with 2 of 4 decoder layers, Asterisk's prompts", SPEECH, half_of_the_decoder,
                           12, (1e-4, 3e-4), replace(soft, temperature=1.0), "decoder",
                           methods={"as it starts": ()} | some("none", "logits", "logits + hidden")),
-        "one-fit": Task("MiniLM, half of the neurons pruned, int8, WordNet glosses", minilm,
+        "one-fit": Task("MiniLM, half of the neurons pruned, int8, WordNet glosses", longer,
                         lambda teacher: q.build_minilm(), 2, (2e-4, 5e-4), soft, methods=ONE_FIT, control="one fit",
                         example=tokens((1, 128), (8, 128))),
     }  # fmt: skip
