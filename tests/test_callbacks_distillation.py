@@ -170,7 +170,7 @@ def test_a_student_that_is_never_called_or_does_not_exist_raises(tmp_path):
     unused = Distillation(teacher=seeded(Perceptron, seed=3), student="unused")
     module = seeded(Plain)
     module.unused = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="no module that training_step calls puts out logits; name the student"):
+    with pytest.raises(ValueError, match="training_step never called 'unused' with gradients; name what it calls"):
         trainer(tmp_path, [unused]).fit(module, loader())
     with pytest.raises(ValueError, match=r"there is no module 'modle' in Plain; .*model"):
         trainer(tmp_path, [Distillation(teacher=seeded(Perceptron), student="modle")]).fit(seeded(Plain), loader())
@@ -267,3 +267,17 @@ def test_a_teacher_of_another_precision_is_asked_in_its_own(tmp_path, teachers, 
     assert float(fit.callback_metrics["accel/distillation/teacher_loss"]) > 0
     assert_same(weights(teacher), before)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_student_that_puts_out_a_tuple_is_told_what_logits_are(tmp_path):
+    class Pair(Perceptron):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), x
+
+    class Takes(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return F.cross_entropy(self.model(batch[0])[0], batch[1])
+
+    with pytest.raises(ValueError, match="the student 'model' puts out no logits: .* not an item of a tuple"):
+        distillation = Distillation(teacher=seeded(Perceptron, seed=3), student="model")
+        trainer(tmp_path, [distillation]).fit(Takes(seeded(Pair)), loader())

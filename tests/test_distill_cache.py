@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lightning_accel import (
     student_from,
 )
 from lightning_accel.distill import split_key
+from lightning_accel.distill.cache import fingerprint
 from lightning_accel.distill.keyed import is_key
 
 CONFIG = DistillConfig(top_k=2)
@@ -245,7 +247,7 @@ class Noisy:
 
 
 def test_random_augmentation_is_refused_unless_the_key_determines_it(tmp_path):
-    with pytest.raises(ValueError, match=r"two readings of sample 0 of the Noisy differ.*Keyed\(dataset, views=4\)"):
+    with pytest.raises(ValueError, match=r"two readings of a sample of the Noisy differ.*Keyed\(dataset, views=4\)"):
         Keyed(Noisy())
     keyed = Keyed(Noisy(), views=4)
     assert len(keyed) == 48 and torch.equal(keyed[17][0], keyed[17][0])
@@ -294,7 +296,7 @@ def changed_teacher() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": changed_teacher()}, r"another teacher \(its class or weights differ\)"),
+        ({"teacher": changed_teacher()}, r"another teacher \(its classes, settings or weights differ\)"),
         ({"samples": data(seed=2)}, "built with other data"),
         ({"samples": data(31)}, "built with other data"),
         ({"config": DistillConfig(top_k=3)}, "built with top_k=2, not 3"),
@@ -521,3 +523,112 @@ def test_tensors_of_a_tensor_dataset_alone_get_a_key():
     x, key = Keyed([torch.zeros(2), torch.ones(2)])[1]
     assert x.tolist() == [1.0, 1.0]
     assert split_key([x.unsqueeze(0), torch.tensor([key])])[0].shape == (1, 2)
+
+
+class Attends(nn.Module):
+    """Four numbers of each sample as rows, through attention; its heads are in no weight and no name."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, heads, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.unsqueeze(1).expand(-1, 4, -1) * torch.arange(1, 5).view(4, 1)
+        return self.head(self.attention(rows, rows, rows)[0].mean(1))
+
+
+class Scaled(Perceptron):
+    """A factor that is no parameter."""
+
+    def __init__(self, factor: float = 1.0, saved: bool = True) -> None:
+        super().__init__(24)
+        self.factor = factor
+        self.register_buffer("shift", torch.full((), factor), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+def between(activation: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(between, (nn.ReLU(), nn.Tanh())), (between, (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2))), (Attends, (2, 4)),
+     (Scaled, (1.0, 2.0))],
+    ids=["activation", "slope", "heads", "factor"],
+)  # fmt: skip
+def test_a_teacher_of_equal_weights_and_other_settings_is_another_teacher(tmp_path, make, settings):
+    teachers = [seeded(make, setting, seed=3) for setting in settings]
+    assert_same(teachers[0].state_dict(), teachers[1].state_dict())
+    build(tmp_path, teachers[0])
+    with pytest.raises(ValueError, match=r"another teacher \(its classes, settings or weights differ\)"):
+        build(tmp_path, teachers[1])
+    build(tmp_path, seeded(make, settings[0], seed=3))
+
+
+def test_a_transformers_teacher_is_told_by_its_configuration_not_by_its_folder(tmp_path):
+    teacher = llama()
+    for name in ("here", "there"):
+        teacher.save_pretrained(tmp_path / name)
+    first, second = (type(teacher).from_pretrained(tmp_path / name) for name in ("here", "there"))
+    assert fingerprint(first) == fingerprint(second) == fingerprint(torch.compile(first))
+    assert fingerprint(llama(rms_norm_eps=1e-3)) != fingerprint(llama())
+    other = llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    assert_same(other.state_dict(), llama().state_dict())
+    assert fingerprint(other) != fingerprint(llama())
+
+
+def test_a_build_that_was_stopped_before_it_said_so_is_completed(tmp_path):
+    build(tmp_path)
+    manifest = json.loads((tmp_path / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps(manifest | {"complete": False}))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.name != "cache.json"}
+    cache, _ = build(tmp_path)
+    assert len(cache) == 32 and json.loads((tmp_path / "cache.json").read_text()) == manifest
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.name != "cache.json"} == before
+
+
+def test_a_collate_function_that_mixes_samples_at_random_is_refused(tmp_path):
+    def mix(samples: list[Any]) -> Any:
+        x, y, keys = torch.utils.data.default_collate(samples)
+        return 0.7 * x + 0.3 * x[torch.randperm(len(x))], y, keys
+
+    with pytest.raises(ValueError, match="the collate function gives another batch each time"):
+        build(tmp_path, collate_fn=mix)
+
+
+def test_states_alone_need_alpha_0(tmp_path):
+    with pytest.raises(ValueError, match=r"alpha=0\.5 weighs logits, .*write top_k=32, or alpha=0\.0"):
+        build(tmp_path, config=DistillConfig(hidden={"second": "first"}))
+    cache, keyed = build(tmp_path, config=DistillConfig(alpha=0.0, hidden={"second": "first"}))
+    assert cache.read(torch.tensor([keyed[0][-1]])).hidden["first"].shape == (1, 24)
+
+
+def test_a_layer_that_the_student_has_not_is_named_and_leaves_no_hook(tmp_path):
+    cache, keyed = build(tmp_path, config=STATES)
+    config, module = DistillConfig(top_k=2, hidden={"secnd": "first"}, hidden_loss="mse"), seeded(Plain)
+    with pytest.raises(ValueError, match=r"the student, a Perceptron, has no module 'secnd'.*second"):
+        trainer(tmp_path, [Distillation(config, teacher=cache, student="model")]).fit(module, DataLoader(keyed, 8))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_samples_that_a_key_cannot_join_are_refused():
+    Sample = namedtuple("Sample", "x y")
+    with pytest.raises(ValueError, match=r"named tuples, which a key cannot join; .*sample\._asdict\(\)"):
+        Keyed([Sample(torch.zeros(2), 0)])
+
+    class Own:
+        """Noise from a generator that no key can seed."""
+
+        generator = torch.Generator().manual_seed(0)
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> Any:
+            return torch.randn(2, generator=self.generator), i
+
+    with pytest.raises(ValueError, match="It draws from a generator of its own; draw from torch's"):
+        Keyed(Own(), views=4)

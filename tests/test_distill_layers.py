@@ -21,10 +21,12 @@ from lightning_accel import (
     Distillation,
     DistillConfig,
     Export,
+    Keyed,
     Linear,
     PruneConfig,
     Pruning,
     QuantizationAwareTraining,
+    TeacherCache,
     attention_loss,
     hidden_loss,
 )
@@ -431,3 +433,127 @@ def test_a_teacher_whose_logits_are_not_finite_stops_the_fit(tmp_path):
     teacher.head.bias.data[1] = torch.nan
     with pytest.raises(ValueError, match=r"teacher's logits are not finite: 8 NaN, 0 \+inf of 24"):
         trainer(tmp_path, [Distillation(teacher=teacher)]).fit(seeded(Plain), loader())
+
+
+def test_a_mask_that_is_given_by_position_counts_as_one_by_name(tmp_path):
+    class Positional(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            logits = self.model(batch["input_ids"], batch["attention_mask"]).logits
+            return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    def terms(module: Any) -> list[float]:
+        distillation = Distillation(DistillConfig(hidden="last"), teacher=llama(num_hidden_layers=3), student="model")
+        fit = trainer(tmp_path, [distillation], max_steps=1)
+        fit.fit(module(llama(), causal=True), torch.utils.data.DataLoader([batch], batch_size=None))
+        return [value(fit, name) for name in ("teacher_loss", "hidden_loss")]
+
+    batch = next(iter(texts()))
+    batch["attention_mask"][:, 8:] = 0
+    assert terms(Positional) == pytest.approx(terms(AccelModule), rel=1e-6)
+
+
+class Segments(nn.Module):
+    """Classes of pixels, [batch, classes, height, width] as torch.nn.functional.cross_entropy takes them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_classes_of_pixels_are_softened_over_the_classes(tmp_path, top_k):
+    student, teacher = seeded(Segments, 4), seeded(Segments, 8, seed=3)
+    images, classes = torch.randn(4, 3, 6, 7), torch.randint(5, (4, 6, 7))
+    classes[:, :2] = -100
+    data = Keyed(list(zip(images, classes, strict=True)))
+    config = DistillConfig(temperature=1.0, top_k=top_k)
+    with torch.no_grad():
+        log_p, log_q = (net(images).log_softmax(1)[:, :, 2:].movedim(1, -1) for net in (student, teacher))
+    if top_k:  # the two likeliest classes, and the others as one
+        kept = log_q.topk(2).indices
+        log_p, log_q = (
+            torch.cat((x.gather(-1, kept), (1 - x.exp().gather(-1, kept).sum(-1, keepdim=True)).log()), -1)
+            for x in (log_p, log_q)
+        )
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    given = [teacher]
+    if top_k:
+        given.append(TeacherCache.build(tmp_path / "cache", teacher, data, config, progress=False))
+    for source in given:
+        fit = trainer(tmp_path, [Distillation(config, teacher=source, student="model")], max_steps=1)
+        fit.fit(Plain(copy.deepcopy(student)), torch.utils.data.DataLoader(data, batch_size=4))
+        assert value(fit, "teacher_loss") == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_an_unnamed_student_that_is_the_module_itself_is_as_causal_as_its_network(tmp_path):
+    class Forward(AccelModule):
+        def forward(self, **inputs: Any) -> Any:
+            return self.model(**inputs).logits
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            labels = batch.pop("labels")
+            logits = self(**batch)
+            batch["labels"] = labels
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def term(**options: Any) -> float:
+        fit = trainer(tmp_path, [Distillation(teacher=llama(hidden_size=64), **options)], max_steps=1)
+        fit.fit(Forward(llama()), torch.utils.data.DataLoader([batch], batch_size=None))
+        return value(fit, "teacher_loss")
+
+    batch = next(iter(texts()))
+    batch["labels"][:, :6] = -100
+    assert term() == pytest.approx(term(student="model"), rel=1e-6)
+
+
+def test_calls_without_gradients_are_no_part_of_any_term(tmp_path):
+    class Looks(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            with torch.no_grad():
+                self.model(batch[0] + 1)
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                self.model(batch[0] + 2)
+            return loss
+
+    def fitted(module: Any) -> dict[str, torch.Tensor]:
+        teacher = seeded(Perceptron, 24, seed=3)
+        trainer(tmp_path, [Distillation(HIDDEN, teacher=teacher, student="model")]).fit(module, loader())
+        return weights(module)
+
+    assert_same(fitted(seeded(Looks)), fitted(seeded(Plain)))
+
+
+def test_attention_maps_need_gradients_and_a_finite_teacher(tmp_path):
+    student, teacher = eager(llama()), eager(llama(hidden_size=64))
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    config = DistillConfig(attention="last")
+    with pytest.raises(ValueError, match=r"gave an attention map without gradients.*use_reentrant=False"):
+        trainer(tmp_path, [Distillation(config, teacher=teacher, student="model")]).fit(AccelModule(student), texts())
+    maps = torch.full((1, 2, 3, 3), torch.nan)
+    with pytest.raises(ValueError, match="the teacher's attention maps are not finite"):
+        attention_loss(torch.ones(1, 2, 3, 3), maps)
+    counted = torch.tensor([[True, True, False]])
+    maps[:, :, :2] = 1.0
+    assert attention_loss(torch.ones(1, 2, 3, 3), maps, counted) == 0.0
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_compiled_model_that_was_called_before_says_how_to_hook_it(tmp_path, who):
+    models = {"student": seeded(Perceptron), "teacher": seeded(Perceptron, 24, seed=3)}
+    compiled = torch.compile(models[who], backend="eager")
+    with torch.set_grad_enabled(who == "student"):
+        compiled.train(who == "student")(data(8)[:][0])
+    models[who] = compiled
+    distillation = Distillation(HIDDEN, teacher=models["teacher"], student="model")
+    try:
+        trainer(tmp_path, [distillation]).fit(Plain(models["student"]), loader())
+    except ValueError as error:
+        assert "call torch.compiler.reset() first" in str(error)
+        torch.compiler.reset()
+        trainer(tmp_path, [distillation]).fit(Plain(models["student"]), loader())
+    else:
+        pytest.fail("torch.compile has taken the hooks; the message can go")

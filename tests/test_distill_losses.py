@@ -265,7 +265,7 @@ def test_weights_are_numbers_or_follow_progress():
     assert found[25] == pytest.approx({"logits": 0.5, "hidden": 0.125, "attention": 0.0})
     assert found[100] == pytest.approx({"logits": 0.1, "hidden": 1.0, "attention": 4.0})
     assert len(config.scheduled) == 3
-    assert DistillConfig(hidden_weight=3.0).weights(0, 1) == {"logits": 0.5, "hidden": 0.0, "attention": 0.0}
+    assert DistillConfig().weights(0, 1) == {"logits": 0.5, "hidden": 0.0, "attention": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,10 @@ def test_weights_are_numbers_or_follow_progress():
     [
         ({"loss": "ce"}, r"loss='ce' is unknown; write one of \('kl', 'reverse-kl', 'js', 'mse'\)"),
         ({"hidden_loss": "l1"}, "hidden_loss='l1' is unknown"),
+        ({"temperature": float("inf")}, "temperature=inf must be positive and finite; write temperature=2.0"),
+        ({"temperature": "2"}, "temperature='2' must be positive and finite"),
+        ({"hidden_weight": 3.0}, "hidden_weight=3.0 weighs nothing without hidden; write hidden='uniform' too"),
+        ({"top_k": 2.5}, "top_k=2.5 must be at least 1 class"),
         ({"top_k": 0}, "top_k=0 must be at least 1 class; write top_k=32"),
         ({"top_k": 8, "loss": "mse"}, "write top_k=None, or loss='kl'"),
         ({"hidden": "all"}, r"write hidden=\{'student\.layer': 'teacher\.layer'\}, hidden='uniform' or hidden='last'"),

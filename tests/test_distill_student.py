@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from helpers import seeded
 from torch import nn
 
 from lightning_accel import layer_map, student_from
@@ -17,8 +18,12 @@ with warnings.catch_warnings():
     from transformers import (
         DistilBertConfig,
         DistilBertForSequenceClassification,
+        Phi3Config,
+        Phi3ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
         WhisperConfig,
@@ -176,6 +181,30 @@ def test_an_architecture_whose_widths_are_not_known_keeps_them():
         student.decoder.block[1].layer[2].DenseReluDense.wo.weight,
         teacher.decoder.block[2].layer[2].DenseReluDense.wo.weight,
     )
+
+
+def test_what_a_configuration_says_of_each_layer_follows_the_layers():
+    config = SmolLM3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, no_rope_layer_interval=4, max_position_embeddings=64,
+    )  # fmt: skip
+    teacher = seeded(SmolLM3ForCausalLM, config)
+    student = student_from(teacher, layers=[0, 3, 7])
+    assert student.config.no_rope_layers == [config.no_rope_layers[i] for i in (0, 3, 7)] == [1, 0, 0]
+    assert [layer.self_attn.use_rope for layer in student.model.layers] == [1, 0, 0]
+
+
+def test_matrices_that_lie_together_in_an_unknown_order_keep_their_width():
+    config = Phi3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    teacher = seeded(Phi3ForCausalLM, config)
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight holds several matrices.*give layers= alone"):
+        student_from(teacher, width=0.5)
+    student = student_from(teacher, layers=[1])
+    ours, theirs = student.model.layers[0].self_attn, teacher.model.layers[1].self_attn
+    assert torch.equal(ours.qkv_proj.weight, theirs.qkv_proj.weight)
 
 
 # --- layer maps -------------------------------------------------------------------------------------------------------

@@ -416,7 +416,10 @@ def test_pseudo_labels_are_what_the_teacher_generates_without_prompt_start_and_p
         ids = teacher.generate(input_features=speech()["input_features"], max_new_tokens=5, do_sample=False)
     assert len(found) == 2
     for row, whole in zip(found, ids, strict=True):
-        assert whole.tolist()[-len(row) :] == row.tolist() or 2 in whole.tolist()
+        ids = whole.tolist()
+        start = 1 if ids[0] == teacher.config.decoder_start_token_id else 0
+        end = ids.index(2, start) + 1 if 2 in ids[start:] else len(ids)
+        assert row.tolist() == ids[start:end]
     causal = tiny.llama()
     causal.train()
     prompts = {"input_ids": tiny.ids(2, 4), "labels": tiny.ids(2, 4)}
@@ -439,3 +442,85 @@ def test_what_cannot_generate_is_refused():
         pseudo_labels(tiny.mlp(), [])
     with pytest.raises(ValueError, match=r"tokenizer\.padding_side = 'left'"):
         pseudo_labels(tiny.llama(), [{"input_ids": tiny.ids(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])}])
+
+
+def test_an_artifacts_pseudo_labels_know_padding_and_the_end(decoder):
+    teacher = load(decoder)
+    prompts = tiny.ids(2, 4)
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.int64), prompts), 1)
+    mask = torch.cat((torch.zeros(2, 3, dtype=torch.int64), torch.ones_like(prompts)), 1)
+    (first, _), (second, _) = (pseudo_labels(teacher, [batch], max_new_tokens=6) for batch in (
+        {"input_ids": prompts}, {"input_ids": padded, "attention_mask": mask}))  # fmt: skip
+    assert first.tolist() == second.tolist(), "padding on the left is no prompt"
+    with pytest.raises(ValueError, match=r"tokenizer\.padding_side = 'left'"):
+        pseudo_labels(teacher, [{"input_ids": padded.flip(1), "attention_mask": mask.flip(1)}])
+    whole = teacher.generate(prompts, 6)
+    stop = int(whole[0, 2])
+    rows = pseudo_labels(teacher, [{"input_ids": prompts}], max_new_tokens=6, stop=(stop,))
+    assert rows[0].tolist() == whole[0, : whole[0].tolist().index(stop) + 1].tolist(), "up to and with the end"
+
+
+def test_an_encoder_decoder_artifact_makes_pseudo_labels(tmp_path):
+    teacher, batch = whisper().eval(), speech()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_model(teacher, tmp_path / "speech", example_inputs={
+            "input_features": batch["input_features"], "decoder_input_ids": torch.tensor([[1, 2], [1, 2]])
+        }, engines=("portable",), measure=False)  # fmt: skip
+    artifact = load(tmp_path / "speech", engine="portable")
+    rows = pseudo_labels(artifact, [batch], max_new_tokens=4, stop=())
+    whole = artifact.generate(batch["input_features"], max_new_tokens=4, stop=())
+    assert [row.tolist() for row in rows] == whole.tolist()
+
+
+def test_a_second_fit_of_the_callback_begins_anew(tmp_path):
+    """What the first one kept, its student and its projections, teaches nothing in the second."""
+    config = DistillConfig(alpha=0.0, hidden={"second": "first"}, hidden_loss="mse")
+    teacher = seeded(Perceptron, 24, seed=3)
+    once = Distillation(config, teacher=teacher, student="model")
+    modules = [seeded(Plain), seeded(Plain)]
+    for module in modules:
+        trainer(tmp_path, [once]).fit(module, loader())
+    assert_same(weights(modules[0]), weights(modules[1]))
+
+    class Taught(Callback):
+        def __init__(self) -> None:
+            self.steps: list[bool] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.steps.append(distillation_of(trainer)._live is not None)
+
+    own = Distillation(teacher="self", student="model")
+    seen = []
+    for _ in range(2):
+        taught = Taught()
+        quantization = QuantizationAwareTraining(begin=4, module="model")
+        trainer(tmp_path, [own, quantization, taught]).fit(seeded(Plain), loader())
+        seen.append(taught.steps)
+    assert seen[0] == seen[1] == [False] * 4 + [True] * 4
+
+
+def test_self_cannot_be_what_was_cut_before_the_first_step(tmp_path):
+    x = data(8)[:][0]
+    pruning = Pruning(PruneConfig("neurons", amount=0.5), module="model", cut_first=True, example_inputs=(x,))
+    with pytest.raises(ValueError, match=r"cut the student before there is a step.*copy\.deepcopy\(module\.model\)"):
+        trainer(tmp_path, [pruning, Distillation(teacher="self", student="model")]).fit(seeded(Plain), loader())
+
+
+def test_a_teacher_in_a_path_and_one_that_takes_other_inputs(tmp_path):
+    llama().save_pretrained(tmp_path / "teacher")
+    one, other = (AccelModule(llama(hidden_size=64)) for _ in range(2))
+    for module, teacher in ((one, tmp_path / "teacher"), (other, str(tmp_path / "teacher"))):
+        trainer(tmp_path, [Distillation(teacher=teacher, student="model")], max_steps=1).fit(module, texts())
+    assert_same(weights(one), weights(other))
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.inner(input_ids).logits
+
+    with pytest.raises(ValueError, match=r"called with \['attention_mask'\], which the teacher, a Narrow, does not"):
+        trainer(tmp_path, [Distillation(teacher=Narrow(), student="model")]).fit(AccelModule(llama()), texts())

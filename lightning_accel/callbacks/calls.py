@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import select
 from ..distill import Answer, Taps, logits_of
+from ..distill.teacher import stale
 
 
 @dataclass
@@ -32,6 +34,22 @@ class Call:
         """What is compared with the teacher's."""
         return Answer(self.logits, self.hidden, self.attention)
 
+    @property
+    def network(self) -> nn.Module:
+        """What computes: the module itself, or the only one with parameters in a LightningModule."""
+        module = select.unwrap(self.module)
+        inner = [child for child in module.children() if next(child.parameters(), None) is not None]
+        return select.unwrap(inner[0]) if isinstance(module, pl.LightningModule) and len(inner) == 1 else module
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments by name, those that were given by position too."""
+        try:
+            bound = inspect.signature(select.unwrap(self.module).forward).bind_partial(*self.args)
+        except TypeError:
+            return self.kwargs
+        return {**bound.arguments, **self.kwargs}
+
 
 class StudentCalls:
     """Hooks on the student and its layers, which keep what passes while `recording`.
@@ -45,7 +63,7 @@ class StudentCalls:
         self, pl_module: pl.LightningModule, name: str | None, hidden: Iterable[str], attention: Iterable[str]
     ) -> None:
         self._root, self._name, self._layers = pl_module, name, (list(hidden), list(attention))
-        self._recording = False
+        self._recording = self._wanted = False
         self._calls: list[Call] = []
         self._handles: list[Any] = []
         self._attach()
@@ -55,10 +73,14 @@ class StudentCalls:
         modules = {name: select.get_module(self._root, name) for name in names}
         self._handles = [
             module.register_forward_hook(self._keep(name), with_kwargs=True) for name, module in modules.items()
-        ]
+        ] + [module.register_forward_pre_hook(self._begin) for module in modules.values()]
         self._taps = Taps(select.get_module(self._root, self._name), *self._layers)
         ours = {id(m) for m in (*modules.values(), *self._taps.modules.values())}
         self._hooked = {name: module for name, module in self._root.named_modules() if id(module) in ours}
+
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        """Layers are kept in those calls that are kept: of a call without gradients neither."""
+        self._taps.open = self._wanted and torch.is_grad_enabled()
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -83,11 +105,11 @@ class StudentCalls:
         if any(_missing(self._root, name, module) for name, module in self._hooked.items()):
             self.remove()
             self._attach()
-        self._calls, self._recording, self._taps.open = [], True, layers
+        self._calls, self._recording, self._wanted, self._taps.open = [], True, layers, layers
         try:
             yield
         finally:
-            self._recording = self._taps.open = False
+            self._recording = self._wanted = self._taps.open = False
 
     def take(self, need_logits: bool, hidden: Iterable[str], attention: Iterable[str]) -> list[Call]:
         """The student's calls that were kept, which are let go of.
@@ -96,13 +118,13 @@ class StudentCalls:
             ValueError: no module or several may be the student; a layer put out nothing, or several times in a call.
         """
         try:
-            calls = self._students([c for c in self._calls if c.logits is not None or not need_logits])
+            calls = self._students(need_logits)
             for names, kept, kind in (
                 (hidden, self._taps.hidden, "hidden"),
                 (attention, self._taps.attention, "attention"),
             ):
                 for name in names:
-                    _check_once(name, len(kept[name]), len(calls), kind)
+                    _check_once(name, len(kept[name]), len(calls), kind, stale(self._root))
                     for call, tensor in zip(calls, kept[name], strict=True):
                         getattr(call, kind)[name] = tensor
             return calls
@@ -114,7 +136,15 @@ class StudentCalls:
         self._calls = []
         self._taps.clear()
 
-    def _students(self, calls: Sequence[Call]) -> list[Call]:
+    def _students(self, need_logits: bool) -> list[Call]:
+        calls = [call for call in self._calls if call.logits is not None or not need_logits]
+        if self._name is not None and not calls:
+            if not self._calls:
+                raise ValueError(f"training_step never called {self._name!r} with gradients; name what it calls")
+            raise ValueError(
+                f"the student {self._name!r} puts out no logits: they are a tensor, or the `logits` of a mapping or an "
+                "object, not an item of a tuple; name a module that gives them so, or write alpha=0.0"
+            )
         names = list(dict.fromkeys(call.name for call in calls))
         if self._name is None and "" in names:
             names = [""]
@@ -138,7 +168,7 @@ def _missing(root: nn.Module, name: str, module: nn.Module) -> bool:
         return True
 
 
-def _check_once(name: str, found: int, calls: int, kind: str) -> None:
+def _check_once(name: str, found: int, calls: int, kind: str, compiled: str) -> None:
     if found == calls:
         return
     if found:
@@ -153,5 +183,5 @@ def _check_once(name: str, found: int, calls: int, kind: str) -> None:
         )
     raise ValueError(
         f"the student's {name!r} gave no hidden state in training_step: it was not called, or puts out no tensor "
-        "[..., width]; name a layer that is called"
+        f"[..., width]; name a layer that is called{compiled}"
     )

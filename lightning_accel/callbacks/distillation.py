@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,7 @@ from ..distill import (
     positions_of,
     split_key,
 )
+from ..distill.layers import check_names
 from ..distill.teacher import FORMS
 from ..loaded import LoadedModel
 from ..quantize import unprepare_
@@ -51,7 +53,8 @@ class Distillation(AccelCallback):
         config: what is compared, and its weights.
         teacher: a module that takes the student's inputs; the folder or name of a transformers model; an artifact or
             its folder; a `TeacherCache` or its folder; a Lightning checkpoint, with `teacher_class`; or `"self"`, the
-            student as it was when pruning or quantization began, which is then part of the callback's state.
+            student as it was when pruning or quantization began, which is then part of the callback's state and held
+            by it until the next fit.
         student: name of the module whose logits are compared; found by itself where only one gives logits. Names of
             layers in the config are relative to it (without it, to the LightningModule).
         teacher_class: the LightningModule class of a checkpoint.
@@ -67,7 +70,7 @@ class Distillation(AccelCallback):
         self,
         config: DistillConfig | None = None,
         *,
-        teacher: nn.Module | str | TeacherCache | LoadedModel,
+        teacher: nn.Module | str | Path | TeacherCache | LoadedModel,
         student: str | None = None,
         teacher_class: type | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class Distillation(AccelCallback):
             raise ValueError(
                 f"{config!r} is no DistillConfig; write Distillation(DistillConfig(temperature=2.0), teacher=teacher)"
             )
+        teacher = str(teacher) if isinstance(teacher, Path) else teacher
         if not isinstance(teacher, nn.Module | str | TeacherCache | LoadedModel):
             raise ValueError(f"teacher is a {type(teacher).__name__}; it is {FORMS}")
         if teacher == "self" and student is None:
@@ -112,6 +116,7 @@ class Distillation(AccelCallback):
                 "add lightning_accel.distillation_loss(student_logits, teacher_logits) to your loss for the other"
             )
         self.release(pl_module)
+        self._former, self.projections = None, Projections()  # a checkpoint's are restored after this
         self._load(trainer, pl_module)
         self._student = StudentCalls(pl_module, self.module if self._named else None, *self._layers())
 
@@ -130,6 +135,11 @@ class Distillation(AccelCallback):
                     "teacher='self' is the student as it was when pruning or quantization began, and neither is in "
                     "this fit; add Pruning or QuantizationAwareTraining, or give a teacher"
                 )
+            if any(isinstance(c, Pruning) and c.cut_first for c in self.siblings(trainer)):
+                raise ValueError(
+                    "Pruning(cut_first=True) has cut the student before there is a step to take its weights in; give "
+                    "the whole one instead: teacher=copy.deepcopy(module.model)"
+                )
             source = None
         elif isinstance(source, str):
             source = load_teacher(source, self.teacher_class, eager=bool(config.attention))
@@ -143,6 +153,8 @@ class Distillation(AccelCallback):
         if isinstance(source, TeacherCache):
             source.check(config)
             model = None
+            for layers in (config.hidden, config.attention):
+                check_names(student, layers or (), "student")
         self._terms = {"logits": {}}
         if isinstance(source, LoadedModel) and (layers := config.hidden or config.attention):
             LiveTeacher(source, layers.values() if isinstance(layers, Mapping) else [layers])  # it has none, and raises
@@ -279,7 +291,7 @@ class Distillation(AccelCallback):
         """The terms that are wanted, averaged over the student's calls."""
         found = []
         for call in calls:
-            positions = positions_of(call.module, call.kwargs, batch, call.logits, _is_causal(pl_module, call))
+            positions = positions_of(call.network, call.named, batch, call.logits, _is_causal(pl_module, call))
             answer = self._ask(pl_module, call, keys, len(calls))
             found.append(compare(call.answer, answer, self.config, wanted, self.projections, positions))
         return {name: torch.stack([one[name] for one in found]).mean() for name in wanted}
@@ -295,7 +307,7 @@ class Distillation(AccelCallback):
         assert self._live is not None
         if isinstance(self._live.model, nn.Module):
             self._live.model.to(pl_module.device)
-        return self._live(call.args, call.kwargs, call.module)
+        return self._live(call.args, call.kwargs, call.network)
 
     # --- projections
 
@@ -333,7 +345,7 @@ def _is_causal(pl_module: pl.LightningModule, call: Call) -> bool:
     said = getattr(pl_module, "causal", None)
     if isinstance(said, bool):
         return said
-    return call.logits is not None and call.logits.dim() == 3 and is_causal_lm(select.unwrap(call.module))
+    return call.logits is not None and call.logits.dim() == 3 and is_causal_lm(call.network)
 
 
 def _check_apart(teacher: nn.Module, pl_module: pl.LightningModule) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..inputs import inputs_of_batch, split_inputs, with_decoder_inputs
-from .compare import positions_of
 from .keyed import Keyed, indices_of, split_key
 from .losses import TopK, top_k_of
 from .store import Stream, read_manifest, write_manifest
 from .teacher import LiveTeacher
+from .terms import positions_of
 
 
 class Builder:
@@ -33,9 +33,9 @@ class Builder:
     def run(self, progress: bool) -> None:
         """Builds what is missing."""
         batch, total = self.manifest["batch_size"], len(self.data)
-        done = self._resume()
-        if done == total:
+        if (self.directory / "cache.json").is_file() and read_manifest(self.directory)["complete"]:
             return
+        done = self._resume()
         starts: Any = range(done, total, batch)
         if progress:
             from rich.progress import track
@@ -62,8 +62,6 @@ class Builder:
         if not (self.directory / "cache.json").is_file():
             return 0
         manifest = read_manifest(self.directory)
-        if manifest["complete"]:
-            return len(self.data)
         for i, (name, spec) in enumerate(manifest["streams"].items()):
             self.streams[name] = Stream(self.directory, i, spec)
         lengths = {name: stream.written_lengths() for name, stream in self.streams.items()}
@@ -93,6 +91,7 @@ class Builder:
             raise ValueError(f"the teacher, a {type(model).__name__}, puts out no logits; give a model with a head")
         named = given if isinstance(given, Mapping) else {}
         positions = positions_of(model, named, batch, logits, causal=False)
+        logits = positions.classes_last(logits)
         found: dict[str, tuple[list[Tensor], Tensor]] = {}
         if logits is not None and top_k is not None:
             flat, lengths = _rows(logits, positions.of(logits))
@@ -104,7 +103,8 @@ class Builder:
             self._declare(name, [("values", flat)])
             found[name] = [flat], lengths
         if not (self.directory / "cache.json").is_file():
-            write_manifest(self.directory, self.manifest | {"streams": self._specs(), "complete": False})
+            with self._explain_full_disk():
+                write_manifest(self.directory, self.manifest | {"streams": self._specs(), "complete": False})
         return torch.as_tensor(keys), found
 
     def _declare(self, name: str, parts: list[tuple[str, Tensor]], kept: TopK | None = None) -> None:

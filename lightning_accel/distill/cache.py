@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import select
 from ..loaded import LoadedModel
 from .builder import Builder
 from .config import DistillConfig
@@ -122,10 +124,8 @@ class TeacherCache:
     def check(self, config: DistillConfig) -> None:
         """Raises ValueError where a config asks for what the cache does not hold."""
         lines = "build another: TeacherCache.build('another', teacher, data, config)"
-        if config.attention:
-            raise ValueError(_not_cached(config.attention))
-        if isinstance(config.hidden, str):
-            raise ValueError(_needs_names(config.hidden))
+        _check_config(config)
+        assert not isinstance(config.hidden, str)
         for name in ("temperature", "top_k"):
             if getattr(config, name) != self.manifest[name]:
                 raise ValueError(
@@ -186,23 +186,46 @@ class TeacherCache:
 
 
 def fingerprint(teacher: nn.Module | LoadedModel) -> str:
-    """A hash of a teacher: its class and its weights, or an artifact's manifest."""
+    """A hash of a teacher: of each module its class, settings and tensors; or an artifact's manifest.
+
+    Settings are what its `repr` says, attributes with the names of its constructor's arguments, and a transformers
+    model's configuration. What a `forward` of one's own takes from elsewhere does not count.
+    """
     if isinstance(teacher, LoadedModel):
         return digest(json.dumps(teacher.manifest, sort_keys=True))
-    sha = hashlib.sha256(type(teacher).__name__.encode())
-    for name, tensor in teacher.state_dict().items():
-        sha.update(name.encode())
-        sha.update(digest(tensor).encode())
+    sha = hashlib.sha256()
+    for name, module in select.named_modules(teacher):
+        sha.update(repr((name, type(module).__name__, module.extra_repr(), _settings(module))).encode())
+        for part in (module._parameters, module._buffers):
+            for key, tensor in part.items():
+                sha.update(key.encode())
+                sha.update(digest(tensor).encode())
+    if (config := getattr(select.unwrap(teacher), "config", None)) is not None and hasattr(config, "to_dict"):
+        elsewhere = {"_name_or_path", "transformers_version"}
+        said = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+        sha.update(json.dumps(said, sort_keys=True, default=str).encode())
     return sha.hexdigest()
 
 
+def _settings(module: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in inspect.signature(type(module).__init__).parameters:
+        value = vars(module).get(name)
+        if inspect.isroutine(value):
+            found[name] = value.__qualname__
+        elif isinstance(value, str | int | float | tuple | list):
+            found[name] = value
+    return found
+
+
 def _preprocessing(data: Keyed, collate: Callable[[list[Any]], Any]) -> str:
-    """A hash of what the collate function makes of a few samples.
+    """A hash of what the collate function makes of a few samples, of each alone and of all in a batch.
 
     Raises:
         ValueError: it does not make the same of them twice.
     """
-    once, again = ([digest(split_key(collate([data[i]]))[0]) for i in data.probes()] for _ in range(2))
+    groups = [[i] for i in data.probes()] + [data.probes()]
+    once, again = ([digest(split_key(collate([data[i] for i in some]))[0]) for some in groups] for _ in range(2))
     if once != again:
         raise ValueError(
             "the collate function gives another batch each time for the same sample, as one does that masks at random, "
@@ -214,8 +237,18 @@ def _preprocessing(data: Keyed, collate: Callable[[list[Any]], Any]) -> str:
 def _check(data: Any, config: DistillConfig) -> None:
     if not isinstance(data, Keyed):
         raise ValueError(f"a {type(data).__name__} yields no keys; write data = Keyed(dataset), and train on data too")
+    _check_config(config)
+
+
+def _check_config(config: DistillConfig) -> None:
+    """Raises ValueError where a config asks for what no cache holds."""
     if config.top_k is None and not config.hidden:
         raise ValueError("a cache keeps the likeliest classes; write DistillConfig(top_k=32)")
+    if config.top_k is None and config.alpha != 0.0:
+        raise ValueError(
+            f"alpha={config.alpha} weighs logits, and with top_k=None a cache keeps none; write top_k=32, or "
+            "alpha=0.0 for hidden states alone"
+        )
     if config.attention:
         raise ValueError(_not_cached(config.attention))
     if isinstance(config.hidden, str):
@@ -239,7 +272,7 @@ def _needs_names(layers: str) -> str:
 
 def _check_same(directory: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     named = {
-        "teacher": "another teacher (its class or weights differ)",
+        "teacher": "another teacher (its classes, settings or weights differ)",
         "data": "other data",
         "preprocessing": "another collate function",
     }

@@ -37,8 +37,8 @@ class DistillConfig:
         attention_weight: weight >= 0 of the mean over the pairs of `attention`.
 
     Raises:
-        ValueError: temperature <= 0, alpha outside [0, 1], a negative weight, an unknown loss or map, top_k < 1 or
-            with `loss="mse"`.
+        ValueError: temperature not in (0, inf), alpha outside [0, 1], a negative weight or one of a term that is not
+            there, an unknown loss or map, top_k < 1 or with `loss="mse"`.
 
     >>> DistillConfig(temperature=4.0).alpha
     0.5
@@ -57,8 +57,8 @@ class DistillConfig:
     attention_weight: Weight = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive; write temperature=2.0")
+        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature!r} must be positive and finite; write temperature=2.0")
         for name in ("alpha", "hidden_weight", "attention_weight"):
             self._check_weight(name)
         for name, known in (("loss", LOSSES), ("hidden_loss", HIDDEN_LOSSES)):
@@ -66,8 +66,10 @@ class DistillConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; write one of {known}")
         for name in ("hidden", "attention"):
             self._check_layers(name)
-        if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k < 1):
-            raise ValueError(f"top_k={self.top_k} must be at least 1 class; write top_k=32, or None for every class")
+            if getattr(self, name) is None and (weight := getattr(self, f"{name}_weight")) != 1.0:
+                raise ValueError(f"{name}_weight={weight} weighs nothing without {name}; write {name}='uniform' too")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k={self.top_k!r} must be at least 1 class; write top_k=32, or None for every class")
         if self.top_k is not None and self.loss == "mse":
             raise ValueError(
                 "loss='mse' compares logits, and top_k keeps probabilities: the rest of the classes has a mass, no "

@@ -61,12 +61,19 @@ class Keyed(Dataset):
         if not 0 < len(dataset) * (views or 1) < 2**_INDEX:
             raise ValueError(f"the dataset has {len(dataset)} samples; a cache is of 1 to 2^{_INDEX}, views counted")
         self.dataset, self.views = dataset, views
+        if hasattr(self._read(0), "_fields"):
+            raise ValueError(
+                f"samples of the {type(dataset).__name__} are named tuples, which a key cannot join; make them "
+                "mappings, as sample._asdict() does, or plain tuples"
+            )
         digests = [[digest(self._read(i)) for i in self.probes()] for _ in range(2)]
         if digests[0] != digests[1]:
+            write = "Take the augmentation out, or let the key determine it: Keyed(dataset, views=4)"
+            if views is not None:
+                write = "It draws from a generator of its own; draw from torch's, NumPy's or random's, which are seeded"
             raise ValueError(
-                f"two readings of sample {self.probes()[0]} of the {type(dataset).__name__} differ: it augments at "
-                "random, and a cached teacher saw another sample. Take the augmentation out, or let the key "
-                "determine it: Keyed(dataset, views=4)"
+                f"two readings of a sample of the {type(dataset).__name__} differ: it augments at random, and a cached "
+                f"teacher saw another sample. {write}"
             )
         self.fingerprint = digest((len(dataset), views, digests[0]))
 

@@ -36,7 +36,7 @@ def layer_map(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] 
     """
     if isinstance(layers, Mapping):
         for model, names, where in ((student, layers.keys(), "student"), (teacher, layers.values(), "teacher")):
-            _check_names(model, names, where)
+            check_names(model, names, where)
         return dict(layers)
     stacks, theirs = _stacks(student), _stacks(teacher)
     if not stacks or len(stacks) != len(theirs):
@@ -58,7 +58,8 @@ def layer_map(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] 
     return pairs
 
 
-def _check_names(model: nn.Module, names: Iterable[str], where: str) -> None:
+def check_names(model: nn.Module, names: Iterable[str], where: str) -> None:
+    """Raises ValueError where the model, called `where` in the message, has no module of a name."""
     known = [name for name, _ in select.named_modules(model)]
     for name in names:
         if name not in known:

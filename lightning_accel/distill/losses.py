@@ -315,7 +315,7 @@ def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
         mask: [batch, queries], true where a query counts; `None` counts all.
 
     Raises:
-        ValueError: shapes other than the number of heads differ.
+        ValueError: shapes other than the number of heads differ, or the teacher's maps are NaN or infinite.
 
     >>> attention_loss(torch.eye(2).expand(1, 3, 2, 2), torch.full((1, 2, 2, 2), 0.5)).item()
     0.5
@@ -327,6 +327,11 @@ def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
         raise ValueError(
             f"attention maps of student and teacher differ: {tuple(student.shape)} and {tuple(teacher.shape)} "
             "[batch, heads, queries, keys]; they need the same positions, so the same tokenizer"
+        )
+    counted = teacher if mask is None else teacher.transpose(1, 2)[mask.bool()]
+    if not counted.isfinite().all():
+        raise ValueError(
+            "the teacher's attention maps are not finite; load it in float32 or bfloat16 (float16 overflows)"
         )
     distance = (student - teacher).square().sum(-1).transpose(1, 2)
     if mask is not None:

@@ -31,6 +31,7 @@ _DEPTHS = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
 _FUSED = ("c_attn",)  # query, key and value side by side
+_OTHER_FUSED = ("qkv", "query_key_value", "kv_proj", "gate_up", "in_proj")  # in orders that are not known here
 
 
 def student_from(teacher: Any, layers: Chosen | Mapping[str, Chosen] | None = None, width: float | None = None) -> Any:
@@ -101,12 +102,15 @@ def _choose_layers(config: Any, layers: Any) -> dict[str, list[int]]:
         name = next((n for n in _DEPTHS[side] if isinstance(getattr(config, n, None), int)), None)
         if name is None:
             raise ValueError(f"a {type(config).__name__} does not say how many {side} layers it has")
-        kept[side] = _indices(chosen, getattr(config, name), side)
+        total = getattr(config, name)
+        kept[side] = _indices(chosen, total, side)
         setattr(config, name, len(kept[side]))
         if side == "encoder" and hasattr(config, "num_hidden_layers"):
             config.num_hidden_layers = len(kept[side])
-        if not encodes and isinstance(types := getattr(config, "layer_types", None), list):
-            config.layer_types = [types[i] for i in kept[side]]
+        if not encodes:  # what the configuration says of each layer, such as layer_types
+            for key, each in config.to_dict().items():
+                if isinstance(each, list) and len(each) == total and isinstance(getattr(config, key, None), list):
+                    setattr(config, key, [each[i] for i in kept[side]])
     return kept
 
 
@@ -161,6 +165,11 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, lis
                 raise ValueError(
                     f"{name} {tuple(tensor.shape)} has no counterpart in the teacher ({_teachers_name(name, kept)}: "
                     f"{shape}); student_from does not know how a {type(teacher).__name__} is cut"
+                )
+            if source.shape != tensor.shape and any(fused in name.lower() for fused in _OTHER_FUSED):
+                raise ValueError(
+                    f"{name} holds several matrices, and student_from does not know where each begins; give layers= "
+                    "alone, without width="
                 )
             parts = 3 if any(f".{fused}." in f".{name}" for fused in _FUSED) else 1
             tensor.copy_(_first(source, tensor.shape, parts))

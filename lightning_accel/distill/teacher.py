@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import select
 from ..inputs import with_decoder_inputs, without_labels
-from ..loaded import LoadedModel
+from ..loaded import LoadedModel, LoadedSeq2Seq
 from .layers import Taps
 from .losses import TopK, logits_of
 
@@ -89,6 +89,7 @@ class LiveTeacher:
         assert isinstance(model, nn.Module)
         if "use_cache" in inspect.signature(model.forward).parameters:
             kwargs = {"use_cache": False, **kwargs}  # nothing is generated
+        _check_takes(model, kwargs)
         taps.open = True
         try:
             with guest(model), _dtype_of(model) as cast:
@@ -96,6 +97,8 @@ class LiveTeacher:
             hidden = {name: _only(kept, model, name, "a hidden state") for name, kept in taps.hidden.items()}
             maps = {name: _only(kept, model, name, "an attention map") for name, kept in taps.attention.items()}
         except IndexError as error:
+            if not _outside(model, (args, kwargs)):
+                raise
             raise ValueError(
                 f"the teacher, a {type(model).__name__}, cannot look up the student's inputs ({error}): with another "
                 f"vocabulary {_vocabulary(model)}distil sequences: train on lightning_accel.pseudo_labels(teacher, "
@@ -131,12 +134,36 @@ def _only(kept: list[Tensor], model: nn.Module, name: str, what: str) -> Tensor:
             f"{who}; fused attention computes none. Load it with from_pretrained(path, attn_implementation='eager'), "
             "or call teacher.set_attn_implementation('eager')"
         )
-    raise ValueError(f"{who}; name a module that is called and puts out a tensor [..., width]")
+    raise ValueError(f"{who}; name a module that is called and puts out a tensor [..., width]{stale(model)}")
+
+
+def stale(model: nn.Module) -> str:
+    """What else may be the cause in a compiled model: torch compiled it for calls without hooks."""
+    if not any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        return ""
+    return ". It is compiled: if it was called before this fit, call torch.compiler.reset() first"
+
+
+def _check_takes(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    unknown = sorted(set(kwargs) - set(parameters))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"the student is called with {unknown}, which the teacher, a {type(model).__name__}, does not take; leave "
+            "them out of the batch, or give a module whose forward() takes the student's inputs"
+        )
 
 
 def _vocabulary(model: nn.Module) -> str:
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return "" if embedding is None else f"(the teacher's has {embedding.num_embeddings} ids) "
+
+
+def _outside(model: nn.Module, inputs: Any) -> bool:
+    """Whether an id may be outside of the vocabulary, the first embedding's."""
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    ids = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_floating_point() and t.numel()]
+    return embedding is None or any(int(t.max()) >= embedding.num_embeddings for t in ids)
 
 
 @contextmanager
@@ -232,7 +259,7 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
     teacher's tokenizer. See arXiv:1606.07947.
 
     Args:
-        teacher: a transformers model that generates, or a loaded artifact of a causal language model.
+        teacher: a transformers model that generates, or a loaded artifact of a language model.
         batches: mappings of keyword inputs for `generate`, such as `input_ids` and `attention_mask`, or
             `input_features`; labels are ignored. Prompts of a causal model are padded on the left.
         options: of `teacher.generate`, such as `max_new_tokens=64`, `num_beams=4`.
@@ -258,16 +285,20 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
     found: list[Tensor] = []
     for batch in batches:
         inputs = without_labels(batch)
-        if isinstance(teacher, LoadedModel):
-            found += list(teacher.generate(inputs["input_ids"], **options))
-            continue
-        encodes = teacher.config.is_encoder_decoder
+        artifact = isinstance(teacher, LoadedModel)
+        encodes = isinstance(teacher, LoadedSeq2Seq) if artifact else teacher.config.is_encoder_decoder
         mask = inputs.get("attention_mask")
         if not encodes and mask is not None and not bool(mask[:, -1].all()):
             raise ValueError(
                 "a prompt is padded on the right, so that the teacher would continue its padding; write "
                 "tokenizer.padding_side = 'left'"
             )
+        if artifact:
+            known = teacher.encoder.input_names if encodes else ("input_ids", "attention_mask")
+            ids = teacher.generate(**{name: inputs[name] for name in known if name in inputs}, **options)
+            stops = options.get("stop")
+            found += [_until(row, teacher.entry["cache"].get("stop", ()) if stops is None else stops) for row in ids]
+            continue
         device = next(teacher.parameters()).device
         with guest(teacher), _dtype_of(teacher) as cast:
             ids = teacher.generate(**_move(cast(inputs), device), **options).cpu()
@@ -275,7 +306,8 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
             ids = ids[:, inputs["input_ids"].shape[1] :]
         elif (ids[:, 0] == teacher.config.decoder_start_token_id).all():
             ids = ids[:, 1:]
-        found += [_until_end(row, teacher) for row in ids]
+        end = getattr(teacher.generation_config, "eos_token_id", None)
+        found += [_until(row, [] if end is None else end) for row in ids]
     return found
 
 
@@ -283,8 +315,7 @@ def _move(inputs: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
-def _until_end(ids: Tensor, teacher: Any) -> Tensor:
-    end = getattr(teacher.generation_config, "eos_token_id", None)
-    ends = torch.tensor([] if end is None else end).flatten()
-    found = torch.isin(ids, ends.to(ids.dtype)).nonzero()
+def _until(ids: Tensor, ends: Any) -> Tensor:
+    """Up to and with the first of `ends`."""
+    found = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype).flatten()).nonzero()
     return ids[: int(found[0]) + 1] if len(found) else ids

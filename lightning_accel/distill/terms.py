@@ -23,12 +23,19 @@ class Positions:
         inputs: [batch, length] of the model's inputs.
         decoder: [batch, length] of the decoder's inputs, in encoder-decoder models.
         labels: of the logits' leading shape.
+        encodes: an encoder-decoder model, whose logits and decoder states are at the positions of `decoder`.
+        classes_first: logits are [batch, classes, ...], as `F.cross_entropy` takes those of images.
     """
 
     inputs: Tensor | None = None
     decoder: Tensor | None = None
     labels: Tensor | None = None
     encodes: bool = False
+    classes_first: bool = False
+
+    def classes_last(self, logits: Any) -> Any:
+        """Logits [..., classes]; truncated ones are so already."""
+        return logits.movedim(1, -1) if self.classes_first and isinstance(logits, Tensor) else logits
 
     def of(self, tensor: Tensor, name: str | None = None) -> Tensor | None:
         """The padding mask of logits (name `None`) or of a hidden state [..., width], where there is one."""
@@ -53,12 +60,16 @@ def positions_of(student: Any, kwargs: Mapping[str, Any], batch: Any, logits: Te
     counts = None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         labels = None
-    if labels is not None and logits is not None and labels.shape == logits.shape[:-1]:
-        counts = label_mask(labels, causal and labels.dim() == 2 and not encodes)
+    classes_first = False
+    if labels is not None and logits is not None:
+        of_positions = labels.shape == logits.shape[:-1]
+        classes_first = not of_positions and logits.dim() > 2 and labels.shape == logits.movedim(1, -1).shape[:-1]
+        if of_positions or classes_first:
+            counts = label_mask(labels, causal and of_positions and labels.dim() == 2 and not encodes)
     decoder = kwargs.get("decoder_attention_mask")
     if decoder is None and encodes:
         decoder = counts
-    return Positions(kwargs.get("attention_mask"), decoder, counts, encodes)
+    return Positions(kwargs.get("attention_mask"), decoder, counts, encodes, classes_first)
 
 
 def compare(
@@ -88,6 +99,7 @@ def compare(
         losses = []
         for own, other in terms["attention"].items():
             maps = student.attention[own]
+            _check_gradients(maps, own, "an attention map")
             mask = positions.of(maps[:, 0], own)  # [batch, queries, keys]
             losses.append(attention_loss(maps, teacher.attention[other].to(maps.device), mask))
         found["attention"] = torch.stack(losses).mean()
@@ -95,7 +107,7 @@ def compare(
 
 
 def _logits_term(student: Answer, teacher: Answer, config: DistillConfig, positions: Positions) -> Tensor:
-    logits, expected = student.logits, teacher.logits
+    logits, expected = positions.classes_last(student.logits), positions.classes_last(teacher.logits)
     if not isinstance(logits, Tensor):
         raise ValueError("the student puts out no logits; write DistillConfig(alpha=0.0, hidden=...)")
     if expected is None:
@@ -123,12 +135,7 @@ def _hidden_term(
     positions: Positions,
 ) -> Tensor:
     state, expected = student.hidden[own], teacher.hidden[other]
-    if not state.requires_grad:
-        raise ValueError(
-            f"the student's {own!r} gave a state without gradients: it is frozen, or recomputed by a reentrant "
-            "checkpoint; write use_reentrant=False (model.gradient_checkpointing_enable("
-            "gradient_checkpointing_kwargs={'use_reentrant': False})), or name a trained layer"
-        )
+    _check_gradients(state, own, "a state")
     mask = positions.of(state, own)
     if teacher.lengths is not None:
         state, _ = _as_cached(state, mask, None, teacher.lengths[other], own)
@@ -138,6 +145,15 @@ def _hidden_term(
         return hidden_loss(state, expected.to(state.device), mask, config.hidden_loss)
     except ValueError as error:
         raise ValueError(f"{own} and {other}: {error}") from error
+
+
+def _check_gradients(tensor: Tensor, own: str, what: str) -> None:
+    if not tensor.requires_grad:
+        raise ValueError(
+            f"the student's {own!r} gave {what} without gradients: it is frozen, or recomputed by a reentrant "
+            "checkpoint; write use_reentrant=False (model.gradient_checkpointing_enable("
+            "gradient_checkpointing_kwargs={'use_reentrant': False})), or name a trained layer"
+        )
 
 
 def _as_cached(
