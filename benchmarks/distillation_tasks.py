@@ -243,10 +243,10 @@ def tasks() -> dict[str, Task]:
     )  # fmt: skip
     soft = DistillConfig(temperature=2.0, alpha=0.7)
     return {
-        "minilm-3": Task("MiniLM of 3 layers, WordNet glosses", minilm, minilm_student(3, None), 3, (1e-4, 3e-4, 1e-3),
+        "minilm-3": Task("MiniLM of 3 layers, WordNet glosses", minilm, minilm_student(3, None), 3, (1e-4, 3e-4),
                          soft, "encoder", top_k=8),
         "minilm-2-half": Task("MiniLM of 2 layers, half as wide, WordNet glosses", minilm, minilm_student(2, 0.5), 3,
-                              (3e-4, 1e-3, 2e-3), soft, "encoder", top_k=8),
+                              (3e-4, 1e-3), soft, "encoder", top_k=8),
         "smollm2-quarter": Task("a quarter of SmolLM2-135M, Brown corpus", smollm2, smollm2_student, 1, (3e-4, 1e-3),
                                 replace(soft, temperature=1.0), "model",
                                 methods=some("none", "logits", "logits + hidden")),

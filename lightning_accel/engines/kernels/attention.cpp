@@ -11,10 +11,8 @@ namespace {
 #ifdef VNNI
 
 void attend(const Problem& p, int64_t b, int64_t group, int64_t begin, int64_t count) {
-  const bool rows = p.k.column == 1 && p.v.column == 1;
-  if (rows && p.rows() <= kFew) return attend_few(p, b, group);
 #ifdef AMX_FLOAT
-  const bool tiles = rows && p.q.column == 1 && p.rows() >= kTiled && p.keys && amx_granted();
+  const bool tiles = p.k.column == 1 && p.v.column == 1 && p.q.column == 1 && p.rows() >= kTiled && p.keys && amx_granted();
   if (tiles && attend_tiles(p, b, group, begin, count)) return;
 #endif
   attend_many(p, b, group, begin, count);
@@ -52,6 +50,10 @@ void attend(const Problem& p, int64_t b, int64_t group, int64_t begin, int64_t c
 #endif
 
 void attention(const Problem& p) {
+#ifdef VNNI
+  if (p.k.column == 1 && p.v.column == 1 && p.rows() <= kFew)
+    return each_part(p, [&](int64_t b, int64_t from, int64_t to) { attend_few(p, b, from, to); });
+#endif
   each_head(p, kFew, [&](int64_t b, int64_t group, int64_t begin, int64_t count) { attend(p, b, group, begin, count); });
 }
 

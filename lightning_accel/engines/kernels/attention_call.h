@@ -31,6 +31,25 @@ void each_head(const Problem& p, int64_t whole, const Attend& attend) {
   for (int64_t h = 0; h < heads; h++) attend(h / p.groups, h % p.groups, 0, rows);
 }
 
+// Calls attend(b, from, to) for all heads of keys, as many at once as there are threads for.
+template <class Attend>
+void each_part(const Problem& p, const Attend& attend) {
+  if (!p.rows()) return;
+#ifdef _OPENMP
+  const int64_t threads = omp_get_max_threads();
+  if (threads > 1 && p.B * p.groups * p.rows() * p.keys * (p.D + p.Dv) >= kParallelProducts) {
+    const int64_t parts = std::clamp<int64_t>((threads + p.B - 1) / p.B, 1, p.groups);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t t = 0; t < p.B * parts; t++) {
+      const int64_t part = t % parts;
+      attend(t / parts, p.groups * part / parts, p.groups * (part + 1) / parts);
+    }
+    return;
+  }
+#endif
+  for (int64_t b = 0; b < p.B; b++) attend(b, 0, p.groups);
+}
+
 // Sizes and strides of the last four dimensions; those that are missing or 1 are broadcast.
 AOTITorchError view(AtenTensorHandle tensor, View* to, int64_t* shape) {
   int64_t dims, *sizes, *strides;
