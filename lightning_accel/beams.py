@@ -48,7 +48,7 @@ def beam_search(
     fed = ids_BT.repeat_interleave(beams, 0)
     for step in range(count):
         last = torch.full((batch * beams, 1), fed.shape[1] - 1)
-        logits_RV = cache.step(fed, torch.ones_like(fed, dtype=torch.bool), last)[:, 0]
+        logits_RV = cache.step(fed, None, last)[:, 0]
         log_RV = process(torch.log_softmax(logits_RV.float(), -1), step)
         vocabulary = log_RV.shape[-1]
         total = (log_RV.view(batch, beams, -1) + scores_BN[..., None]).flatten(1)

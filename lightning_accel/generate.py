@@ -63,23 +63,45 @@ class Cache:
             for shape in spec["shapes"][len(cross) :]
             if self.state is None
         ]
-        self.ids_BS, self.mask_BS = torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.bool)
+        self._ids = [torch.zeros(batch, 0, dtype=torch.int64)]  # as they came
+        self._seen_BC = torch.ones(batch, capacity, dtype=torch.bool)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64)
         self.unread_BT = torch.zeros(batch, 0, dtype=torch.int64)  # chosen by `generate` last, fed with what comes next
 
-    def step(self, ids_BT: Tensor, valid_BT: Tensor, wanted_BK: Tensor) -> Tensor:
-        """Feeds tokens and returns logits [B, K, V] at the wanted indices in [0, T)."""
+    @property
+    def ids_BS(self) -> Tensor:
+        """The tokens in the filled slots."""
+        self._ids = [torch.cat(self._ids, 1)]
+        return self._ids[0]
+
+    @property
+    def mask_BS(self) -> Tensor:
+        """Which filled slots are no padding."""
+        return self._seen_BC[:, : self.filled]
+
+    def step(self, ids_BT: Tensor, valid_BT: Tensor | None, wanted_BK: Tensor) -> Tensor:
+        """Feeds tokens and returns logits [B, K, V] at the wanted indices in [0, T).
+
+        Args:
+            valid_BT: false where a token is padding; `None` where none is. A step of a large model finds little of
+                torch in the processor's caches, and each operator here costs more than it computes.
+        """
         new = ids_BT.shape[1]
         self.check_room(new)
-        positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)
-        self.ids_BS, self.mask_BS = torch.cat([self.ids_BS, ids_BT], 1), torch.cat([self.mask_BS, valid_BT], 1)
-        if self.source_mask_BE is None:
-            inputs = [ids_BT.contiguous(), positions_BT, self.mask_BS, wanted_BK.contiguous()]
+        self._ids.append(ids_BT)
+        seen_BS = self._seen_BC[:, : self.filled + new]
+        if valid_BT is None:
+            positions_BT = self.lengths_B[:, None] if new == 1 else self.lengths_B[:, None] + torch.arange(new)
+            lengths_B = self.lengths_B + new
         else:
-            inputs = [ids_BT.contiguous(), self.mask_BS, self.source_mask_BE, wanted_BK.contiguous()]
+            seen_BS[:, self.filled :] = valid_BT
+            positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)
+            lengths_B = self.lengths_B + valid_BT.sum(1)
+        first = positions_BT if self.source_mask_BE is None else seen_BS.contiguous()
+        second = seen_BS.contiguous() if self.source_mask_BE is None else self.source_mask_BE
+        inputs = [ids_BT.contiguous(), first, second, wanted_BK.contiguous()]
         logits_BKV = self.model._run_checked([*inputs, *self.cross, *self.tensors], self.state)[0]
-        self.filled += new
-        self.lengths_B = self.lengths_B + valid_BT.sum(1)
+        self.filled, self.lengths_B = self.filled + new, lengths_B
         return logits_BKV
 
     def reorder(self, rows: Tensor) -> None:
@@ -87,14 +109,16 @@ class Cache:
         if self.state is not None:
             self.state.reorder(rows)
         self.tensors = [tensor.index_select(0, rows) for tensor in self.tensors]
-        self.ids_BS, self.mask_BS, self.lengths_B = self.ids_BS[rows], self.mask_BS[rows], self.lengths_B[rows]
+        self._ids, self._seen_BC = [self.ids_BS[rows]], self._seen_BC[rows]
+        self.lengths_B = self.lengths_B[rows]
 
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` slots."""
         if self.state is not None and count < self.filled:
             self.state.keep(count)
-        self.ids_BS, self.mask_BS = self.ids_BS[:, :count], self.mask_BS[:, :count]
-        self.filled, self.lengths_B = self.ids_BS.shape[1], self.mask_BS.sum(1)
+        self._ids, self.filled = [self.ids_BS[:, :count]], min(count, self.filled)
+        self._seen_BC[:, self.filled :] = True
+        self.lengths_B = self.mask_BS.sum(1)
         self.unread_BT = self.unread_BT[:, :0]
 
     def check_room(self, new: int) -> None:
@@ -294,21 +318,25 @@ def _decode(
     valid_BT = torch.cat([torch.ones_like(cache.unread_BT, dtype=torch.bool), valid_BT], 1)
     batch, length = ids_BT.shape
     last_B1 = length - 1 - valid_BT.flip(1).to(torch.int8).argmax(1, keepdim=True)  # last real token of each row
-    running_B = torch.ones(batch, dtype=torch.bool)
+    running = [True] * batch
     logits_BV = cache.step(ids_BT, valid_BT, last_B1)[:, 0]
-    cache.unread_BT = torch.zeros(batch, 1, dtype=torch.int64)
-    stops = torch.tensor(stop, dtype=torch.int64)
+    cache.unread_BT = first_B1 = torch.zeros(batch, 1, dtype=torch.int64)
     for index in range(count):
         logits_BV = _process(cache, logits_BV, index, sampling.repetition_penalty)
         chosen_B = _choose(logits_BV, sampling, generator)
-        cache.unread_BT = torch.where(running_B[:, None], chosen_B[:, None], cache.unread_BT)
-        yield torch.where(running_B, chosen_B, pad)
-        if len(stop):
-            running_B = running_B & ~torch.isin(chosen_B, stops)
-        if index + 1 == count or not running_B.any():
+        if all(running):
+            cache.unread_BT = chosen_B[:, None]
+            yield chosen_B.clone()
+        else:
+            running_B = torch.tensor(running)
+            cache.unread_BT = torch.where(running_B[:, None], chosen_B[:, None], cache.unread_BT)
+            yield torch.where(running_B, chosen_B, pad)
+        if stop:
+            running = [runs and token not in stop for runs, token in zip(running, chosen_B.tolist(), strict=True)]
+        if index + 1 == count or not any(running):
             return
-        first_B1 = torch.zeros(batch, 1, dtype=torch.int64)
-        logits_BV = cache.step(cache.unread_BT, running_B[:, None], first_B1)[:, 0]  # a stopped row reads padding
+        valid_B1 = None if all(running) else torch.tensor(running)[:, None]  # a stopped row reads padding
+        logits_BV = cache.step(cache.unread_BT, valid_B1, first_B1)[:, 0]
 
 
 def _process(cache: Cache, logits_BV: Tensor, index: int, penalty: float) -> Tensor:

@@ -278,6 +278,6 @@ def test_a_student_that_puts_out_a_tuple_is_told_what_logits_are(tmp_path):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return F.cross_entropy(self.model(batch[0])[0], batch[1])
 
-    with pytest.raises(ValueError, match="the student 'model' puts out no logits: .* not an item of a tuple"):
+    with pytest.raises(ValueError, match=r"the student 'model' puts out no logits: .* not an item of a tuple"):
         distillation = Distillation(teacher=seeded(Perceptron, seed=3), student="model")
         trainer(tmp_path, [distillation]).fit(Takes(seeded(Pair)), loader())
