@@ -557,3 +557,193 @@ def test_a_compiled_model_that_was_called_before_says_how_to_hook_it(tmp_path, w
         trainer(tmp_path, [distillation]).fit(Plain(models["student"]), loader())
     else:
         pytest.fail("torch.compile has taken the hooks; the message can go")
+
+
+# --- where labels and padding are found -------------------------------------------------------------------------------
+
+
+def kl(student: torch.Tensor, teacher: torch.Tensor, counted: torch.Tensor) -> float:
+    """At temperature 2, over the positions that count."""
+    log_p, log_q = (logits.double().div(2).log_softmax(-1)[counted] for logits in (student, teacher))
+    return 4 * float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+
+
+class Answers(AccelModule):
+    """A causal language model's own step; labels are taken out of the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        labels = batch.pop("labels")
+        output = self.model(**batch)
+        logits = getattr(output, "logits", output)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class Wrapped(nn.Module):
+    """A transformers model in a module of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        return self.inner(**inputs).logits
+
+
+@pytest.mark.parametrize("student", [llama, Wrapped])
+def test_labels_are_known_that_training_step_takes_out_and_shifted_for_a_causal_model_inside(tmp_path, student):
+    batch, teacher = next(iter(texts())), llama(hidden_size=64)
+    batch["labels"][:, :6] = -100
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    counted[:, 5:11] = True  # these predict the labels 6 to 11
+    with torch.no_grad():
+        expected = kl(llama().eval()(**inputs).logits, teacher.eval()(**inputs).logits, counted)
+    fit = trainer(tmp_path, [Distillation(teacher=teacher, student="model")], max_steps=1)
+    fit.fit(Answers(student()), torch.utils.data.DataLoader([batch], batch_size=None))
+    assert value(fit, "teacher_loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_labels_at_the_end_of_a_tuple_and_a_mask_of_another_name(tmp_path):
+    class Tokens(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            ids, mask, labels = batch
+            return F.cross_entropy(self.model(ids, attention_mask=mask).logits.flatten(0, 1), labels.flatten())
+
+    class Named(Plain):
+        def forward(self, ids: torch.Tensor, seen: torch.Tensor) -> Any:
+            return self.model(input_ids=ids, attention_mask=seen)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self(batch["input_ids"], batch["attention_mask"]).logits.square().mean()
+
+    student, teacher = tiny.bert(), tiny.bert(seed=3)
+    from transformers import BertForTokenClassification
+
+    student, teacher = (seeded(BertForTokenClassification, student.config, seed=i).eval() for i in range(2))
+    ids = tiny.ids(4)
+    mask, labels = torch.ones_like(ids), ids % 2
+    labels[:, :6] = -100
+    with torch.no_grad():
+        expected = kl(student(ids).logits, teacher(ids).logits, labels != -100)
+    fit = trainer(tmp_path, [Distillation(teacher=teacher, student="model")], max_steps=1)
+    fit.fit(Tokens(copy.deepcopy(student)), torch.utils.data.DataLoader([(ids, mask, labels)], batch_size=None))
+    assert value(fit, "teacher_loss") == pytest.approx(expected, rel=1e-4)
+
+    mask[:, 6:] = 0
+    with torch.no_grad():
+        expected = kl(student(ids, attention_mask=mask).logits, teacher(ids, attention_mask=mask).logits, mask.bool())
+    whole = Named(teacher)
+    fit = trainer(tmp_path, [Distillation(teacher=whole)], max_steps=1)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    fit.fit(Named(copy.deepcopy(student)), torch.utils.data.DataLoader([batch], batch_size=None))
+    assert value(fit, "teacher_loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_classes_of_pixels_at_another_resolution_than_the_labels_are_the_second_dimension(tmp_path):
+    class Coarse(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return F.cross_entropy(F.interpolate(self.model(batch[0]), scale_factor=2), batch[1])
+
+    student, teacher = seeded(Segments, 4), seeded(Segments, 8, seed=3)
+    images, classes = torch.randn(4, 3, 6, 7), torch.randint(5, (4, 12, 14))
+    with torch.no_grad():
+        logits = [net(images).movedim(1, -1) for net in (student, teacher)]
+    expected = kl(*logits, torch.ones(4, 6, 7, dtype=torch.bool))
+    fit = trainer(tmp_path, [Distillation(teacher=teacher, student="model")], max_steps=1)
+    fit.fit(Coarse(student), torch.utils.data.DataLoader([(images, classes)], batch_size=None))
+    assert value(fit, "teacher_loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_number_a_sample_is_a_regression(tmp_path):
+    class Squeezed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).squeeze(-1)
+
+    class Regression(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return F.mse_loss(self.model(batch[0]), batch[1].float())
+
+    student, teacher = (seeded(Squeezed, 8, 1, seed=i) for i in range(2))
+    with torch.no_grad():
+        x = data(8)[:][0]
+        expected = F.mse_loss(student(x), teacher(x)).item()
+    fit = trainer(tmp_path, [Distillation(DistillConfig(loss="mse"), teacher=teacher, student="model")], max_steps=1)
+    fit.fit(Regression(student), loader(8))
+    assert value(fit, "teacher_loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_states_of_a_one_dimensional_convolution_are_compared_channel_by_channel(tmp_path):
+    class Sound(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.first, self.head = nn.Conv1d(1, channels, 3), nn.Linear(channels, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.first(x.unsqueeze(1)).relu().mean(-1))
+
+    student, teacher = seeded(Sound, 6), seeded(Sound, 6, seed=3)
+    with torch.no_grad():
+        x = data(8)[:][0].unsqueeze(1)
+        expected = 1 - torch.cosine_similarity(student.first(x), teacher.first(x), 1).mean().item()
+    config = DistillConfig(alpha=0.0, hidden={"first": "first"})
+    fit = trainer(tmp_path, [Distillation(config, teacher=teacher, student="model")], max_steps=1)
+    fit.fit(Plain(student), loader(8))
+    assert value(fit, "hidden_loss") == pytest.approx(expected, rel=1e-5)
+
+
+# --- what is written over ---------------------------------------------------------------------------------------------
+
+
+def between(inplace: bool) -> nn.Sequential:
+    return seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 3)))
+
+
+class Shifts(nn.Module):
+    """Writes over its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = between(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.sub_(3.0))
+
+
+class Divides(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self.model(batch[0])
+        logits /= 0.5
+        return F.cross_entropy(logits, batch[1])
+
+
+STATE = DistillConfig(alpha=0.0, hidden={"0": "0"})
+
+
+@pytest.mark.parametrize(
+    ("module", "student", "teacher", "config", "message"),
+    [
+        (Plain, between(True), between(False), STATE, "'0' puts out is changed in place.*inplace=False"),
+        (Plain, between(False), between(True), STATE, "'0' puts out is changed in place.*inplace=False"),
+        (Divides, between(False), between(False), None, r"logits in place; write logits = logits / 2, not logits /= 2"),
+        (Plain, Shifts(), between(False), None, "the student, a Shifts, changes its inputs in place"),
+        (Plain, between(False), Shifts(), None, "the teacher, a Shifts, changes its inputs in place"),
+    ],
+    ids=["student's state", "teacher's state", "logits", "student's inputs", "teacher's inputs"],
+)
+def test_what_is_written_over_before_it_is_compared_is_named(tmp_path, module, student, teacher, config, message):
+    distillation = Distillation(config, teacher=copy.deepcopy(teacher), student="model")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, [distillation]).fit(module(copy.deepcopy(student)), loader())
+
+
+@pytest.mark.parametrize("config", [HIDDEN, DistillConfig(alpha=Between(0.9, 0.1))], ids=["projections", "schedule"])
+def test_a_learning_rate_is_found_beside_a_teacher(tmp_path, config):
+    from lightning.pytorch.tuner import Tuner
+
+    module = seeded(Plain)
+    fit = trainer(tmp_path, [Distillation(config, teacher=seeded(Perceptron, 24, seed=3), student="model")])
+    before = weights(module)
+    assert Tuner(fit).lr_find(module, loader(), num_training=6, update_attr=False) is not None
+    assert_same(weights(module), before)
+    fit.fit(module, loader())
+    assert fit.global_step == 8

@@ -16,8 +16,18 @@ from lightning_accel import layer_map, student_from
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import (
+        DebertaV2Config,
+        DebertaV2ForSequenceClassification,
+        Dinov2Config,
+        Dinov2ForImageClassification,
         DistilBertConfig,
         DistilBertForSequenceClassification,
+        ElectraConfig,
+        ElectraForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
         Phi3Config,
         Phi3ForCausalLM,
         Qwen3Config,
@@ -205,6 +215,61 @@ def test_matrices_that_lie_together_in_an_unknown_order_keep_their_width():
     student = student_from(teacher, layers=[1])
     ours, theirs = student.model.layers[0].self_attn, teacher.model.layers[1].self_attn
     assert torch.equal(ours.qkv_proj.weight, theirs.qkv_proj.weight)
+
+
+def test_rotary_frequencies_stay_in_float32_beside_weights_in_bfloat16(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    teacher = type(tiny.llama()).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    student = student_from(teacher, layers=[0, 1])
+    assert student.dtype == torch.bfloat16 and student.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = tiny.ids(2, 12)
+    with torch.no_grad():
+        assert torch.equal(student.eval()(ids).logits, teacher.eval()(ids).logits)
+
+
+def test_keys_and_values_of_gpt2s_cross_attention_are_cut_each_on_its_own():
+    config = GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=6, n_positions=32, add_cross_attention=True)
+    teacher = seeded(GPT2LMHeadModel, config)
+    student = student_from(teacher, width=0.5)
+    ours, theirs = (model.transformer.h[0].crossattention.c_attn.weight for model in (student, teacher))
+    assert torch.equal(ours, torch.cat((theirs[:12, :12], theirs[:12, 24:36]), 1))
+
+
+def test_one_head_of_keys_stays_and_so_do_lists_that_are_not_of_layers():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, eos_token_id=[7, 8, 9], pad_token_id=0,
+    )  # fmt: skip
+    student = student_from(seeded(LlamaForCausalLM, config), layers=2, width=0.5)
+    assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (2, 1)
+    assert student.config.eos_token_id == [7, 8, 9]
+    assert student(tiny.ids(1, 4) % 50).logits.shape == (1, 4, 50)
+
+
+def test_students_that_would_lose_a_part_or_not_run_are_refused_or_right(tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    deberta = seeded(DebertaV2ForSequenceClassification, DebertaV2Config(**sizes, **relative))
+    assert student_from(deberta, width=0.5)(tiny.ids(1, 4) % 50).logits.shape == (1, 2)
+    electra = seeded(ElectraForSequenceClassification, ElectraConfig(**sizes, embedding_size=16))
+    with pytest.raises(ValueError, match=r"the teacher's electra\.embeddings_project.* has no place in the student"):
+        student_from(electra, width=0.5)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8)
+    student = student_from(seeded(Dinov2ForImageClassification, config), layers=2)
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again.eval()(images).logits, student.eval()(images).logits)
+
+
+def test_t5_without_its_first_layer_keeps_the_bias_that_lies_in_it():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0)
+    teacher = seeded(T5ForConditionalGeneration, config)
+    student = student_from(teacher, layers={"decoder": [1, 2]})
+    ours, theirs = (m.decoder.block[0].layer[0].SelfAttention for m in (student, teacher))
+    assert torch.equal(ours.relative_attention_bias.weight, theirs.relative_attention_bias.weight)
+    assert torch.equal(ours.q.weight, teacher.decoder.block[1].layer[0].SelfAttention.q.weight)
 
 
 # --- layer maps -------------------------------------------------------------------------------------------------------

@@ -524,3 +524,19 @@ def test_a_teacher_in_a_path_and_one_that_takes_other_inputs(tmp_path):
 
     with pytest.raises(ValueError, match=r"called with \['attention_mask'\], which the teacher, a Narrow, does not"):
         trainer(tmp_path, [Distillation(teacher=Narrow(), student="model")]).fit(AccelModule(llama()), texts())
+
+
+def test_pseudo_labels_end_where_generation_was_told_to_end():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    teacher = seeded(LlamaForCausalLM, config)
+    prompts = {"input_ids": torch.randint(3, 12, (6, 4), generator=torch.Generator().manual_seed(0))}
+    torch.manual_seed(0)
+    rows = pseudo_labels(teacher, [prompts], max_new_tokens=12, do_sample=True, eos_token_id=5)
+    ended = [row.tolist() for row in rows if 5 in row.tolist()]
+    assert ended and all(row.index(5) == len(row) - 1 for row in ended)
+    assert any(2 in row.tolist()[:-1] for row in rows), "which is no end here"

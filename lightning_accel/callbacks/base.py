@@ -76,7 +76,7 @@ class AccelCallback(Callback):
     def log_value(self, name: str, value: float | Tensor) -> None:
         """Logs `accel/<technique>/<name>`, with the module's name between where the fit has two of a kind."""
         where = f"{self.module}/" if self._log_module and self.module else ""
-        self.log(f"accel/{self.technique}/{where}{name}", float(value))
+        self.log(f"accel/{self.technique}/{where}{name}", float(value), batch_size=1)
 
     def saved(self, **state: Any) -> dict[str, Any]:
         """Callback state in plain types and tensors, which torch.load(weights_only=True) reads."""

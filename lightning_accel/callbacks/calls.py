@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import select
 from ..distill import Answer, Taps, logits_of
-from ..distill.teacher import stale
+from ..distill.losses import outputs_of
+from ..distill.teacher import stale, tensors_of
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     logits: Tensor | None
+    version: int  # of the logits
+    changed: bool  # it wrote to its inputs
     hidden: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Tensor] = field(default_factory=dict)
 
@@ -34,12 +38,11 @@ class Call:
         """What is compared with the teacher's."""
         return Answer(self.logits, self.hidden, self.attention)
 
-    @property
+    @cached_property
     def network(self) -> nn.Module:
-        """What computes: the module itself, or the only one with parameters in a LightningModule."""
-        module = select.unwrap(self.module)
-        inner = [child for child in module.children() if next(child.parameters(), None) is not None]
-        return select.unwrap(inner[0]) if isinstance(module, pl.LightningModule) and len(inner) == 1 else module
+        """The one transformers model in the module, which knows what its logits mean; else the module itself."""
+        found = _transformers_models(self.module)
+        return found[0] if len(found) == 1 else select.unwrap(self.module)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class StudentCalls:
         self._root, self._name, self._layers = pl_module, name, (list(hidden), list(attention))
         self._recording = self._wanted = False
         self._calls: list[Call] = []
+        self._inputs: dict[str, list[tuple[Tensor, int]]] = {}  # of the calls that are running
         self._handles: list[Any] = []
         self._attach()
 
@@ -73,22 +77,30 @@ class StudentCalls:
         modules = {name: select.get_module(self._root, name) for name in names}
         self._handles = [
             module.register_forward_hook(self._keep(name), with_kwargs=True) for name, module in modules.items()
-        ] + [module.register_forward_pre_hook(self._begin) for module in modules.values()]
+        ] + [
+            module.register_forward_pre_hook(self._begin(name), with_kwargs=True) for name, module in modules.items()
+        ]
         self._taps = Taps(select.get_module(self._root, self._name), *self._layers)
         ours = {id(m) for m in (*modules.values(), *self._taps.modules.values())}
         self._hooked = {name: module for name, module in self._root.named_modules() if id(module) in ours}
 
-    def _begin(self, module: nn.Module, args: tuple) -> None:
-        """Layers are kept in those calls that are kept: of a call without gradients neither."""
-        self._taps.open = self._wanted and torch.is_grad_enabled()
+    def _begin(self, name: str) -> Any:
+        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._taps.open = self._wanted and torch.is_grad_enabled()  # layers are kept in the calls that are kept
+            if self._recording:
+                self._inputs[name] = tensors_of((args, kwargs))
+
+        return begin
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if not self._recording or not torch.is_grad_enabled():
                 return
-            logits = logits_of(output)
+            changed = any(tensor._version != version for tensor, version in self._inputs.pop(name, []))
+            logits = logits_of(output) if self._name is None else outputs_of(output, (args, kwargs))
             if logits is not None or self._name is not None:
-                self._calls.append(Call(name, module, args, kwargs, logits))
+                version = -1 if logits is None else logits._version
+                self._calls.append(Call(name, module, args, kwargs, logits, version, changed))
 
         return keep
 
@@ -119,6 +131,11 @@ class StudentCalls:
         """
         try:
             calls = self._students(need_logits)
+            self._taps.check()
+            if need_logits and any(call.logits._version != call.version for call in calls if call.logits is not None):
+                raise ValueError(
+                    "training_step changes the student's logits in place; write logits = logits / 2, not logits /= 2"
+                )
             for names, kept, kind in (
                 (hidden, self._taps.hidden, "hidden"),
                 (attention, self._taps.attention, "attention"),
@@ -133,7 +150,7 @@ class StudentCalls:
 
     def clear(self) -> None:
         """Lets go of what was kept."""
-        self._calls = []
+        self._calls, self._inputs = [], {}
         self._taps.clear()
 
     def _students(self, need_logits: bool) -> list[Call]:
@@ -158,6 +175,13 @@ class StudentCalls:
                 f"{found}; name the student, for example Distillation(..., student={(names or ['model'])[0]!r})"
             )
         return [call for call in calls if call.name == names[0]]
+
+
+def _transformers_models(module: nn.Module) -> list[nn.Module]:
+    """The outermost ones in a module."""
+    if any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__):
+        return [module]
+    return [found for child in module.children() for found in _transformers_models(child)]
 
 
 def _missing(root: nn.Module, name: str, module: nn.Module) -> bool:

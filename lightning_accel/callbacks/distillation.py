@@ -262,8 +262,10 @@ class Distillation(AccelCallback):
         """The user's `training_step`, and the teacher's terms."""
         batch, keys = split_key(args[0] if args else kwargs.get("batch"))
         args, kwargs = ((batch, *args[1:]), kwargs) if args else (args, {**kwargs, "batch": batch})
-        total = self.total if self.total is not None else float("inf")
-        weights = self.config.weights(trainer.global_step, total)
+        batch = dict(batch) if isinstance(batch, Mapping) else batch  # training_step may take labels out of its own
+        if self.total is None:  # on_train_start was not called, as in Tuner.lr_find, which puts callbacks aside
+            self.total = total_steps(trainer, pl_module)
+        weights = self.config.weights(trainer.global_step, self.total)
         if self._live is None and self._source is None:
             weights = dict.fromkeys(weights, 0.0)  # its own teacher, which is not there yet
         student = self._student
@@ -305,6 +307,11 @@ class Distillation(AccelCallback):
                 )
             return self._source.read(keys)
         assert self._live is not None
+        if call.changed:
+            raise ValueError(
+                f"the student, a {type(call.module).__name__}, changes its inputs in place, so that the teacher would "
+                "be asked about others; clone them first"
+            )
         if isinstance(self._live.model, nn.Module):
             self._live.model.to(pl_module.device)
         return self._live(call.args, call.kwargs, call.network)
@@ -313,8 +320,8 @@ class Distillation(AccelCallback):
 
     def _optimize_projections(self, trainer: pl.Trainer) -> None:
         """New projections join the first group of the optimizer, and share its learning rate and schedule."""
-        if not self.projections.weights or not trainer.optimizers:
-            return
+        if not self.projections.weights or not trainer.optimizers or self not in trainer.callbacks:  # type: ignore[attr-defined]
+            return  # of a Tuner's optimizer, which it puts back as it was, they are no part
         params = trainer.optimizers[0].param_groups[0]["params"]
         known = {id(p) for p in params}
         params += [weight for weight in self.projections.weights.values() if id(weight) not in known]

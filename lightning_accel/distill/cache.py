@@ -16,7 +16,7 @@ from .. import select
 from ..loaded import LoadedModel
 from .builder import Builder
 from .config import DistillConfig
-from .keyed import Keyed, digest, indices_of, split_key
+from .keyed import Keyed, digest, indices_of, split_key, unchanged
 from .losses import TopK
 from .store import FORMAT, Stream, check_size, locked, mapped, read_manifest
 from .teacher import Answer, LiveTeacher
@@ -145,13 +145,20 @@ class TeacherCache:
         Reads a few samples. Of a loader without a dataset of its own nothing is known before its first batch, whose
         keys say of which data they are.
         """
-        data = getattr(loader, "dataset", None)
+        outermost: Any = getattr(loader, "dataset", None)
+        data = outermost
         while data is not None and not isinstance(data, Keyed):
             data = getattr(data, "dataset", None)
         if data is None:
             return
         if data.fingerprint != self.manifest["data"]:
             raise ValueError(f"the samples are not those that the cache {self.directory} was built with; {_AGAIN}")
+        known = hasattr(outermost, "__getitem__") and hasattr(outermost, "__len__")
+        if known and not all(unchanged(outermost[i]) for i in range(min(4, len(outermost)))):
+            raise ValueError(
+                f"a {type(outermost).__name__} changes samples after they were given their keys, and the teacher saw "
+                "them before; put Keyed around it: Keyed(dataset), or Keyed(dataset, views=4) where it augments"
+            )
         collate = getattr(loader, "collate_fn", None)
         if collate is not None and _preprocessing(data, collate) != self.manifest["preprocessing"]:
             raise ValueError(

@@ -104,6 +104,20 @@ def _key(sample: Any, index: int) -> int:
     return (_MARK << _HASH | int(digest(sample)[:16], 16) % 2**_HASH) << _INDEX | index
 
 
+def unchanged(sample: Any) -> bool:
+    """Whether a sample that carries a key is the one that the key was made of; one without is refused elsewhere."""
+    made_of: list[Any] = [sample]
+    if isinstance(sample, Mapping):
+        key = sample.get(KEY)
+    elif isinstance(sample, tuple | list) and len(sample) > 1:
+        key, made_of = sample[-1], [sample[:-1], *sample[: len(sample) == 2]]
+    else:
+        return True
+    if not isinstance(key, int) or key >> _HASH + _INDEX != _MARK:
+        return True
+    return any(_key(one, key & 2**_INDEX - 1) == key for one in made_of)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     import numpy as np

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import select
 
-Read = Callable[[Any], Tensor | None]
+_CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)  # of [batch, channels, length]
 
 
 def layer_map(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] | str) -> dict[str, str]:
@@ -88,7 +88,8 @@ def _stacks(model: nn.Module) -> list[list[str]]:
 def state_of(output: Any) -> Tensor | None:
     """The hidden state in a module's output: the tensor, the first of a tuple, or `last_hidden_state`.
 
-    Feature maps [batch, channels, height, width] are given as [batch, height, width, channels].
+    Feature maps [batch, channels, height, width] are given as [batch, height, width, channels]. Of [batch, channels,
+    length], which may as well be [batch, length, width], it is known from the module alone (`Taps`).
     """
     if isinstance(output, Mapping):
         output = output.get("last_hidden_state", output.get("hidden_states"))
@@ -118,6 +119,7 @@ class Taps:
 
     def __init__(self, root: nn.Module, hidden: Iterable[str] = (), attention: Iterable[str] = ()) -> None:
         self.open = False
+        self._versions: dict[tuple[str, int], int] = {}  # of a name's n-th state, when it was kept
         self.hidden: dict[str, list[Tensor]] = {name: [] for name in hidden}
         self.attention: dict[str, list[Tensor]] = {name: [] for name in attention}
         self.modules = {name: select.get_module(root, name) for name in (*self.hidden, *self.attention)}
@@ -130,7 +132,9 @@ class Taps:
     def _keep_state(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self.open and (state := state_of(output)) is not None:
-                self.hidden[name].append(state)
+                channels_first = isinstance(module, _CHANNELS_FIRST) and state.dim() == 3
+                self.hidden[name].append(state.movedim(1, -1) if channels_first else state)
+                self._versions[name, len(self.hidden[name])] = state._version
 
         return keep
 
@@ -149,8 +153,18 @@ class Taps:
         self._handles.append(self.modules[name].register_forward_pre_hook(begin))
         self._handles += [module.register_forward_hook(keep) for module in self.modules[name].modules()]
 
+    def check(self) -> None:
+        """Raises ValueError where a state was written over after it was kept."""
+        for (name, count), version in self._versions.items():
+            if self.hidden[name][count - 1]._version != version:
+                raise ValueError(
+                    f"the state that {name!r} puts out is changed in place after it, as by ReLU(inplace=True); write "
+                    "inplace=False there, or name the module that changes it"
+                )
+
     def clear(self) -> None:
         """Lets go of what was kept."""
+        self._versions = {}
         for kept in (*self.hidden.values(), *self.attention.values()):
             kept.clear()
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 LOSSES = ("kl", "reverse-kl", "js", "mse")
 HIDDEN_LOSSES = ("cosine", "mse", "normalized-mse")
@@ -358,3 +359,10 @@ def logits_of(output: Any) -> Tensor | None:
     elif not isinstance(output, Tensor):
         output = getattr(output, "logits", None)
     return output if isinstance(output, Tensor) and output.is_floating_point() and output.dim() >= 2 else None
+
+
+def outputs_of(output: Any, inputs: Any) -> Tensor | None:
+    """The same; one number for each of the inputs, as regressions put out, as [n, 1]."""
+    rows = next((len(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()), None)
+    flat = isinstance(output, Tensor) and output.is_floating_point() and output.shape == (rows,)
+    return output.unsqueeze(-1) if flat else logits_of(output)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 Chosen = int | Sequence[int]
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_AS_HIDDEN = ("pooler_hidden_size",)
 _HEADS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -76,7 +77,13 @@ def student_from(teacher: Any, layers: Chosen | Mapping[str, Chosen] | None = No
     for name, _ in list(student.named_children()):  # parts that were left out, as by add_pooling_layer=False
         if getattr(teacher, name) is None:
             setattr(student, name, None)
-    student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
+    student.to(teacher.device).train(teacher.training)
+    buffers = dict(teacher.named_buffers())  # some are kept in float32 whatever the weights are, as rotary frequencies
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(teacher.dtype)
+    for name, buffer in student.named_buffers():
+        if name in buffers:
+            buffer.data = buffer.data.to(buffers[name].dtype)
     _copy_weights(student, teacher, kept)
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -109,8 +116,12 @@ def _choose_layers(config: Any, layers: Any) -> dict[str, list[int]]:
             config.num_hidden_layers = len(kept[side])
         if not encodes:  # what the configuration says of each layer, such as layer_types
             for key, each in config.to_dict().items():
-                if isinstance(each, list) and len(each) == total and isinstance(getattr(config, key, None), list):
+                of_layers = "layer" in key and isinstance(each, list) and len(each) == total
+                if of_layers and isinstance(getattr(config, key, None), list):
                     setattr(config, key, [each[i] for i in kept[side]])
+            if getattr(config, "stage_names", None) and hasattr(config, "set_output_features_output_indices"):
+                config.stage_names = config.stage_names[: len(kept[side]) + 1]  # a backbone gives its last stage
+                config.set_output_features_output_indices(out_features=None, out_indices=None)
     return kept
 
 
@@ -135,10 +146,11 @@ def _scale_widths(config: Any, width: float) -> None:
     if not 0.0 < width <= 1.0:
         raise ValueError(f"width={width} is outside (0, 1]; write width=0.5")
     written = config.to_dict()
-    own = {n for group in (_HIDDEN, _HEADS, _INNER) for n in group if isinstance(written.get(n), int)}
+    own = {n for group in (_HIDDEN, _AS_HIDDEN, _HEADS, _INNER) for n in group if isinstance(written.get(n), int)}
     hidden, heads = next((n for n in _HIDDEN if n in own), None), [n for n in _HEADS if n in own]
     if hidden is None or not heads:
         raise ValueError(f"the widths of a {type(config).__name__} are not known; give layers= alone")
+    own -= {n for n in own if n == "num_key_value_heads" and getattr(config, n) == 1}  # that of all queries stays
     for name in sorted(own):
         exact = getattr(config, name) * width
         if exact != int(exact) or exact < 1:
@@ -153,6 +165,12 @@ def _scale_widths(config: Any, width: float) -> None:
 def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> None:
     """Copies each tensor of the teacher, or its first slices, to where it belongs in the student."""
     theirs = teacher.state_dict()
+    taken = {_teachers_name(name, kept) for name in student.state_dict()}
+    if lost := [name for name in theirs if name not in taken and not _left_out(name, kept)]:
+        raise ValueError(
+            f"the teacher's {lost[0]} has no place in the student; student_from does not know how a "
+            f"{type(teacher).__name__} is cut"
+        )
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             source = theirs.get(_teachers_name(name, kept))
@@ -171,14 +189,26 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, lis
                     f"{name} holds several matrices, and student_from does not know where each begins; give layers= "
                     "alone, without width="
                 )
-            parts = 3 if any(f".{fused}." in f".{name}" for fused in _FUSED) else 1
+            parts = 1
+            if any(f".{fused}." in f".{name}" for fused in _FUSED):
+                parts = 2 if "crossattention" in name else 3  # queries lie apart there
             tensor.copy_(_first(source, tensor.shape, parts))
+
+
+def _side(name: str, kept: Mapping[str, list[int]]) -> str:
+    return next((s for s in ("encoder", "decoder") if s in kept and f".{s}." in f".{name}"), "")
+
+
+def _left_out(name: str, kept: Mapping[str, list[int]]) -> bool:
+    """Whether a tensor of the teacher is of a layer that is not kept."""
+    index, side = re.search(r"(?<=\.)\d+(?=\.)", name), _side(name, kept)
+    return index is not None and side in kept and int(index[0]) not in kept[side]
 
 
 def _teachers_name(name: str, kept: Mapping[str, list[int]]) -> str:
     """The student's name with the index of its layer, the first number in it, replaced by the teacher's."""
-    side = next((s for s in ("encoder", "decoder") if s in kept and f".{s}." in f".{name}"), "")
-    if side not in kept:
+    side = _side(name, kept)
+    if side not in kept or "relative_attention_bias" in name:  # of T5, in the first layer for all of them
         return name
     return re.sub(r"(?<=\.)\d+(?=\.)", lambda found: str(kept[side][int(found[0])]), name, count=1)
 

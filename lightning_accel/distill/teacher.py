@@ -17,7 +17,7 @@ from .. import select
 from ..inputs import with_decoder_inputs, without_labels
 from ..loaded import LoadedModel, LoadedSeq2Seq
 from .layers import Taps
-from .losses import TopK, logits_of
+from .losses import TopK, outputs_of
 
 
 @dataclass
@@ -84,16 +84,23 @@ class LiveTeacher:
             kwargs = with_decoder_inputs(student, dict(kwargs))
         kwargs = without_labels(kwargs)
         if self._taps is None:
-            return Answer(logits_of(self._ask_artifact(args, kwargs)))
+            return Answer(outputs_of(self._ask_artifact(args, kwargs), (args, kwargs)))
         model, taps = self.model, self._taps
         assert isinstance(model, nn.Module)
         if "use_cache" in inspect.signature(model.forward).parameters:
             kwargs = {"use_cache": False, **kwargs}  # nothing is generated
         _check_takes(model, kwargs)
         taps.open = True
+        given = tensors_of((args, kwargs))
         try:
             with guest(model), _dtype_of(model) as cast:
                 output = model(*cast(args), **cast(kwargs))
+            if any(tensor._version != version for tensor, version in given):
+                raise ValueError(
+                    f"the teacher, a {type(model).__name__}, changes its inputs in place, and they are the student's; "
+                    "give a module that clones them first"
+                )
+            taps.check()
             hidden = {name: _only(kept, model, name, "a hidden state") for name, kept in taps.hidden.items()}
             maps = {name: _only(kept, model, name, "an attention map") for name, kept in taps.attention.items()}
         except IndexError as error:
@@ -107,7 +114,7 @@ class LiveTeacher:
         finally:
             taps.open = False
             taps.clear()
-        return Answer(logits_of(output), hidden, maps)
+        return Answer(outputs_of(output, (args, kwargs)), hidden, maps)
 
     def _ask_artifact(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         assert isinstance(self.model, LoadedModel)
@@ -123,6 +130,11 @@ class LiveTeacher:
         """Takes the hooks off the teacher."""
         if self._taps is not None:
             self._taps.remove()
+
+
+def tensors_of(values: Any) -> list[tuple[Tensor, int]]:
+    """Tensors and how often each was written to, by which a change in place is known."""
+    return [(t, t._version) for t in tree_leaves(values) if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _only(kept: list[Tensor], model: nn.Module, name: str, what: str) -> Tensor:
@@ -265,8 +277,8 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
         options: of `teacher.generate`, such as `max_new_tokens=64`, `num_beams=4`.
 
     Returns:
-        One tensor [length] of token ids a sample: without the prompt or the decoder's start token, up to and with the
-        first end-of-sequence token.
+        One tensor [length] of token ids a sample, or `num_return_sequences` of them: without the prompt or the
+        decoder's start token, up to and with the first end-of-sequence token.
 
     Raises:
         ValueError: the teacher does not generate; prompts of a causal model that are padded on the right.
@@ -306,7 +318,8 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
             ids = ids[:, inputs["input_ids"].shape[1] :]
         elif (ids[:, 0] == teacher.config.decoder_start_token_id).all():
             ids = ids[:, 1:]
-        end = getattr(teacher.generation_config, "eos_token_id", None)
+        end = getattr(options.get("generation_config", teacher.generation_config), "eos_token_id", None)
+        end = options.get("eos_token_id", end)
         found += [_until(row, [] if end is None else end) for row in ids]
     return found
 

@@ -48,28 +48,34 @@ def positions_of(student: Any, kwargs: Mapping[str, Any], batch: Any, logits: Te
     """The positions of one call: padding from its attention masks, labels from its inputs or from the batch.
 
     Args:
-        batch: of the training step: a mapping with `labels`, or `(input, target)`.
+        batch: of the training step. Labels are its entry `labels`, the second item of a pair, or else the integers that
+            have a -100.
         causal: position t predicts label t + 1.
     """
     encodes = bool(getattr(getattr(student, "config", None), "is_encoder_decoder", False))
-    labels = kwargs.get("labels")
-    if labels is None and isinstance(batch, Mapping):
-        labels = batch.get("labels")
-    elif labels is None and isinstance(batch, tuple | list) and len(batch) == 2:
-        labels = batch[1]
-    counts = None
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        labels = None
-    classes_first = False
-    if labels is not None and logits is not None:
-        of_positions = labels.shape == logits.shape[:-1]
-        classes_first = not of_positions and logits.dim() > 2 and labels.shape == logits.movedim(1, -1).shape[:-1]
-        if of_positions or classes_first:
-            counts = label_mask(labels, causal and of_positions and labels.dim() == 2 and not encodes)
-    decoder = kwargs.get("decoder_attention_mask")
+    named = {**(batch if isinstance(batch, Mapping) else {}), **{k: v for k, v in kwargs.items() if v is not None}}
+    counts, classes_first = None, False
+    if logits is not None:
+        candidates = _labels(named, batch)
+        last = next((labels for labels in candidates if labels.shape == logits.shape[:-1]), None)
+        first = next((labels for labels in candidates if labels.shape == logits[:, :1].squeeze(1).shape), None)
+        classes_first = last is None and (logits.dim() == 4 or (logits.dim() == 3 and first is not None))
+        labels = first if classes_first else last
+        if labels is not None:
+            counts = label_mask(labels, causal and not classes_first and labels.dim() == 2 and not encodes)
+    decoder = named.get("decoder_attention_mask")
     if decoder is None and encodes:
         decoder = counts
-    return Positions(kwargs.get("attention_mask"), decoder, counts, encodes, classes_first)
+    return Positions(named.get("attention_mask"), decoder, counts, encodes, classes_first)
+
+
+def _labels(named: Mapping[str, Any], batch: Any) -> list[Tensor]:
+    """What may be labels: the entry of that name, the second of a pair, or whatever has a -100."""
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    known = named.get("labels", batch[1] if pair else None)
+    rest = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    others = () if known is not None else (t for t in rest if isinstance(t, Tensor) and bool((t == -100).any()))
+    return [t for t in (known, *others) if isinstance(t, Tensor) and not t.is_floating_point()]
 
 
 def compare(
@@ -111,7 +117,10 @@ def _logits_term(student: Answer, teacher: Answer, config: DistillConfig, positi
     if not isinstance(logits, Tensor):
         raise ValueError("the student puts out no logits; write DistillConfig(alpha=0.0, hidden=...)")
     if expected is None:
-        raise ValueError("the teacher puts out no logits; give a model with a head, or write alpha=0.0")
+        raise ValueError(
+            "the teacher puts out no logits: they are a tensor, or the `logits` of a mapping or an object, not an item "
+            "of a tuple; give a model with a head that gives them so, or write alpha=0.0"
+        )
     if isinstance(expected, TopK):
         values, classes, tail = (part.to(logits.device) for part in expected[:3])
         expected = expected._replace(values=values, indices=classes, tail=tail)
