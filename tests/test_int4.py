@@ -34,7 +34,7 @@ ENTRY = """
 #include "{source}"
 #define RUN(name) extern "C" __attribute__((visibility("default"))) void run_##name(const float* x, const uint8_t* w, \\
     const uint16_t* s, const float* b, float* y, int64_t M, int64_t N, int64_t K, int64_t G) \\
-    {{ name(x, Weights{{w, s, b, N, K, G}}, y, M); }}
+    {{ const Weights only{{w, s, b, N, K, G, N}}; name(x, &only, 1, y, M, N, K); }}
 RUN(int4_linear)
 RUN(int4_int8_linear)
 """

@@ -21,7 +21,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 ENTRY = """
 #include "{source}"
 extern "C" __attribute__((visibility("default"))) void run(const float* x, const int8_t* w, const float* scale,
-    const float* bias, float* y, int64_t M, int64_t N, int64_t K) {{ linear(x, w, scale, bias, y, M, N, K); }}
+    const float* bias, float* y, int64_t M, int64_t N, int64_t K) {{
+  const Layer only{{w, scale, bias, N}};
+  linears(x, &only, 1, y, M, N, K);
+}}
 """
 
 

@@ -35,6 +35,9 @@ _OPERATORS = (  # which the kernels implement
     "int8_linear_tiled",
     "int4_linear",
     "int4_int8_linear",
+    "int8_linears",
+    "int4_linears",
+    "int4_int8_linears",
     "int8_static_linear_tiled",
     "int8_static_conv2d_tiled",
     "int8_static_conv2d_coded",
@@ -152,12 +155,15 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
     from ..artifact import sha256
     from ..quantize.layers import LINEAR
     from .attention import replace_attention
+    from .beside import beside
     from .fuse import fuse
     from .linear import replace_linear
 
     compiler, instructions = _compiler(), _instructions(processor)
     program = capture.export(capture.module)
     fuse(program)
+    if capture.cache is not None:
+        beside(program)
     if not slow_kernels({"isa": instructions}):
         replace_attention(program)
     tiled = replace_linear(program) if set(_AVX2) <= set(instructions) else {}
@@ -245,7 +251,7 @@ def _compile(
 
 def _shims() -> dict[Any, list[str]]:
     """The C interface of each operator that the kernels implement, from its schema."""
-    from ..quantize import fused, int4, ops, static  # noqa: F401  register the operators
+    from ..quantize import beside, fused, int4, ops, static  # noqa: F401  register the operators
     from . import attention, linear  # noqa: F401
 
     types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*"}

@@ -110,6 +110,13 @@ def alone(node: Any, uses: int = 1) -> Node | None:
     return None
 
 
+def passed_on(node: Node) -> Node:
+    """What `node` is, past what computes nothing."""
+    while _computes_nothing(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _uses(node: Node) -> int:
     return sum(user.target is not _aten._assert_tensor_metadata.default for user in node.users)
 

@@ -15,6 +15,7 @@ struct Weights {
   const uint16_t* scales;
   const float* bias;
   int64_t N, K, groups;
+  int64_t ldy;  // of the output, which other layers may share
 
   const uint8_t* codes(int64_t n) const { return packed + n / kRows * (K / 8) * kTile + n % kRows * kCols; }
   const uint16_t* scale(int64_t n, int64_t g) const { return scales + (n / kRows * groups + g) * kRows + n % kRows; }
@@ -78,7 +79,7 @@ void int8_block(const Weights& w, const Rows& rows, const int32_t* sums, int64_t
     for (int j = 0; j < N; j++) {
       const int64_t at = n + j * kLanes;
       const Lanes in = first(w.N - at);
-      store(in, y + (m + i) * w.N + at, out[i][j] * all(rows.scale[m + i]) + load(in, w.bias + at));
+      store(in, y + (m + i) * w.ldy + at, out[i][j] * all(rows.scale[m + i]) + load(in, w.bias + at));
     }
 }
 
@@ -115,7 +116,7 @@ void float_block(const Weights& w, const float* x, int64_t m, int64_t n, float* 
     for (int j = 0; j < N; j++) {
       const int64_t at = n + j * kLanes;
       const Lanes in = first(w.N - at);
-      store(in, y + (m + i) * w.N + at, out[i][j] + load(in, w.bias + at));
+      store(in, y + (m + i) * w.ldy + at, out[i][j] + load(in, w.bias + at));
     }
 }
 
@@ -187,62 +188,90 @@ float channel(const Weights& w, const T* x, int64_t n) {
 
 #endif
 
-void int4_linear(const float* x, const Weights& w, float* y, int64_t M) {
-  const int64_t tiles = (w.N + kRows - 1) / kRows;
-  const auto multiply = [&](int64_t p) {
-    const int64_t from = p * kPanel * kRows, to = std::min(w.N, from + kPanel * kRows);
-#ifdef LANES
-    cover(M, from, to, FloatBlock{w, x, y});
-#else
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t n = from; n < to; n++)
-        y[m * w.N + n] = channel<float, float>(w, x + m * w.K, n) + w.bias[n];
-#endif
-  };
-  run(0, (tiles + kPanel - 1) / kPanel, work(M, w.N * w.K), [](int64_t) {}, each(multiply));
+// Calls multiply(layer, its first channel in y, from, to) for the panels of all layers, one after the other.
+template <class Multiply>
+void in_panels(const Weights* layers, int64_t count, int64_t p, const Multiply& multiply) {
+  int64_t n = 0;
+  for (const Weights* w = layers; w < layers + count; w++) {
+    const int64_t own = (w->N + kPanel * kRows - 1) / (kPanel * kRows), from = p * kPanel * kRows;
+    if (p < own) return multiply(*w, n, from, std::min(w->N, from + kPanel * kRows));
+    p -= own, n += w->N;
+  }
 }
 
-void int4_int8_linear(const float* x, const Weights& w, float* y, int64_t M) {
-  const int64_t tiles = (w.N + kRows - 1) / kRows, size = w.K / w.groups;
+inline int64_t panels(const Weights* layers, int64_t count) {
+  int64_t all = 0;
+  for (int64_t i = 0; i < count; i++) all += (layers[i].N + kPanel * kRows - 1) / (kPanel * kRows);
+  return all;
+}
+
+void int4_linear(const float* x, const Weights* layers, int64_t count, float* y, int64_t M, int64_t N, int64_t K) {
+  const auto multiply = [&](int64_t p) {
+    in_panels(layers, count, p, [&](const Weights& w, int64_t first, int64_t from, int64_t to) {
+#ifdef LANES
+      cover(M, from, to, FloatBlock{w, x, y + first});
+#else
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = from; n < to; n++)
+          y[m * N + first + n] = channel<float, float>(w, x + m * K, n) + w.bias[n];
+#endif
+    });
+  };
+  run(0, panels(layers, count), work(M, N * K), [](int64_t) {}, each(multiply));
+}
+
+void int4_int8_linear(const float* x, const Weights* layers, int64_t count, float* y, int64_t M, int64_t N, int64_t K) {
+  const int64_t groups = layers->groups, size = K / groups;
   static thread_local Rows scratch;
   static thread_local std::vector<int32_t> scratch_sums;  // [M, groups], -8 * sum of codes: weights' codes have 8 added
   Rows& rows = scratch;
   std::vector<int32_t>& sums = scratch_sums;
-  rows.resize(M, w.K);
-  sums.resize(std::max<size_t>(sums.size(), M * w.groups));
+  rows.resize(M, K);
+  sums.resize(std::max<size_t>(sums.size(), M * groups));
   const auto quantize = [&](int64_t m) {
-    rows.quantize(x, w.K, m);
+    rows.quantize(x, K, m);
     const int8_t* codes = rows.codes.data() + m * rows.stride;
-    for (int64_t g = 0; g < w.groups; g++) {
+    for (int64_t g = 0; g < groups; g++) {
       int32_t sum = 0;
       for (int64_t k = g * size; k < (g + 1) * size; k++) sum += codes[k];
-      sums[m * w.groups + g] = -8 * sum;
+      sums[m * groups + g] = -8 * sum;
     }
   };
   const auto multiply = [&](int64_t p) {
-    const int64_t from = p * kPanel * kRows, to = std::min(w.N, from + kPanel * kRows);
+    in_panels(layers, count, p, [&](const Weights& w, int64_t first, int64_t from, int64_t to) {
 #ifdef LANES
-    cover(M, from, to, Int8Block{w, rows, sums.data(), y});
+      cover(M, from, to, Int8Block{w, rows, sums.data(), y + first});
 #else
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t n = from; n < to; n++)
-        y[m * w.N + n] =
-            channel<int8_t, int32_t>(w, rows.codes.data() + m * rows.stride, n) * rows.scale[m] + w.bias[n];
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = from; n < to; n++)
+          y[m * N + first + n] =
+              channel<int8_t, int32_t>(w, rows.codes.data() + m * rows.stride, n) * rows.scale[m] + w.bias[n];
 #endif
+    });
   };
-  run(M, (tiles + kPanel - 1) / kPanel, work(M, w.N * w.K), quantize, each(multiply));
+  run(M, panels(layers, count), work(M, N * K), quantize, each(multiply));
 }
 
-AOTITorchError call_with(void (*linear)(const float*, const Weights&, float*, int64_t), AtenTensorHandle x,
-                         AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle bias, AtenTensorHandle* out) {
+AOTITorchError layer(AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle bias, Weights* w) {
+  int64_t *groups, *n;
+  if (data(packed, &w->packed) || data(scale, &w->scales) || data(bias, &w->bias)) return AOTI_TORCH_FAILURE;
+  if (aoti_torch_get_sizes(scale, &groups) || aoti_torch_get_sizes(bias, &n)) return AOTI_TORCH_FAILURE;
+  w->groups = groups[1], w->N = n[0];
+  return AOTI_TORCH_SUCCESS;
+}
+
+using Linears = void (*)(const float*, const Weights*, int64_t, float*, int64_t, int64_t, int64_t);
+
+AOTITorchError call_with(Linears linears, AtenTensorHandle x, Weights* layers, int64_t count, AtenTensorHandle* out) {
   Call<float> call;
-  Weights w;
-  int64_t* sizes;
-  if (data(packed, &w.packed) || data(scale, &w.scales) || data(bias, &w.bias)) return AOTI_TORCH_FAILURE;
-  if (aoti_torch_get_sizes(scale, &sizes)) return AOTI_TORCH_FAILURE;
-  if (AOTITorchError error = open(x, bias, out, &call)) return error;
-  w.N = call.N, w.K = call.K, w.groups = sizes[1];
-  linear(call.x, w, call.y, call.M);
+  int64_t N = 0;
+  for (int64_t i = 0; i < count; i++) {
+    N += layers[i].N;
+    if (layers[i].groups != layers->groups) return AOTI_TORCH_FAILURE;  // sums of codes are of groups of one size
+  }
+  if (AOTITorchError error = open(x, N, out, &call)) return error;
+  for (int64_t i = 0; i < count; i++) layers[i].K = call.K, layers[i].ldy = N;
+  linears(call.x, layers, count, call.y, call.M, N, call.K);
   return AOTI_TORCH_SUCCESS;
 }
 
@@ -252,7 +281,18 @@ AOTITorchError call_with(void (*linear)(const float*, const Weights&, float*, in
   extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cpu_##name(                             \
       AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle bias,                    \
       AtenTensorHandle* out) {                                                                                       \
-    return call_with(name, x, packed, scale, bias, out);                                                             \
+    Weights only;                                                                                                    \
+    return layer(packed, scale, bias, &only) ? AOTI_TORCH_FAILURE : call_with(name, x, &only, 1, out);               \
+  }                                                                                                                  \
+  extern "C" __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_cpu_##name##s(                          \
+      AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, AtenTensorHandle* bias,                   \
+      AtenTensorHandle packed_2, AtenTensorHandle scale_2, AtenTensorHandle* bias_2, AtenTensorHandle* packed_3,     \
+      AtenTensorHandle* scale_3, AtenTensorHandle* bias_3, AtenTensorHandle* out) {                                  \
+    Weights layers[3];                                                                                               \
+    if (layer(packed, scale, *bias, layers) || layer(packed_2, scale_2, *bias_2, layers + 1))                        \
+      return AOTI_TORCH_FAILURE;                                                                                     \
+    if (packed_3 && layer(*packed_3, *scale_3, *bias_3, layers + 2)) return AOTI_TORCH_FAILURE;                      \
+    return call_with(name, x, layers, packed_3 ? 3 : 2, out);                                                        \
   }
 
 LIGHTNING_ACCEL_OPERATOR(int4_linear)
