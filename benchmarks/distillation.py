@@ -256,7 +256,8 @@ def run_all(chosen_tasks: dict[str, Task], seeds: list[int], out: Path, quick: b
     for cell in cells(chosen_tasks, seeds):
         path, task = cell.path(out), chosen_tasks[cell.task]
         settings = settings_of(task, quick)
-        training = {"settings": asdict(settings), "epochs": task.epochs, "distillation": str(task.config)}
+        config = str(replace(task.config, top_k=task.top_k if cell.method == "cached" else None))
+        training = {"settings": asdict(settings), "epochs": task.epochs, "distillation": config}
         if finished(path, training):
             continue
         print(f"{time.strftime('%H:%M:%S')} {cell}", flush=True)

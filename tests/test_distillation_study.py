@@ -287,7 +287,7 @@ def test_the_tasks_are_those_of_the_study_with_a_control_and_an_equal_budget_eac
     every = tasks()
     assert {"minilm-3", "minilm-2-half", "smollm2-quarter", "fashion-cnn", "whisper-2", "one-fit"} == set(every)
     for name, task in every.items():
-        assert task.control in task.methods and len(task.rates) >= 2
+        assert task.control in task.methods and (len(task.rates) >= 2 or name == "one-fit")
         found = list(cells({name: task}, [0, 1, 2]))
         assert len(found) == len({cell.path(Path()) for cell in found})
         trained = [method for method, fits in task.methods.items() if fits]
