@@ -293,3 +293,19 @@ def test_a_network_built_in_setup_or_configure_model_is_pruned(tmp_path):
         assert not {"setup", "configure_model", "training_step"} & set(module.__dict__)
         trained.append(weights(module))
     assert_same(*trained)
+
+
+def test_a_second_fit_goes_on_with_its_model_and_begins_anew_with_another(tmp_path):
+    def pruning() -> Pruning:
+        return Pruning(PruneConfig("unstructured", amount=0.5), Constant(2), module="model", every=1)
+
+    once, fresh = pruning(), pruning()
+    first, second, alone = seeded(Plain), seeded(Plain, seed=5), seeded(Plain, seed=5)
+    trainer(tmp_path, [once]).fit(first, loader())
+    trainer(tmp_path, [once]).fit(second, loader())
+    trainer(tmp_path, [fresh]).fit(alone, loader())
+    assert_same(weights(second), weights(alone))
+    zeros = {name: weight == 0 for name, weight in weights(second.model).items()}
+    trainer(tmp_path, [once]).fit(second, loader())
+    assert once.share == 1.0
+    assert all(bool((weights(second.model)[name] == 0)[mask].all()) for name, mask in zeros.items())

@@ -90,6 +90,7 @@ class Pruning(AccelCallback):
         self.every, self.cut_first, self.calibration, self.loss = every, cut_first, calibration, loss
         self.record: Record | None = None  # of what was cut before training
         self._bound: object | None = None
+        self._pruned: nn.Module | None = None  # in the last fit: it goes on where that ended, another model begins anew
         self.progress = Progress(config)
         self.total: float | None = None
         self._updated = 0
@@ -128,6 +129,9 @@ class Pruning(AccelCallback):
                 f"{adapted[0]} has an adapter, whose merging fills pruned weights again; write "
                 "model = model.merge_and_unload() and train that"
             )
+        if self._pruned is not None and self._pruned is not module:
+            self.progress, self.record, self._updated = Progress(self.config), None, 0
+        self._pruned = module
         self.progress.targets = None
         if any(pruning.cut_first for pruning in _prunings(trainer)):  # the others see what is left
             return self._bind_cut(trainer, pl_module) if self.cut_first else None
