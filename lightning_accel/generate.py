@@ -88,7 +88,6 @@ class Cache:
         """
         new = ids_BT.shape[1]
         self.check_room(new)
-        self._ids.append(ids_BT)
         seen_BS = self._seen_BC[:, : self.filled + new]
         if valid_BT is None:
             positions_BT = self.lengths_B[:, None] if new == 1 else self.lengths_B[:, None] + torch.arange(new)
@@ -97,10 +96,11 @@ class Cache:
             seen_BS[:, self.filled :] = valid_BT
             positions_BT = (self.lengths_B[:, None] + valid_BT.cumsum(1) - 1).clamp_min(0)
             lengths_B = self.lengths_B + valid_BT.sum(1)
-        first = positions_BT if self.source_mask_BE is None else seen_BS.contiguous()
-        second = seen_BS.contiguous() if self.source_mask_BE is None else self.source_mask_BE
-        inputs = [ids_BT.contiguous(), first, second, wanted_BK.contiguous()]
+        seen_BS = seen_BS.contiguous()
+        masks = [positions_BT, seen_BS] if self.source_mask_BE is None else [seen_BS, self.source_mask_BE]
+        inputs = [ids_BT.contiguous(), *masks, wanted_BK.contiguous()]
         logits_BKV = self.model._run_checked([*inputs, *self.cross, *self.tensors], self.state)[0]
+        self._ids.append(ids_BT)
         self.filled, self.lengths_B = self.filled + new, lengths_B
         return logits_BKV
 

@@ -15,7 +15,9 @@ from test_int4 import REFERENCES
 from test_kernel import bits, layer
 from torch import Tensor, nn
 
-from lightning_accel import QuantConfig, export_model, load
+from lightning_accel import QuantConfig, export_model, load, quantize_model
+from lightning_accel.capture import capture
+from lightning_accel.engines import aoti
 from lightning_accel.engines.beside import beside
 from lightning_accel.quantize import int4
 from lightning_accel.quantize.ops import int8_linear_reference, tile
@@ -121,6 +123,20 @@ def test_queries_keys_and_values_and_the_two_halves_of_a_gate_are_one_operator(s
     for ours, theirs in zip(after, before, strict=True):
         assert torch.equal(ours, theirs)
     assert count(exported, single) == alone - 10, "of each layer three and two"
+
+
+def test_layers_in_groups_of_other_sizes_are_not_joined() -> None:
+    ids = {"input_ids": tiny.ids()}
+    model, wide = (
+        quantize_model(tiny.llama(hidden_size=64, intermediate_size=64), QuantConfig("int4-int8", group_size=size))
+        for size in (32, 64)
+    )
+    for ours, theirs in zip(model.model.layers, wide.model.layers, strict=True):
+        ours.self_attn.k_proj, ours.mlp.up_proj = theirs.self_attn.k_proj, theirs.mlp.up_proj
+    (captured,) = capture(aoti.lower(model), ids).values()
+    exported = captured.export(captured.module)
+    alone = count(exported, "int4_int8_linear")
+    assert beside(exported) == 2 and count(exported, "int4_int8_linear") == alone - 4, "queries and values"
 
 
 def test_layers_of_other_inputs_or_of_one_alone_stay() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from helpers import Perceptron, Plain, assert_same, data, llama, seeded, trainer, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -574,6 +575,8 @@ def test_a_transformers_teacher_is_told_by_its_configuration_not_by_its_folder(t
         teacher.save_pretrained(tmp_path / name)
     first, second = (type(teacher).from_pretrained(tmp_path / name) for name in ("here", "there"))
     assert fingerprint(first) == fingerprint(second) == fingerprint(torch.compile(first))
+    scaled = tiny.gpt2(scale_attn_by_inverse_layer_idx=True)  # said by the configuration alone
+    assert fingerprint(nn.Sequential(scaled)) != fingerprint(nn.Sequential(tiny.gpt2()))
     assert fingerprint(llama(rms_norm_eps=1e-3)) != fingerprint(llama())
     other = llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     assert_same(other.state_dict(), llama().state_dict())

@@ -141,7 +141,7 @@ class StudentCalls:
                 (attention, self._taps.attention, "attention"),
             ):
                 for name in names:
-                    _check_once(name, len(kept[name]), len(calls), kind, stale(self._root))
+                    _check_once(name, len(kept[name]), len(calls), kind, self._root)
                     for call, tensor in zip(calls, kept[name], strict=True):
                         getattr(call, kind)[name] = tensor
             return calls
@@ -192,7 +192,7 @@ def _missing(root: nn.Module, name: str, module: nn.Module) -> bool:
         return True
 
 
-def _check_once(name: str, found: int, calls: int, kind: str, compiled: str) -> None:
+def _check_once(name: str, found: int, calls: int, kind: str, root: nn.Module) -> None:
     if found == calls:
         return
     if found:
@@ -207,5 +207,5 @@ def _check_once(name: str, found: int, calls: int, kind: str, compiled: str) -> 
         )
     raise ValueError(
         f"the student's {name!r} gave no hidden state in training_step: it was not called, or puts out no tensor "
-        f"[..., width]; name a layer that is called{compiled}"
+        f"[..., width]; name a layer that is called{stale(root)}"
     )

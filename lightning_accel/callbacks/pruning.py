@@ -130,7 +130,7 @@ class Pruning(AccelCallback):
                 "model = model.merge_and_unload() and train that"
             )
         if self._pruned is not None and self._pruned is not module:
-            self.progress, self.record, self._updated = Progress(self.config), None, 0
+            self.progress, self._updated = Progress(self.config), 0  # `record` is compared with the model where it cuts
         self._pruned = module
         self.progress.targets = None
         if any(pruning.cut_first for pruning in _prunings(trainer)):  # the others see what is left

@@ -153,8 +153,8 @@ class TeacherCache:
             return
         if data.fingerprint != self.manifest["data"]:
             raise ValueError(f"the samples are not those that the cache {self.directory} was built with; {_AGAIN}")
-        known = hasattr(outermost, "__getitem__") and hasattr(outermost, "__len__")
-        if known and not all(unchanged(outermost[i]) for i in range(min(4, len(outermost)))):
+        around = outermost is not data and hasattr(outermost, "__getitem__") and hasattr(outermost, "__len__")
+        if around and not all(unchanged(outermost[i]) for i in range(min(4, len(outermost)))):
             raise ValueError(
                 f"a {type(outermost).__name__} changes samples after they were given their keys, and the teacher saw "
                 "them before; put Keyed around it: Keyed(dataset), or Keyed(dataset, views=4) where it augments"
@@ -200,14 +200,16 @@ def fingerprint(teacher: nn.Module | LoadedModel) -> str:
     """
     if isinstance(teacher, LoadedModel):
         return digest(json.dumps(teacher.manifest, sort_keys=True))
-    sha = hashlib.sha256()
+    sha, configs = hashlib.sha256(), dict[int, Any]()
     for name, module in select.named_modules(teacher):
         sha.update(repr((name, type(module).__name__, module.extra_repr(), _settings(module))).encode())
         for part in (module._parameters, module._buffers):
             for key, tensor in part.items():
                 sha.update(key.encode())
                 sha.update(digest(tensor).encode())
-    if (config := getattr(select.unwrap(teacher), "config", None)) is not None and hasattr(config, "to_dict"):
+        if hasattr(config := getattr(module, "config", None), "to_dict"):
+            configs[id(config)] = config
+    for config in configs.values():
         elsewhere = {"_name_or_path", "transformers_version"}
         said = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
         sha.update(json.dumps(said, sort_keys=True, default=str).encode())

@@ -74,8 +74,8 @@ def _labels(named: Mapping[str, Any], batch: Any) -> list[Tensor]:
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     known = named.get("labels", batch[1] if pair else None)
     rest = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    others = () if known is not None else (t for t in rest if isinstance(t, Tensor) and bool((t == -100).any()))
-    return [t for t in (known, *others) if isinstance(t, Tensor) and not t.is_floating_point()]
+    integers = [t for t in (rest if known is None else [known]) if isinstance(t, Tensor) and not t.is_floating_point()]
+    return integers if known is not None else [t for t in integers if bool((t == -100).any())]
 
 
 def compare(

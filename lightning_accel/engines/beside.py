@@ -1,7 +1,6 @@
 """Integer layers of a captured program that read the same input: two or three of them become one operator.
 
-For programs with a cache, whose steps have few rows, so that a layer's call costs about as much as a tenth of its
-products.
+For programs with a cache, whose steps have few rows, so that the calls themselves take a part of the time.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ def beside(program: torch.export.ExportedProgram) -> int:
         layers.int4_linear.default: operators.int4_linears,
         layers.int4_int8_linear.default: operators.int4_int8_linears,
     }
-    groups: dict[tuple[Node, Any], list[Node]] = {}
+    groups: dict[tuple[Node, Any, Any], list[Node]] = {}
     for node in program.graph.nodes:
         if node.target in joined:
-            groups.setdefault((passed_on(node.args[0]), node.target), []).append(node)
+            x, _, scale, *_ = arguments_of(node)
+            sizes = str(scale.meta["val"].shape[1:])  # of int4, of which the operator takes groups of one size only
+            groups.setdefault((passed_on(x), node.target, sizes), []).append(node)
     found = 0
-    for (_, target), nodes in groups.items():
+    for (_, target, _), nodes in groups.items():
         for some in (nodes[i : i + operators.MOST] for i in range(0, len(nodes), operators.MOST)):
             if len(some) > 1:
                 _join(joined[target], some)

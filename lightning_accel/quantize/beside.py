@@ -1,6 +1,6 @@
 """Integer layers that read the same input, as one operator: queries, keys and values, or the two halves of a gate.
 
-Of a single row a layer's call costs about as much as a tenth of its products, and each rounds the row again.
+Alone, each allocates an output and rounds the same row again, which of a single row is a part of the time.
 `engines.beside` puts the operator into a program; its meaning, and what runs in eager, is the layers' outputs side by
 side.
 """
