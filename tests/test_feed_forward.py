@@ -118,6 +118,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: x * 0.5 * torch.special.erfc(-x / math.sqrt(2)),
     "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
     "silu": lambda x: x * torch.sigmoid(x),
+    "relu6": lambda x: x.clamp(0, 6),
 }
 
 

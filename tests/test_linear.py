@@ -27,10 +27,9 @@ from lightning_accel.quantize.fused import ACTIVATIONS
 Kernel = Callable[..., Tensor]
 ENTRY = """
 #include "{source}"
-extern "C" __attribute__((visibility("default"))) void run(const float* x, const float* w, const float* bias, float* y,
-    int64_t M, int64_t N, int64_t K, int64_t activation) {{
-  const auto run = [&](auto kind) {{ linear<decltype(kind)::value>(x, w, bias, y, M, N, K); }};
-  if (!with_activation(activation, run)) run(std::integral_constant<int64_t, kNone>());
+extern "C" __attribute__((visibility("default"))) void run(const float* x, const float* w, const float* bias,
+    const float* residual, float* y, int64_t M, int64_t N, int64_t K, int64_t activation) {{
+  linear(x, w, bias, residual, y, M, N, K, activation);
 }}
 """
 
@@ -41,9 +40,11 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     library = compiled(ENTRY.format(source=source_of("linear")), request.param, tmp_path_factory.mktemp("linear"))
     function = ctypes.CDLL(str(library)).run
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int = NONE) -> Tensor:
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: int = NONE, residual: Tensor | None = None
+    ) -> Tensor:
         y, tiles = torch.full((len(x), len(weight)), float("nan")), tile(weight)
-        pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (x, tiles, bias, y)]
+        pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (x, tiles, bias, residual, y)]
         function(*pointers, *(ctypes.c_int64(n) for n in (len(x), len(weight), x.shape[1], activation)))
         return y
 
@@ -84,6 +85,17 @@ def test_activations_follow(kernel: Kernel, name: str) -> None:
         y = kernel(x, weight, bias)
         exact = ACTIVATIONS[name](y.double())
         got = kernel(x, weight, bias, list(ACTIVATIONS).index(name))
+        assert bool(((got - exact).abs() <= 2.0**-20 * y.abs() + 1e-37).all())
+
+
+@pytest.mark.parametrize("activation", [NONE, *range(len(ACTIVATIONS))])
+def test_a_residual_is_added_before_the_activation(kernel: Kernel, activation: int) -> None:
+    for rows, n, out in ((1, 5, 3), (14, 40, 75), (25, 1024, 33)):
+        x, weight, bias = drawn(rows, n, out, n)
+        residual = torch.randn(rows, out)
+        y = kernel(x, weight, bias) + residual
+        exact = y if activation == NONE else list(ACTIVATIONS.values())[activation](y.double())
+        got = kernel(x, weight, bias, activation, residual)
         assert bool(((got - exact).abs() <= 2.0**-20 * y.abs() + 1e-37).all())
 
 
@@ -192,6 +204,39 @@ def test_an_activation_that_alone_takes_the_output_goes_into_the_operator(name: 
     replace_linear(program)
     codes = [n.args[-1] for n in program.graph.nodes if "linear_tiled" in str(n.target)]
     assert codes == [list(ACTIVATIONS).index(name), NONE]
+    torch.testing.assert_close(program.module()(x)[0], expected)
+
+
+class Residuals(nn.Module):
+    """What is added to layers: the input, another layer, an output twice, what is smaller, what was written over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d, e, f, g = self.layers
+        x = F.relu(x + a(x))
+        x = F.gelu(b(x)) + x  # not before the activation
+        x = c(x) + d(x)
+        y = e(x)
+        x = x + y * y.sum()
+        x = torch.add(f(x), x, alpha=2) + x[:1]
+        y = g(x)
+        y += x
+        return y
+
+
+def test_what_is_added_to_the_output_goes_into_the_operator() -> None:
+    (captured,) = capture(Residuals(), (torch.randn(3, 6),)).values()
+    program = captured.export(captured.module)
+    x = torch.randn(3, 6)
+    expected = captured.module(x)[0]
+    replace_linear(program)
+    calls = [n.args for n in program.graph.nodes if "linear_tiled" in str(n.target)]
+    assert [args[3] is not None for args in calls] == [True, False, False, True, False, False, True]
+    code = list(ACTIVATIONS).index
+    assert [args[-1] for args in calls] == [code("relu"), code("gelu"), NONE, NONE, NONE, NONE, NONE]
     torch.testing.assert_close(program.module()(x)[0], expected)
 
 

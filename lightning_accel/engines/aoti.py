@@ -46,6 +46,7 @@ _OPERATORS = (  # which the kernels implement
     "attention",
     "int8_attention",
     "linear_tiled",
+    "depthwise",
 )
 _ISA = (
     "avx2",
@@ -156,6 +157,7 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
     from ..quantize.layers import LINEAR
     from .attention import replace_attention
     from .beside import beside
+    from .convolutions import replace_convolutions
     from .fuse import fuse
     from .linear import replace_linear
 
@@ -166,9 +168,11 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
         beside(program)
     if not slow_kernels({"isa": instructions}):
         replace_attention(program)
-    tiled = replace_linear(program) if set(_AVX2) <= set(instructions) else {}
     quantized = any(isinstance(module, LINEAR) for module in capture.module.modules())
-    freeze = not quantized and _could_be_packed(program, tiled)
+    fast = set(_AVX2) <= set(instructions)
+    convolutions = replace_convolutions(program) if fast and not quantized else {}
+    tiled = replace_linear(program) if fast else {}
+    freeze = not quantized and (bool(convolutions) or _could_be_packed(program, tiled))
     with tempfile.TemporaryDirectory() as temporary:
         _build_kernels(compiler, Path(temporary), kernel_flags(processor))
         package = _compile(program, Path(temporary), freeze, processor)
@@ -252,7 +256,7 @@ def _compile(
 def _shims() -> dict[Any, list[str]]:
     """The C interface of each operator that the kernels implement, from its schema."""
     from ..quantize import beside, fused, int4, ops, static  # noqa: F401  register the operators
-    from . import attention, linear  # noqa: F401
+    from . import attention, convolutions, linear  # noqa: F401
 
     types = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*"}
     types |= {"int": "int64_t", "bool": "int32_t", "float": "double"}

@@ -182,10 +182,13 @@ def _clamp(node: Node | None) -> tuple[float, float] | None:
         return None
     if node.target in (_aten.relu.default, _aten.relu_.default):
         return 0.0, math.inf
+    if node.target in (_aten.relu6.default, _aten.relu6_.default):
+        return 0.0, 6.0
     if node.target in (_aten.hardtanh.default, _aten.hardtanh_.default, _aten.clamp.default, _aten.clamp_.default):
         _, low, high = arguments_of(node)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
-        return (low, high) if low <= 0 <= high else None
+        known = isinstance(low, int | float) and isinstance(high, int | float)
+        return (low, high) if known and low <= 0 <= high else None
     return None
 
 
@@ -197,13 +200,15 @@ def _code(value: float, factor: float, zero_point: int) -> int:
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
+_CLAMPS: dict[Any, str] = {(0.0, math.inf): "relu", (0.0, 6.0): "relu6"}
+
 
 def activation_of(node: Node | None) -> tuple[str, Any, int] | None:
     """Name of the activation that `node` is, what it takes, and how often it uses that."""
     if node is None:
         return None
-    if node.target in (_aten.relu.default, _aten.relu_.default):
-        return "relu", node.args[0], 1
+    if (limits := _clamp(node)) in _CLAMPS:
+        return _CLAMPS[limits], node.args[0], 1
     if node.target in (_aten.silu.default, _aten.silu_.default):
         return "silu", node.args[0], 1
     if node.target is _aten.gelu.default:

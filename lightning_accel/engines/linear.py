@@ -1,6 +1,6 @@
 """Float linear layers of a captured program through the project's own operator, weights in tiles.
 
-    y = activation(x @ w.T + bias)
+    y = activation(x @ w.T + bias + residual)
 
 Few rows, such as the one of a decoding step, wait for the weights: tiles lie in memory in the order in which they are
 multiplied. A tied embedding gathers its rows from the tiles.
@@ -36,20 +36,29 @@ def tile(weight: Tensor, transposed: bool = False) -> Tensor:
 
 
 @torch.library.custom_op("lightning_accel::linear_tiled", mutates_args=())
-def _linear_tiled(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int, activation: int) -> Tensor:
-    from ..quantize.fused import ACTIVATIONS
-
+def _linear_tiled(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, residual: Tensor | None, channels: int, activation: int
+) -> Tensor:
     plain = tiles.flatten(0, -3).transpose(1, 2).flatten(0, 1)
     y = F.linear(x, plain[:channels], bias)
+    return activate(y if residual is None else y + residual, activation)
+
+
+def activate(y: Tensor, activation: int) -> Tensor:
+    """`y` after an activation by its number, `NONE` of them included."""
+    from ..quantize.fused import ACTIVATIONS
+
     return y if activation == NONE else list(ACTIVATIONS.values())[activation](y)
 
 
 @_linear_tiled.register_fake
-def _(x: Tensor, tiles: Tensor, bias: Tensor | None, channels: int, activation: int) -> Tensor:
+def _(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, residual: Tensor | None, channels: int, activation: int
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], channels)
 
 
-_OPERATOR = torch.ops.lightning_accel.linear_tiled.default
+LINEAR = torch.ops.lightning_accel.linear_tiled.default
 
 
 def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
@@ -70,7 +79,8 @@ def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
         for user in list(node.users):
             _replace(user, node, weight.shape[layout == "columns"])
         node.meta["val"] = node.meta["val"].new_empty(tiles.shape)
-    _take_in_activations(program)
+    take_in_residuals(program)
+    take_in_activations(program, LINEAR)
     program.graph_module.recompile()
     return tiled
 
@@ -85,16 +95,16 @@ def _layout(weight: Node) -> str | None:
 
 def _use(user: Node, weight: Node) -> str | None:
     """What `user` does with `weight`: multiplies with its rows or columns, gathers rows, or, None, anything else."""
-    if [*user.args, *user.kwargs.values()].count(weight) != 1 or not _is_float(weight, 2, 2) or not _is_float(user):
+    if [*user.args, *user.kwargs.values()].count(weight) != 1 or not is_float(weight, 2, 2) or not is_float(user):
         return None
     if user.target is _aten.embedding.default:
         return "gathered" if user.args[0] is weight else None
     operands = _operands(user)
-    if operands is None or operands[1] is not weight or not _is_float(operands[0], 1, MOST_DIMENSIONS):
+    if operands is None or operands[1] is not weight or not is_float(operands[0], 1, MOST_DIMENSIONS):
         return None
     columns = user.target is not _aten.linear.default
     channels, bias = weight.meta["val"].shape[columns], operands[2]
-    if bias is not None and not (_is_float(bias, 1, 1) and bias.meta["val"].shape[0] == channels):
+    if bias is not None and not (is_float(bias, 1, 1) and bias.meta["val"].shape[0] == channels):
         return None
     return "columns" if columns else "rows"
 
@@ -113,7 +123,7 @@ def _operands(user: Node) -> tuple[Node, Node, Node | None] | None:
     return None
 
 
-def _is_float(node: Node, least: int = 0, most: int = 64) -> bool:
+def is_float(node: Node, least: int = 0, most: int = 64) -> bool:
     """Whether a node is a float32 tensor on the CPU, of so many dimensions."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not least <= value.dim() <= most:
@@ -126,27 +136,84 @@ def _replace(user: Node, weight: Node, channels: int) -> None:
     with graph.inserting_before(user):
         if operands is None:
             ids = user.args[1]
-            of, at = (_call(graph, op, ids, CHANNELS) for op in (_aten.floor_divide.default, _aten.remainder.Scalar))
+            of, at = (call(graph, op, ids, CHANNELS) for op in (_aten.floor_divide.default, _aten.remainder.Scalar))
             user.target, user.args = _aten.index.Tensor, (weight, [of, None, at])
         else:
-            x, bias = (operands[i] and _call(graph, _aten.contiguous.default, operands[i]) for i in (0, 2))
-            user.target, user.args = _OPERATOR, (x, weight, bias, channels, NONE)
+            x, bias = (operands[i] and call(graph, _aten.contiguous.default, operands[i]) for i in (0, 2))
+            user.target, user.args = LINEAR, (x, weight, bias, None, channels, NONE)
     user.kwargs = {}
 
 
-def _call(graph: torch.fx.Graph, operator: Any, x: Any, *args: Any) -> Node:
+def call(graph: torch.fx.Graph, operator: Any, x: Any, *args: Any) -> Node:
+    """A new node, with the value that it has of those of `x`."""
     node = graph.call_function(operator, (x, *args))
     with x.meta["val"].fake_mode:
         node.meta["val"] = operator(x.meta["val"], *args)
     return node
 
 
-def _take_in_activations(program: torch.export.ExportedProgram) -> None:
-    """An activation that alone takes the output of an operator goes into it; of several in a row, the first."""
+# --- what follows an operator -----------------------------------------------------------------------------------------
+
+
+def take_in_residuals(program: torch.export.ExportedProgram) -> None:
+    """What is added to a layer's output, as large and in float32 too, goes into it where nothing else reads that."""
+    for node in list(program.graph.nodes):
+        if node.target not in (_aten.add.Tensor, _aten.add_.Tensor) or len(node.args) != 2 or node.kwargs:
+            continue
+        pairs = [node.args, node.args[::-1]][: 2 if node.target is _aten.add.Tensor else 1]  # the first is written over
+        for one, other in pairs:
+            layer, order = _layer_of(one, 1, LINEAR)
+            if layer is None or layer.args[3] is not None or not _alike(one, other):
+                continue
+            x, weight, bias, _, *rest = layer.args
+            with node.graph.inserting_before(node):
+                if order is not None:
+                    other = call(node.graph, _aten.permute.default, other, [order.index(i) for i in range(len(order))])
+                arguments = (x, weight, bias, call(node.graph, _aten.contiguous.default, other), *rest)
+            _become(node, layer, arguments, order)
+            break
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether both are float32 tensors of the same sizes."""
+    if not isinstance(other, Node) or not is_float(other):
+        return False
+    return str(one.meta["val"].shape) == str(other.meta["val"].shape)
+
+
+def take_in_activations(program: torch.export.ExportedProgram, *operators: Any) -> None:
+    """An activation that alone takes the output of an operator goes into it; of several in a row, the first.
+
+    Args:
+        operators: that take the number of an activation last.
+    """
     from ..quantize.fused import ACTIVATIONS
 
     for node in list(program.graph.nodes):
-        found = activation_of(node)
-        layer = alone(*found[1:]) if found else None
-        if found and layer is not None and layer.target is _OPERATOR and layer.args[-1] == NONE:
-            become(node, _OPERATOR, (*layer.args[:-1], list(ACTIVATIONS).index(found[0])))
+        if found := activation_of(node):
+            name, x, uses = found
+            layer, order = _layer_of(x, uses, *operators)
+            if layer is not None:
+                _become(node, layer, (*layer.args[:-1], list(ACTIVATIONS).index(name)), order)
+
+
+def _layer_of(node: Any, uses: int, *operators: Any) -> tuple[Node | None, list[int] | None]:
+    """The call of an operator, yet without an activation, that `node` comes from, and the order in which its dimensions
+    were put in between, as behind a convolution."""
+    found, order = alone(node, uses), None
+    if found is not None and found.target is _aten.permute.default:
+        order, found = list(found.args[1]), alone(found.args[0])  # type: ignore[arg-type]
+    if found is None or found.target not in operators or found.args[-1] != NONE:
+        return None, None
+    return found, order
+
+
+def _become(node: Node, layer: Node, arguments: tuple, order: list[int] | None) -> None:
+    """Puts the call of a layer with other arguments in the place of `node`, which follows it."""
+    if order is None:
+        become(node, layer.target, arguments)
+        return
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(layer.target, arguments)  # type: ignore[arg-type]
+    made.meta.update(layer.meta)
+    become(node, _aten.permute.default, (made, order))

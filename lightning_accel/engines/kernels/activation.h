@@ -14,7 +14,7 @@
 
 namespace {
 
-enum Activation : int64_t { kRelu, kGelu, kGeluTanh, kSilu };  // in the order of lightning_accel.quantize.fused.ACTIVATIONS
+enum Activation : int64_t { kRelu, kGelu, kGeluTanh, kSilu, kRelu6 };  // in the order of lightning_accel.quantize.fused.ACTIVATIONS
 
 constexpr int kPieces = 31, kDegree = 4;
 
@@ -58,7 +58,7 @@ template <int64_t kind>
 class Activate {
  public:
   Activate() {
-    if (kind == kRelu) return;
+    if (kind == kRelu || kind == kRelu6) return;
     const Share& share = share_of<kind>();
 #ifdef VNNI
     for (int k = 0; k <= kDegree; k++)
@@ -68,6 +68,7 @@ class Activate {
   }
   Floats operator()(Floats x) const {
     if (kind == kRelu) return max(all(0.0f), x);  // of a NaN, the second
+    if (kind == kRelu6) return min(all(6.0f), max(all(0.0f), x));
     const Floats round = all(12582912.0f);        // 1.5 * 2^23
     const Floats size = min(abs(x), limit_);
     const Floats rounded = fma(size, per_width_, round);  // the piece, in the lowest bits
@@ -104,6 +105,7 @@ template <int64_t kind>
 struct Activate {
   float operator()(float x) const {
     if (kind == kRelu) return x < 0.0f ? 0.0f : x;
+    if (kind == kRelu6) return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x;
     const Share& share = share_of<kind>();
     const float widths = std::min(share.limit, std::fabs(x)) * share.per_width;  // of a NaN, the limit
     const int piece = static_cast<int>(widths + 0.5f);
@@ -124,6 +126,7 @@ bool with_activation(int64_t kind, const F& f) {
     case kGelu: f(std::integral_constant<int64_t, kGelu>()); return true;
     case kGeluTanh: f(std::integral_constant<int64_t, kGeluTanh>()); return true;
     case kSilu: f(std::integral_constant<int64_t, kSilu>()); return true;
+    case kRelu6: f(std::integral_constant<int64_t, kRelu6>()); return true;
     default: return false;
   }
 }

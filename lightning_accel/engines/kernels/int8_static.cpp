@@ -2,9 +2,9 @@
 // point a layer, int8 weights with one scale an output channel; linear layers, and convolutions of [B, H, W, C]. Mean
 // what the references of the same names in lightning_accel.quantize.static mean, bit by bit: int32 sums and the same
 // order of float operations. A convolution copies the windows of a block of outputs into rows that stay in the cache;
-// depthwise.h has those where each channel is a group.
+// int8_static_depthwise.h has those where each channel is a group.
 
-#include "depthwise.h"
+#include "int8_static_depthwise.h"
 
 namespace {
 

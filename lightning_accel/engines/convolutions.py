@@ -1,0 +1,199 @@
+"""Float convolutions of a captured network, before it is compiled.
+
+What stands around them goes into them: a BatchNorm with running statistics behind one, into its weight and bias, and a
+padding with zeros before one. Those of 1 x 1 are linear layers of pixels (`linear.py`), and those that have a channel
+in each group the project's own operator, both on images whose channels lie side by side. The weights of all others are
+laid out so that theirs do too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional as F
+
+from .fuse import alone, arguments_of, become
+from .linear import LINEAR, NONE, activate, call, is_float, take_in_activations, take_in_residuals, tile
+
+_aten = torch.ops.aten
+NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]  # the order of dimensions of the other in each
+
+
+@torch.library.custom_op("lightning_accel::depthwise", mutates_args=())
+def _depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_height: int, kernel_width: int, stride_height: int,
+    stride_width: int, top: int, left: int, bottom: int, right: int, dilation_height: int, dilation_width: int,
+    activation: int,
+) -> Tensor:  # fmt: skip
+    image = F.pad(x.permute(NCHW), (left, right, top, bottom))
+    kernel = weight.T.unflatten(1, (1, kernel_height, kernel_width))
+    stride, dilation = (stride_height, stride_width), (dilation_height, dilation_width)
+    y = F.conv2d(image, kernel, bias, stride, 0, dilation, weight.shape[1])
+    return activate(y, activation).permute(NHWC).contiguous()
+
+
+@_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *window: int) -> Tensor:
+    from ..quantize.static import conv2d_shape
+
+    return x.new_empty(conv2d_shape(x.shape[:3], x.shape[3], *window[:-1]))
+
+
+DEPTHWISE = torch.ops.lightning_accel.depthwise.default
+
+
+def replace_convolutions(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    """Does so in `program`, in place, where everything is float32.
+
+    Returns:
+        The weights that the operators have now, by their names in the program.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is _aten.batch_norm.default:
+            _fold_norm(program, node)
+    replaced = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if not _is_weight(program, node):
+            continue
+        name = program.graph_signature.inputs_to_parameters[node.name]
+        weight = program.state_dict[name].detach()
+        users = list(node.users)
+        if all(_is_pointwise(user) for user in users):
+            weight = replaced[name] = tile(weight.flatten(1))
+            for user in users:
+                _as_linear(user)
+        elif all(_is_depthwise(user) for user in users):
+            weight = replaced[name] = weight.flatten(1).T.contiguous()
+            for user in users:
+                _as_depthwise(user)
+        else:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            for user in users:
+                _take_in_pad(user)
+        _set(program, node, weight)
+    take_in_residuals(program)
+    take_in_activations(program, LINEAR, DEPTHWISE)
+    program.graph_module.recompile()
+    return replaced
+
+
+def _is_weight(program: torch.export.ExportedProgram, node: Node) -> bool:
+    """Whether a placeholder is the float32 weight of convolutions [N, C / groups, height, width], and nothing else."""
+    known = node.name in program.graph_signature.inputs_to_parameters and is_float(node, 4, 4)
+    of = [u.target is _aten.conv2d.default and u.args[1] is node and [*u.args].count(node) == 1 for u in node.users]
+    return known and bool(of) and all(of)
+
+
+def _set(program: torch.export.ExportedProgram, node: Node, value: Tensor) -> None:
+    """Gives a placeholder of a parameter another value."""
+    name = program.graph_signature.inputs_to_parameters[node.name]
+    program.state_dict[name] = torch.nn.Parameter(value, requires_grad=False)
+    with node.meta["val"].fake_mode:
+        node.meta["val"] = torch.empty_strided(value.shape, value.stride())
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------------------
+
+
+def _fold_norm(program: torch.export.ExportedProgram, norm: Node) -> None:
+    """Takes the norm out, if all that it knows can go into the convolution before it."""
+    x, gain, shift, mean, variance, training, _, epsilon, _ = arguments_of(norm)
+    conv = alone(x)
+    if training or conv is None or conv.target is not _aten.conv2d.default:
+        return
+    given, weight, bias, *window = arguments_of(conv)
+    parameters = (weight, bias or shift)  # the norm's bias takes the place of one that the convolution has not
+    found = [_value(program, node) for node in (gain, shift, mean, variance, weight, bias) if node is not None]
+    known = [value.double() for value in found if value is not None]
+    if len(known) < (5 if bias is None else 6) or any(len(node.users) != 1 for node in parameters):
+        return
+    g, b, m, v, w, *old = known
+    factor = g / (v + epsilon).sqrt()
+    _set(program, weight, (w * factor.view(-1, 1, 1, 1)).float())
+    _set(program, parameters[1], (b + (sum(old) - m) * factor).float())
+    become(norm, _aten.conv2d.default, (given, weight, parameters[1], *window))
+
+
+def _value(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
+    """A float32 parameter, or a buffer that no call changes; None if `node` is anything else."""
+    if not isinstance(node, Node) or not is_float(node):
+        return None
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    name = names.get(node.name)
+    if name is None or name in signature.buffers_to_mutate.values():
+        return None
+    found = program.state_dict.get(name, program.constants.get(name))
+    return None if found is None else found.detach()
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+def _zeros_around(x: Node) -> tuple[Node, tuple[int, int, int, int]] | None:
+    """The image and the numbers of zeros above, left, below and right of it, if `x` is that, for one use."""
+    if x.target is not _aten.pad.default or len(x.users) != 1:
+        return None
+    image, sides, mode, value = arguments_of(x)
+    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides) or mode != "constant" or value:
+        return None
+    left, right, top, bottom = sides
+    return image, (top, left, bottom, right)
+
+
+def _take_in_pad(conv: Node) -> None:
+    """Has a convolution pad by itself what is padded with as many zeros on both sides."""
+    x, weight, bias, stride, (height, width), *rest = arguments_of(conv)
+    image, (top, left, bottom, right) = _zeros_around(x) or (x, (0, 0, 0, 0))
+    if image is not x and top == bottom and left == right:
+        become(conv, conv.target, (image, weight, bias, stride, [height + top, width + left], *rest))
+
+
+# --- operators in the place of convolutions ---------------------------------------------------------------------------
+
+
+def _is_image(conv: Node) -> bool:
+    """Whether a convolution takes a batch of images, with no norm behind it that it would be folded with."""
+    x, _, bias, stride, padding, *_ = arguments_of(conv)
+    known = len(stride) == len(padding) == 2 and is_float(x, 4, 4) and (bias is None or is_float(bias, 1, 1))
+    return known and all(user.target is not _aten.batch_norm.default for user in conv.users)
+
+
+def _is_pointwise(conv: Node) -> bool:
+    """Whether a convolution is a linear layer of each pixel."""
+    _, weight, _, stride, padding, _, groups = arguments_of(conv)
+    plain = list(stride) == [1, 1] and list(padding) == [0, 0] and groups == 1
+    return plain and tuple(weight.meta["val"].shape[2:]) == (1, 1) and _is_image(conv)
+
+
+def _as_linear(conv: Node) -> None:
+    x, weight, bias, *_ = arguments_of(conv)
+    _replace(conv, LINEAR, x, weight, bias, None, conv.meta["val"].shape[1], NONE)
+
+
+def _is_depthwise(conv: Node) -> bool:
+    """Whether a convolution makes one channel of each."""
+    x, weight, *_, groups = arguments_of(conv)
+    return _is_image(conv) and groups == len(weight.meta["val"]) == x.meta["val"].shape[1] > 1
+
+
+def _as_depthwise(conv: Node) -> None:
+    x, weight, bias, stride, (height, width), dilation, _ = arguments_of(conv)
+    image, (top, left, bottom, right) = _zeros_around(x) or (x, (0, 0, 0, 0))
+    sides = top + height, left + width, bottom + height, right + width
+    window = *weight.meta["val"].shape[2:], *stride, *sides, *dilation
+    _replace(conv, DEPTHWISE, image, weight, bias, *window, NONE)
+
+
+def _replace(conv: Node, operator: Any, x: Node, *arguments: Any) -> None:
+    """Puts an operator on images [B, H, W, C] in the place of a convolution."""
+    graph, value = conv.graph, conv.meta["val"]
+    with graph.inserting_before(conv):
+        image = call(graph, _aten.contiguous.default, call(graph, _aten.permute.default, x, NHWC))
+        made = graph.call_function(operator, (image, *arguments))
+    with value.fake_mode:
+        made.meta["val"] = value.permute(NHWC).contiguous()
+    become(conv, _aten.permute.default, (made, NCHW))
