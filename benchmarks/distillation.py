@@ -45,9 +45,7 @@ from lightning_accel import (
     Cubic,
     Distillation,
     Keyed,
-    PruneConfig,
     Pruning,
-    QuantConfig,
     QuantizationAwareTraining,
     TeacherCache,
     distillation_loss,
@@ -57,7 +55,6 @@ from lightning_accel import (
 )
 from lightning_accel.measure import machine, versions
 
-PRUNE, QUANTIZE = PruneConfig("neurons", amount=0.5), QuantConfig("int8")
 SCHEDULE, BEGIN = Cubic(0.1, 0.6), 0.6  # of a fit that does both, as the README's example has them
 
 
@@ -168,7 +165,7 @@ def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]
     if task.example and cell.seed == 0:
         _save(student, cell.path(out).with_suffix(".pt"))
     if any(fit.quantize for fit in fits):
-        student = quantize_model(student, QUANTIZE)
+        student = quantize_model(student, task.quantize)
     found["bytes"] = size(student)
     for part, held_out in (("validation", data.validation), ("scores", data.test)):
         found[part] = [round(score, 6) for score in task.source.scores(student, held_out).tolist()]
@@ -195,13 +192,14 @@ def train(
     if fit.teach:
         callbacks.append(distillation(fit.teach, task, student, teacher, data, seed, out))
     if fit.prune:
-        callbacks.append(Pruning(PRUNE, SCHEDULE, module="model"))
+        callbacks.append(Pruning(task.prune, SCHEDULE, module="model"))
     if fit.quantize:
         begin = BEGIN if fit.prune else 0.0  # a fit that only quantizes does so in all of its steps
-        callbacks.append(QuantizationAwareTraining(QUANTIZE, begin, module="model"))
+        callbacks.append(QuantizationAwareTraining(task.quantize, begin, module="model"))
     fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks)
     pruned = [callback for callback in callbacks if isinstance(callback, Pruning)]
-    return shrink_model(student, pruned[0].masks, example_inputs=inputs_of(data.test[0])) if pruned else student
+    example = inputs_of(next(iter(loader(data, batches[:1]))))
+    return shrink_model(student, pruned[0].masks, example_inputs=example) if pruned else student
 
 
 @torch.no_grad()

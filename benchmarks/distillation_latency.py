@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillation import QUANTIZE, chosen
+from distillation import chosen
 from distillation_tasks import Task
-from tables import PAUSE, default_load, provenance, table
+from tables import LENGTHS, PAUSE, engine_loads, provenance, table
 
 from lightning_accel import export_model
 from lightning_accel.artifact import MANIFEST
@@ -20,7 +20,7 @@ from lightning_accel.measure import Target, compare
 def measure(
     name: str, task: Task, out: Path, threads: int, engines: Sequence[str] = ("aoti",), rounds: int = 7
 ) -> list[Path]:
-    """Times the artifacts of all methods, and writes a table for each size of input.
+    """Times the artifacts of all methods through all engines, and writes a table for each size of input.
 
     Artifacts and tables that are there are kept: remove a table to measure it again.
 
@@ -31,11 +31,15 @@ def measure(
     for size, example in task.example.items():
         path = out / name / f"latency-{size.replace(' ', '')}-{threads}.json"
         if not path.exists():
-            methods = sorted(task.methods, key=lambda method: method != "none")  # ratios are to the first
+            first = "none" if "none" in task.methods else task.control  # ratios are to it
+            methods = sorted(task.methods, key=lambda method: method != first)
             folders = {method: build(name, task, method, size, example, out, engines) for method in methods}
-            targets = {method: Target(str(folder)) for method, folder in folders.items()}
+            targets, sizes = {}, {}
+            for method, folder in folders.items():
+                for engine, load in engine_loads(folder).items():
+                    row = method if len(engines) == 1 else f"{method} {engine}"
+                    targets[row], sizes[row] = Target(str(folder), LENGTHS, engine), load
             measured = compare(targets, threads=threads, rounds=rounds, pause=PAUSE)
-            sizes = {method: default_load(folder) for method, folder in folders.items()}
             text = table(f"{task.title}, {size}, threads {threads}", measured, sizes)
             path.with_suffix(".part").write_text(json.dumps({"table": f"{text}\n\n{provenance(threads)}"}))
             path.with_suffix(".part").rename(path)
@@ -55,7 +59,7 @@ def build(
                 f"{method!r} of {name} has not been trained at all of its rates; run: "
                 f"python benchmarks/distillation.py --out {out} --tasks {name} --seeds 0"
             )
-        model = torch.load(cell["path"].with_suffix(".pt"), weights_only=False)  # written by distillation.py
-        quantize = QUANTIZE if any(fit.quantize for fit in task.methods[method]) else None
+        model = task.deployed(torch.load(cell["path"].with_suffix(".pt"), weights_only=False))  # of distillation.py
+        quantize = task.quantize if any(fit.quantize for fit in task.methods[method]) else None
         export_model(model, folder, example_inputs=example, quantize=quantize, engines=engines, measure=False)
     return folder

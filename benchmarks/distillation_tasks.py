@@ -14,7 +14,7 @@ from quality_tasks import Batch, Settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_accel import DistillConfig, student_from
+from lightning_accel import DistillConfig, PruneConfig, QuantConfig, student_from
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Task:
         control: the method that the others are compared with.
         example: inputs that the artifacts of the methods are timed with, by keyword, by the name of their size; empty
             for a task whose artifacts are not timed.
+        prune, quantize: what fits do that do so.
+        deployed: the model that is exported, of what was trained.
     """
 
     title: str
@@ -122,6 +124,9 @@ class Task:
     methods: dict[str, Method] = field(default_factory=lambda: METHODS)
     control: str = "none"
     example: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    prune: PruneConfig = field(default_factory=lambda: PruneConfig("neurons", amount=0.5))
+    quantize: QuantConfig = field(default_factory=lambda: QuantConfig("int8"))
+    deployed: Callable[[Any], nn.Module] = lambda model: model
 
 
 def some(*names: str) -> dict[str, Method]:

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from inference_peers import Peer, compiled, ct2_whisper, llama_files, transcribed
-from tables import ATTENTION, PAUSE, config_of, coverage, file_name, provenance, table
+from tables import ATTENTION, LENGTHS, PAUSE, config_of, coverage, engine_loads, file_name, provenance, table
 from torch import nn
 
 from lightning_accel import QuantConfig, engines, export_model
-from lightning_accel.artifact import MANIFEST, program_files, read_manifest
+from lightning_accel.artifact import MANIFEST
 from lightning_accel.measure import Target, compare
 
-LENGTHS = {"prompt": 128, "new": 64}  # tokens, of decoders
 PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
 
 
@@ -157,16 +156,10 @@ def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> s
     targets: dict[str, Target] = {"float eager": Target("")}  # the first row
     sizes: dict[str, int] = {}
     for scheme, folder in folders.items():
-        manifest = read_manifest(folder)
-        weights = manifest.get("weights", {}).get("file")
-        for engine in dict.fromkeys(entry["engine"] for entry in manifest["programs"]):
-            programs = [entry for entry in manifest["programs"] if entry["engine"] == engine]
-            files = {file["file"] for entry in programs for file in program_files(entry)}
-            files |= {weights} if weights and any(entry["weights"] for entry in programs) else set()
+        for engine, size in engine_loads(folder).items():
             row = "float eager" if (scheme, engine) == ("float", "portable") else f"{scheme} {engine}"
             target = Target(str(folder), LENGTHS, engine=engine)
-            targets[row] = transcribed(folder, engine) if name == "whisper" else target
-            sizes[row] = sum((folder / file).stat().st_size for file in files)
+            targets[row], sizes[row] = transcribed(folder, engine) if name == "whisper" else target, size
     peers = others(name, folders["float"], sizes["float eager"])
     targets |= {row: peer.target for row, peer in peers.items()}
     sizes |= {row: peer.bytes for row, peer in peers.items()}

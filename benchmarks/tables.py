@@ -9,10 +9,11 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 
 from lightning_accel import QuantConfig
-from lightning_accel.artifact import read_manifest
+from lightning_accel.artifact import program_files, read_manifest
 from lightning_accel.measure import Measurement, machine, size_on_disk, versions
 
 ATTENTION = ", attention"  # at the end of a scheme's name: the products of attention in int8 too
+LENGTHS = {"prompt": 128, "new": 64}  # tokens that decoders are timed with
 PAUSE = 0.3  # seconds before a turn: threads of some runtimes spin for 0.2 s after their work (KMP_BLOCKTIME)
 
 
@@ -56,6 +57,18 @@ def steps(title: str, measured: Mapping[str, Measurement]) -> str:
 def default_load(folder: Path) -> int:
     """Bytes of all that the default load of an artifact needs."""
     return size_on_disk(folder, read_manifest(folder))["default_load_bytes"]
+
+
+def engine_loads(folder: Path) -> dict[str, int]:
+    """Bytes that an artifact needs with each of its engines."""
+    manifest, found = read_manifest(folder), {}
+    weights = manifest.get("weights", {}).get("file")
+    for engine in dict.fromkeys(entry["engine"] for entry in manifest["programs"]):
+        programs = [entry for entry in manifest["programs"] if entry["engine"] == engine]
+        files = {file["file"] for entry in programs for file in program_files(entry)}
+        files |= {weights} if weights and any(entry["weights"] for entry in programs) else set()
+        found[engine] = sum((folder / file).stat().st_size for file in files)
+    return found
 
 
 def coverage(folder: Path) -> str:
