@@ -295,8 +295,12 @@ def test_the_tasks_are_those_of_the_study_with_a_control_and_an_equal_budget_eac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["minilm-3", "smollm2-quarter", "fashion-cnn", "whisper-2", "one-fit"])
-def test_the_quick_form_runs_on_the_real_files(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "task"),
+    [*(("distillation.py", name) for name in ("minilm-3", "smollm2-quarter", "fashion-cnn", "whisper-2", "one-fit")),
+     ("compressed.py", "minilm")],
+)  # fmt: skip
+def test_the_quick_form_runs_on_the_real_files(script: str, task: str, tmp_path: Path) -> None:
     def python(script: str, *arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(BENCHMARKS / script), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -305,6 +309,7 @@ def test_the_quick_form_runs_on_the_real_files(task: str, tmp_path: Path) -> Non
     if fetched.returncode and not os.environ.get("CI"):
         pytest.skip(f"no real data: {fetched.stderr.splitlines()[-1]}")
     assert fetched.returncode == 0, fetched.stderr
-    done = python("distillation.py", "--quick", "--tasks", task, "--seeds", "0", "--out", str(tmp_path))
+    seeds = ["--seeds", "0"] if script == "distillation.py" else []
+    done = python(script, "--quick", "--tasks", task, *seeds, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "not run" not in done.stdout and "test examples, seeds [0]" in done.stdout
