@@ -36,7 +36,13 @@ DYNAMIC = """
 EXPORT bool run(const float* x, const int8_t* w, const float* scale, const float* bias, const int8_t* w_2,
     const float* scale_2, const float* bias_2, float* y, int64_t M, int64_t K, int64_t H, int64_t N, int64_t kind) {
   const Layer first{w, scale, bias, H, K}, second{w_2, scale_2, bias_2, N, H};
-  return with_activation(kind, [&](auto k) { feed_forward<decltype(k)::value>(x, M, first, second, y); });
+  return with_activation(kind, [&](auto k) { feed_forward<decltype(k)::value>(x, M, first, {}, second, y); });
+}
+EXPORT bool gated(const float* x, const int8_t* w, const float* scale, const float* bias, const int8_t* w_up,
+    const float* scale_up, const float* bias_up, const int8_t* w_2, const float* scale_2, const float* bias_2, float* y,
+    int64_t M, int64_t K, int64_t H, int64_t N, int64_t kind) {
+  const Layer first{w, scale, bias, H, K}, up{w_up, scale_up, bias_up, H, K}, second{w_2, scale_2, bias_2, N, H};
+  return with_activation(kind, [&](auto k) { feed_forward<decltype(k)::value>(x, M, first, up, second, y); });
 }
 EXPORT bool activations(const float* x, float* y, int64_t n, int64_t kind) {
   return with_activation(kind, [&](auto k) {
@@ -83,10 +89,12 @@ class Kernel:
             for name, entry in (("int8_feed_forward", DYNAMIC), ("int8_static_feed_forward", STATIC))
         )
 
-    def __call__(self, x: Tensor, first: Layer, second: Layer, activation: str) -> Tensor:
+    def __call__(self, x: Tensor, first: Layer, second: Layer, activation: str, up: Layer | None = None) -> Tensor:
         y = torch.full((len(x), len(second[1])), float("nan"))
         sizes = (len(x), x.shape[1], len(first[1]), len(second[1]), list(ACTIVATIONS).index(activation))
-        assert call(self.dynamic.run, x, tile(first[0]), *first[1:], tile(second[0]), *second[1:], y, *sizes)
+        function = self.dynamic.run if up is None else self.dynamic.gated
+        layers = [argument for one in (first, up, second) if one is not None for argument in (tile(one[0]), *one[1:])]
+        assert call(function, x, *layers, y, *sizes)
         return y
 
     def activations(self, x: Tensor, activation: str) -> Tensor:
@@ -104,11 +112,14 @@ def layers(n: int, hidden: int, out: int, seed: int = 0, bias: bool = True, bias
     return layer(n, hidden, seed, bias), layer(hidden, out, seed + 1, bias_2)
 
 
-def assert_bitwise(kernel: Kernel, x: Tensor, first: Layer, second: Layer, activation: str) -> None:
-    """The two references with the kernel's own activations between them, which have a test of their own."""
+def assert_bitwise(
+    kernel: Kernel, x: Tensor, first: Layer, second: Layer, activation: str, up: Layer | None = None
+) -> None:
+    """The references with the kernel's own activations between them, which have a test of their own."""
     hidden = kernel.activations(int8_linear_reference(x, *first), activation)
+    hidden = hidden if up is None else hidden * int8_linear_reference(x, *up)
     expected = int8_linear_reference(hidden, *second)
-    assert torch.equal(bits(kernel(x, first, second, activation)), bits(expected))
+    assert torch.equal(bits(kernel(x, first, second, activation, up)), bits(expected))
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -152,6 +163,7 @@ def test_activations_of_extreme_values_are_those_of_the_formulas(kernel: Kernel,
     st.sampled_from(list(ACTIVATIONS)),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 10**6),
 )
 def test_outputs_are_those_of_the_layers_bit_by_bit(
@@ -164,16 +176,19 @@ def test_outputs_are_those_of_the_layers_bit_by_bit(
     activation: str,
     bias: bool,
     bias_2: bool,
+    gated: bool,
     seed: int,
 ) -> None:
-    x = kinds_of_rows(rows, n, kind, seed)
-    assert_bitwise(kernel, x, *layers(n, hidden, out, seed, bias, bias_2), activation)
+    x, up = kinds_of_rows(rows, n, kind, seed), layer(n, hidden, seed + 2, bias) if gated else None
+    assert_bitwise(kernel, x, *layers(n, hidden, out, seed, bias, bias_2), activation, up)
 
 
 @pytest.mark.parametrize("sizes", [(64, 256, 64), (61, 67, 33), (3, 1, 1), (1, 15, 17), (1, 1, 1)])
 def test_every_number_of_rows_and_ragged_sizes(kernel: Kernel, sizes: tuple[int, int, int]) -> None:
     for rows in (*range(1, 18), 31, 32, 33, 63, 64, 65, 70, 127, 129, 300):
-        assert_bitwise(kernel, kinds_of_rows(rows, sizes[0], "outlier", rows), *layers(*sizes, rows), "gelu")
+        x, both = kinds_of_rows(rows, sizes[0], "outlier", rows), layers(*sizes, rows)
+        for up in (None, layer(*sizes[:2], rows + 2, False)):
+            assert_bitwise(kernel, x, *both, "gelu", up)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 20, 37, 130, 400])  # channels shared by the threads, and blocks of rows
@@ -183,7 +198,8 @@ def test_the_same_on_any_number_of_threads(kernel: Kernel, rows: int) -> None:
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            assert_bitwise(kernel, x, first, second, "gelu")
+            for up in (None, layer(600, 2000, 2, True)):
+                assert_bitwise(kernel, x, first, second, "gelu", up)
     finally:
         torch.set_num_threads(before)
 
@@ -195,8 +211,9 @@ def test_a_row_with_a_non_finite_value_is_nan_and_its_neighbours_are_not(
 ) -> None:
     x, (first, second) = torch.randn(40, 21), layers(21, 33, 19)
     x[[3, 35], 20] = bad
-    y = kernel(x, first, second, activation)
-    assert y[[3, 35]].isnan().all() and y[[*range(3), *range(4, 35), *range(36, 40)]].isfinite().all()
+    for up in (None, layer(21, 33, 2, True)):
+        y = kernel(x, first, second, activation, up)
+        assert y[[3, 35]].isnan().all() and y[[*range(3), *range(4, 35), *range(36, 40)]].isfinite().all()
 
 
 def test_an_activation_past_float32_makes_its_row_nan(kernel: Kernel) -> None:
@@ -386,11 +403,50 @@ def test_each_layer_of_a_model_has_its_feed_forward_block_fused(name: str, schem
         assert torch.equal(now, then)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
 @torch.no_grad()
-def test_gated_blocks_are_left_alone() -> None:
-    exported, _ = program(tiny.llama(), {"input_ids": tiny.ids(3, 12)})
-    nodes = [str(node) for node in exported.graph.nodes]
-    assert fuse(exported) == 0 and [str(node) for node in exported.graph.nodes] == nodes
+def test_gated_blocks_are_fused_where_activations_are_dynamic(scheme: str) -> None:
+    exported, example = program(tiny.llama(), {"input_ids": tiny.ids(3, 12)}, scheme)
+    before = exported.module()(*example)
+    found = tiny.LAYERS if scheme == "int8" else 0
+    assert fuse(exported) == count(exported, "int8_gated_feed_forward") == found
+    exported.graph.lint()
+    assert all(torch.equal(now, then) for now, then in zip(exported.module()(*example), before, strict=True))
+
+
+class Gated(nn.Module):
+    """Three layers that are a gated block, or nearly."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = 1 if kind == "a factor of one" else 24
+        self.kind, self.gate, self.up, self.down = kind, nn.Linear(8, 24), nn.Linear(8, width), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        other = x + 1 if self.kind == "another input" else x
+        gate, up = nn.functional.silu(self.gate(x)), self.up(other)
+        if self.kind == "the other way round":
+            return self.down(up * gate)
+        if self.kind == "used twice":
+            return self.down(gate * up) + up.sum()
+        if self.kind == "both activated":
+            return self.down(gate * nn.functional.silu(up))
+        return self.down(gate * up)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("plain", 1), ("the other way round", 1), ("used twice", 0), ("both activated", 0), ("another input", 0),
+     ("a factor of one", 0)],
+)  # fmt: skip
+@torch.no_grad()
+def test_only_blocks_of_three_equal_layers_are_gated(kind: str, found: int) -> None:
+    exported, example = program(Gated(kind).eval(), (torch.randn(5, 8),))
+    before = exported.module()(*example)
+    assert fuse(exported) == found == count(exported, "int8_gated_feed_forward")
+    exported.graph.lint()
+    assert all(torch.equal(now, then) for now, then in zip(exported.module()(*example), before, strict=True))
 
 
 class Block(nn.Module):

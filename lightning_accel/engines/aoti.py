@@ -42,6 +42,7 @@ _OPERATORS = (  # which the kernels implement
     "int8_static_conv2d_tiled",
     "int8_static_conv2d_coded",
     "int8_feed_forward",
+    "int8_gated_feed_forward",
     "int8_static_feed_forward",
     "attention",
     "int8_attention",

@@ -1,8 +1,8 @@
 """Integer layers of a captured program that follow each other: what is between them goes into an operator.
 
-Feed-forward blocks, two layers and the activation between them, become one operator. A convolution whose output goes
-into another one, past a ReLU, a ReLU6 or another clamp at most, puts out the codes that the other takes: the codes of
-clamped values are clamped codes.
+Feed-forward blocks, two layers and the activation between them or three with a gate, become one operator. A convolution
+whose output goes into another one, past a ReLU, a ReLU6 or another clamp at most, puts out the codes that the other
+takes: the codes of clamped values are clamped codes.
 
 Both are found where the first layer's output goes to the second, and nowhere else, in float32. What torch.export leaves
 on the way and computes nothing is passed over. All else stays as it is.
@@ -34,15 +34,37 @@ def _feed_forwards(program: torch.export.ExportedProgram) -> int:
     found = 0
     for second in [node for node in program.graph.nodes if node.target in (dynamic, static)]:
         hidden, *quantization = _affine(second.args[0]) if second.target is static else (second.args[0],)
-        activation = activation_of(alone(hidden))
-        first = alone(*activation[1:]) if activation else None
-        if activation is None or first is None or first.target is not second.target:
-            continue
-        fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
-        code = list(ACTIVATIONS).index(activation[0])
-        become(second, fused.default, (*arguments_of(first), *arguments_of(second)[1:], code, *quantization))
+        hidden = alone(hidden)
+        if second.target is dynamic and (gate := _gate(hidden)):
+            name, first, up = gate
+            fused, layers = operators.int8_gated_feed_forward, (*arguments_of(first), *arguments_of(up)[1:])
+        else:
+            activation = activation_of(hidden)
+            alike = alone(*activation[1:]) if activation else None
+            if activation is None or alike is None or alike.target is not second.target:
+                continue
+            name, layers = activation[0], arguments_of(alike)
+            fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
+        code = list(ACTIVATIONS).index(name)
+        become(second, fused.default, (*layers, *arguments_of(second)[1:], code, *quantization))
         found += 1
     return found
+
+
+def _gate(hidden: Node | None) -> tuple[str, Node, Node] | None:
+    """Of activation(first(x)) * up(x) the activation's name and both layers, if these are dynamic and equally wide."""
+    dynamic = torch.ops.lightning_accel.int8_linear_tiled.default
+    if hidden is None or hidden.target is not _aten.mul.Tensor:
+        return None
+    for one, other in (hidden.args, hidden.args[::-1]):
+        activation, up = activation_of(alone(one)), alone(other)
+        first = alone(*activation[1:]) if activation else None
+        if activation is None or first is None or up is None or not first.target is up.target is dynamic:
+            continue
+        wide = [arguments_of(layer)[2].meta["val"].shape[0] for layer in (first, up)]
+        if passed_on(arguments_of(first)[0]) is passed_on(arguments_of(up)[0]) and wide[0] == wide[1]:
+            return activation[0], first, up
+    return None
 
 
 def _convolutions(program: torch.export.ExportedProgram) -> int:

@@ -1,4 +1,4 @@
-"""Feed-forward blocks as one operator: two integer linear layers with an activation between them.
+"""Feed-forward blocks as one operator: two integer linear layers with an activation between them, or, gated, three.
 
 Compiled programs call a kernel in their place, which keeps the hidden activations in the cache; `engines.fuse` puts the
 operator into a program. Its meaning, and what runs in eager, is the layers of `ops` or `static` one after the other.
@@ -50,6 +50,44 @@ def _(
     tiles: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    tiles_2: Tensor,
+    scale_2: Tensor,
+    bias_2: Tensor | None,
+    activation: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scale_2.shape[0])
+
+
+@torch.library.custom_op("lightning_accel::int8_gated_feed_forward", mutates_args=())
+def _int8_gated_feed_forward(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    tiles_up: Tensor,
+    scale_up: Tensor,
+    bias_up: Tensor | None,
+    tiles_2: Tensor,
+    scale_2: Tensor,
+    bias_2: Tensor | None,
+    activation: int,
+) -> Tensor:
+    def layer(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return int8_linear_reference(x, untile(tiles, len(scale), x.shape[-1]), scale, bias)
+
+    hidden = _activate(layer(x, tiles, scale, bias), activation) * layer(x, tiles_up, scale_up, bias_up)
+    return layer(hidden, tiles_2, scale_2, bias_2)
+
+
+@_int8_gated_feed_forward.register_fake
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    tiles_up: Tensor,
+    scale_up: Tensor,
+    bias_up: Tensor | None,
     tiles_2: Tensor,
     scale_2: Tensor,
     bias_2: Tensor | None,
