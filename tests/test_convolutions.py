@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from lightning_accel import QuantConfig, export_model, load
 from lightning_accel.capture import capture
 from lightning_accel.engines.convolutions import DEPTHWISE, replace_convolutions
-from lightning_accel.engines.linear import LINEAR, NONE
+from lightning_accel.engines.linear import LINEAR, NONE, replace_linear
 from lightning_accel.quantize.fused import ACTIVATIONS
 
 Kernel = Callable[..., Tensor]
@@ -208,6 +209,84 @@ def test_a_norm_goes_into_a_convolution_with_a_bias_and_one_without() -> None:
         layers = normed(nn.Conv2d(3, 6, 3, padding=1, bias=bias), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6))
         _, calls = _replaced(layers, torch.randn(2, 3, 7, 7))
         assert not any(node.target is torch.ops.aten.batch_norm.default for node in calls)
+
+
+class Layers(nn.Module):
+    """Layers for code that is given: what the pass has to leave as it is, or to get right all the same."""
+
+    def __init__(self, code: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.code, self.linear = code, nn.Linear(6, 6)
+        self.point, self.deep, self.full = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3)
+        self.norm, self.kind = normed(nn.BatchNorm2d(8))[0], nn.BatchNorm1d(8).eval()
+        nn.init.uniform_(self.kind.weight, 2, 3)
+        self.number, self.table = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(8, 3))
+        self.register_buffer("kernel", torch.randn(8, 8, 3, 3))
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, x * 1.5)
+
+
+CODE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "view of 1 x 1": lambda m, x: m.point(x).relu().view(x.shape[0], -1),
+    "view of 3 x 3": lambda m, x: F.max_pool2d(m.full(x).relu(), 2).contiguous().view(x.shape[0], -1),
+    "view of channels": lambda m, x: m.deep(x).view(x.shape[0] * 8, -1),
+    "complex": lambda m, x: torch.view_as_real(torch.view_as_complex(m.point(x)[..., :2].unflatten(-1, (1, 2)))),
+    "strided": lambda m, x: m.point(x).as_strided((2, 5), (3, 1)),
+    "written before the shortcut": lambda m, x: (lambda y, x: m.point(x) + y)(m.point(x), F.relu(x, inplace=True)),
+    "written before the residual": lambda m, x: (lambda y, x: y + x)(m.linear(x), x.relu_()),
+    "written before the norm": lambda m, x: (lambda y, x: m.norm(y).mean() + x)(m.full(x), x.relu_()),
+    "written before padding": lambda m, x: (lambda p, x: m.full(p) + x)(F.pad(x, (1, 1, 1, 1)), x.relu_()),
+    "written before a depthwise": lambda m, x: (lambda p, x: m.deep(p) + x)(F.pad(x, (1, 1, 1, 1)), x.relu_()),
+    "written before the activation": lambda m, x: (lambda y, x: F.relu(y) + x)(m.linear(x), x.add_(1)),
+    "written after a flattening": lambda m, x: (lambda y: (y.flatten(1).clamp_(-0.1, 0.1), y)[1])(m.point(x)),
+    "written through a reshape": lambda m, x: (lambda y: (y.reshape(2, -1).sub_(1), y * 2)[1])(m.full(x)),
+    "written in part": lambda m, x: (lambda y: (y.reshape(-1)[:7].fill_(3), y)[1])(m.point(x)),
+    "weight in a buffer": lambda m, x: m.norm(F.conv2d(x, m.kernel)),
+    "bias in a buffer": lambda m, x: m.norm(F.conv2d(x, m.full.weight, m.shift)),
+    "shift in a buffer": lambda m, x: F.batch_norm(F.conv2d(x, m.full.weight), m.shift, m.shift**2, m.shift, m.shift),
+    "negative dimensions": lambda m, x: m.linear(x).permute(0, -1, 1, -2) + x.permute(0, 3, 1, 2),
+    "one number of padding": lambda m, x: F.conv2d(x, m.full.weight, None, 1, [1]),
+    "one number of dilation": lambda m, x: F.conv2d(x, m.deep.weight, None, 1, [1], [2], 8),
+    "no batch": lambda m, x: m.kind(F.conv2d(x[0], m.point.weight)),
+    "in place": lambda m, x: F.relu6(m.point(F.silu(m.norm(m.full(x)), inplace=True)).add_(1), inplace=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_that_depends_on_memory_computes_what_it_did(name: str) -> None:
+    x = torch.randn(2, 8, 8, 6)
+    model = Layers(CODE[name]).eval()
+    (captured,) = capture(model, (x,)).values()
+    with torch.no_grad():
+        expected = captured.module(x)[0]
+        for whole in (False, True):
+            program = captured.export(captured.module)
+            replace_convolutions(program)
+            replace_linear(program)
+            program = program.run_decompositions() if whole else program
+            found = program.module()(x)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert found.stride() == expected.stride() or found.dim() < 2
+
+
+def test_convolutions_in_place_are_fused_as_others_are() -> None:
+    names, calls = _replaced(Layers(CODE["in place"]), torch.randn(2, 8, 8, 6))
+    assert "model.point.weight" in names and not any("batch_norm" in str(node.target) for node in calls)
+
+
+@pytest.mark.aoti
+def test_a_bias_that_lies_apart_in_memory(tmp_path: Path) -> None:
+    def code(m: Any, x: Tensor) -> Tensor:
+        y = F.conv2d(x, m.point.weight, m.number.expand(8)) + F.conv2d(x, m.full.weight[:, :, :1, :1], m.table[:, 1])
+        return F.conv2d(y, m.deep.weight, m.table[:, 2], groups=8)
+
+    model, x = Layers(code).eval(), torch.randn(2, 8, 8, 6)
+    export_model(model, tmp_path / "a", example_inputs=(x,), measure=False)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "a", engine="aoti")(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.aoti

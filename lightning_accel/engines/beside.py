@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .fuse import arguments_of, become, passed_on
+from .fuse import arguments_of, become, passed_on, undisturbed
 
 _aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def beside(program: torch.export.ExportedProgram) -> int:
     found = 0
     for (_, target, _), nodes in groups.items():
         for some in (nodes[i : i + operators.MOST] for i in range(0, len(nodes), operators.MOST)):
-            if len(some) > 1:
+            if len(some) > 1 and undisturbed(*some):
                 _join(joined[target], some)
                 found += 1
     program.graph_module.recompile()

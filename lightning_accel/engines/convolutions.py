@@ -4,6 +4,9 @@ What stands around them goes into them: a BatchNorm with running statistics behi
 padding with zeros before one. Those of 1 x 1 are linear layers of pixels (`linear.py`), and those that have a channel
 in each group the project's own operator, both on images whose channels lie side by side. The weights of all others are
 laid out so that theirs do too.
+
+Images that lie otherwise in memory than the code's author saw would make a difference to what writes over a part of
+one, and to `as_strided` and its like. Where a program has such calls nothing is done.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from .fuse import alone, arguments_of, become
+from .fuse import alone, arguments_of, become, writes
 from .linear import LINEAR, NONE, activate, call, is_float, take_in_activations, take_in_residuals, tile
 
 _aten = torch.ops.aten
@@ -51,8 +54,17 @@ def replace_convolutions(program: torch.export.ExportedProgram) -> dict[str, Ten
     Returns:
         The weights that the operators have now, by their names in the program.
     """
-    for node in list(program.graph.nodes):
-        if node.target is _aten.batch_norm.default:
+    nodes = list(program.graph.nodes)
+    for node in nodes:
+        if writes(node):
+            _write_apart(node)
+    if any(writes(node) or node.target in _STRIDES for node in nodes):
+        program.graph_module.recompile()
+        return {}
+    for node in nodes:
+        if node.target in (_aten.view.default, _aten._unsafe_view.default):
+            node.target = _aten.reshape.default
+        elif node.target is _aten.batch_norm.default:
             _fold_norm(program, node)
     replaced = {}
     for node in program.graph.find_nodes(op="placeholder"):
@@ -76,8 +88,51 @@ def replace_convolutions(program: torch.export.ExportedProgram) -> dict[str, Ten
         _set(program, node, weight)
     take_in_residuals(program)
     take_in_activations(program, LINEAR, DEPTHWISE)
+    for node in program.graph.output_node().all_input_nodes:
+        _lie_as_before(node)
     program.graph_module.recompile()
     return replaced
+
+
+# --- what lies in memory ----------------------------------------------------------------------------------------------
+
+_STRIDES = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view_as.default, _aten.view.dtype)
+
+
+def _write_apart(node: Node) -> None:
+    """Makes a call that writes over a tensor one that makes another, if nobody else could see the difference."""
+    name, overload = node.target.__name__.split(".")  # type: ignore[union-attr]
+    packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    tensors = [value.meta["val"] for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
+    if packet is None or not hasattr(packet, overload) or len({value.dtype for value in tensors}) != 1:
+        return
+    if _is_own(node.args[0]):
+        node.target = getattr(packet, overload)
+
+
+def _is_own(node: Any) -> bool:
+    """Whether a tensor was made by a call, and is read once, as are all that it is a view of."""
+    while isinstance(node, Node) and node.op == "call_function" and len(node.users) == 1:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return False
+        if node.target is not _aten.dropout.default and all(value.alias_info is None for value in schema.returns):
+            return True
+        node = node.args[0]
+    return False
+
+
+def _lie_as_before(node: Node) -> None:
+    """Has an output that was contiguous be so."""
+    value = node.meta.get("val")
+    if node.op == "call_function" and isinstance(value, Tensor) and value.dim() > 1 and value.is_contiguous():
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        made.meta.update(node.meta)
+        become(node, _aten.contiguous.default, (made,))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def _is_weight(program: torch.export.ExportedProgram, node: Node) -> bool:
@@ -102,13 +157,14 @@ def _fold_norm(program: torch.export.ExportedProgram, norm: Node) -> None:
     """Takes the norm out, if all that it knows can go into the convolution before it."""
     x, gain, shift, mean, variance, training, _, epsilon, _ = arguments_of(norm)
     conv = alone(x)
-    if training or conv is None or conv.target is not _aten.conv2d.default:
+    if training or conv is None or conv.target is not _aten.conv2d.default or not is_float(conv, 4, 4):
         return
     given, weight, bias, *window = arguments_of(conv)
     parameters = (weight, bias or shift)  # the norm's bias takes the place of one that the convolution has not
     found = [_value(program, node) for node in (gain, shift, mean, variance, weight, bias) if node is not None]
     known = [value.double() for value in found if value is not None]
-    if len(known) < (5 if bias is None else 6) or any(len(node.users) != 1 for node in parameters):
+    own = program.graph_signature.inputs_to_parameters
+    if len(known) < (5 if bias is None else 6) or any(n.name not in own or len(n.users) != 1 for n in parameters):
         return
     g, b, m, v, w, *old = known
     factor = g / (v + epsilon).sqrt()
@@ -146,19 +202,25 @@ def _zeros_around(x: Node) -> tuple[Node, tuple[int, int, int, int]] | None:
 
 def _take_in_pad(conv: Node) -> None:
     """Has a convolution pad by itself what is padded with as many zeros on both sides."""
-    x, weight, bias, stride, (height, width), *rest = arguments_of(conv)
+    x, weight, bias, stride, padding, *rest = arguments_of(conv)
     image, (top, left, bottom, right) = _zeros_around(x) or (x, (0, 0, 0, 0))
-    if image is not x and top == bottom and left == right:
+    if image is not x and _are_two(padding) and top == bottom and left == right:
+        height, width = padding
         become(conv, conv.target, (image, weight, bias, stride, [height + top, width + left], *rest))
 
 
 # --- operators in the place of convolutions ---------------------------------------------------------------------------
 
 
+def _are_two(numbers: Any) -> bool:
+    """Whether these are two numbers that are known, for height and width."""
+    return isinstance(numbers, list | tuple) and len(numbers) == 2 and all(isinstance(n, int) for n in numbers)
+
+
 def _is_image(conv: Node) -> bool:
     """Whether a convolution takes a batch of images, with no norm behind it that it would be folded with."""
-    x, _, bias, stride, padding, *_ = arguments_of(conv)
-    known = len(stride) == len(padding) == 2 and is_float(x, 4, 4) and (bias is None or is_float(bias, 1, 1))
+    x, _, bias, *window, _ = arguments_of(conv)
+    known = all(map(_are_two, window)) and is_float(x, 4, 4) and (bias is None or is_float(bias, 1, 1))
     return known and all(user.target is not _aten.batch_norm.default for user in conv.users)
 
 
@@ -166,7 +228,7 @@ def _is_pointwise(conv: Node) -> bool:
     """Whether a convolution is a linear layer of each pixel."""
     _, weight, _, stride, padding, _, groups = arguments_of(conv)
     plain = list(stride) == [1, 1] and list(padding) == [0, 0] and groups == 1
-    return plain and tuple(weight.meta["val"].shape[2:]) == (1, 1) and _is_image(conv)
+    return plain and _is_image(conv) and tuple(weight.meta["val"].shape[2:]) == (1, 1)
 
 
 def _as_linear(conv: Node) -> None:
@@ -188,12 +250,13 @@ def _as_depthwise(conv: Node) -> None:
     _replace(conv, DEPTHWISE, image, weight, bias, *window, NONE)
 
 
-def _replace(conv: Node, operator: Any, x: Node, *arguments: Any) -> None:
+def _replace(conv: Node, operator: Any, x: Node, weight: Node, bias: Node | None, *arguments: Any) -> None:
     """Puts an operator on images [B, H, W, C] in the place of a convolution."""
     graph, value = conv.graph, conv.meta["val"]
     with graph.inserting_before(conv):
         image = call(graph, _aten.contiguous.default, call(graph, _aten.permute.default, x, NHWC))
-        made = graph.call_function(operator, (image, *arguments))
+        bias = bias and call(graph, _aten.contiguous.default, bias)
+        made = graph.call_function(operator, (image, weight, bias, *arguments))
     with value.fake_mode:
         made.meta["val"] = value.permute(NHWC).contiguous()
     become(conv, _aten.permute.default, (made, NCHW))

@@ -37,11 +37,15 @@ def _feed_forwards(program: torch.export.ExportedProgram) -> int:
         hidden = alone(hidden)
         if second.target is dynamic and (gate := _gate(hidden)):
             name, first, up = gate
+            if not undisturbed(first, up, second):
+                continue
             fused, layers = operators.int8_gated_feed_forward, (*arguments_of(first), *arguments_of(up)[1:])
         else:
             activation = activation_of(hidden)
             alike = alone(*activation[1:]) if activation else None
             if activation is None or alike is None or alike.target is not second.target:
+                continue
+            if not undisturbed(alike, second):
                 continue
             name, layers = activation[0], arguments_of(alike)
             fused = operators.int8_feed_forward if second.target is dynamic else operators.int8_static_feed_forward
@@ -78,6 +82,8 @@ def _convolutions(program: torch.export.ExportedProgram) -> int:
         conv = alone(turned.args[0]) if turned is not None and _is_permute(turned, _NCHW) else None
         if conv is None or conv.target is not operators.int8_static_conv2d_tiled.default or node.meta["val"].dim() != 4:
             continue
+        if not undisturbed(conv, node):
+            continue
         least, most = (_code(limit, factor, zero_point) for limit in limits or (-math.inf, math.inf))
         with program.graph.inserting_before(node):
             arguments = (*arguments_of(conv), factor, zero_point, least, most)
@@ -91,6 +97,23 @@ def _convolutions(program: torch.export.ExportedProgram) -> int:
             _erase(dict.fromkeys([node]))
         found += 1
     return found
+
+
+def undisturbed(*nodes: Node) -> bool:
+    """Whether nothing is written over between the first and the last of these calls, so that one may stand for all."""
+    places = {node: place for place, node in enumerate(nodes[0].graph.nodes)}
+    first, *_, last = sorted(nodes, key=places.__getitem__)
+    while first is not last:
+        if writes(first):
+            return False
+        first = first.next
+    return True
+
+
+def writes(node: Node) -> bool:
+    """Whether a call writes over what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 def become(node: Node, operator: Any, arguments: tuple) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from .fuse import activation_of, alone, arguments_of, become
+from .fuse import activation_of, alone, arguments_of, become, undisturbed
 
 _aten = torch.ops.aten
 CHANNELS = 32  # of a tile
@@ -163,7 +163,7 @@ def take_in_residuals(program: torch.export.ExportedProgram) -> None:
         pairs = [node.args, node.args[::-1]][: 2 if node.target is _aten.add.Tensor else 1]  # the first is written over
         for one, other in pairs:
             layer, order = _layer_of(one, 1, LINEAR)
-            if layer is None or layer.args[3] is not None or not _alike(one, other):
+            if layer is None or layer.args[3] is not None or not _alike(one, other) or not undisturbed(layer, node):
                 continue
             x, weight, bias, _, *rest = layer.args
             with node.graph.inserting_before(node):
@@ -193,7 +193,7 @@ def take_in_activations(program: torch.export.ExportedProgram, *operators: Any) 
         if found := activation_of(node):
             name, x, uses = found
             layer, order = _layer_of(x, uses, *operators)
-            if layer is not None:
+            if layer is not None and undisturbed(layer, node):
                 _become(node, layer, (*layer.args[:-1], list(ACTIVATIONS).index(name)), order)
 
 
@@ -202,7 +202,8 @@ def _layer_of(node: Any, uses: int, *operators: Any) -> tuple[Node | None, list[
     were put in between, as behind a convolution."""
     found, order = alone(node, uses), None
     if found is not None and found.target is _aten.permute.default:
-        order, found = list(found.args[1]), alone(found.args[0])  # type: ignore[arg-type]
+        order = [d % len(found.args[1]) for d in found.args[1]]  # type: ignore[arg-type, union-attr, operator]
+        found = alone(found.args[0])
     if found is None or found.target not in operators or found.args[-1] != NONE:
         return None, None
     return found, order
