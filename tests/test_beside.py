@@ -139,14 +139,17 @@ def test_layers_in_groups_of_other_sizes_are_not_joined() -> None:
     assert beside(exported) == 2 and count(exported, "int4_int8_linear") == alone - 4, "queries and values"
 
 
-def test_layers_of_other_inputs_or_of_one_alone_stay() -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_layers_of_other_inputs_or_of_one_alone_stay(written: bool) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.first(x) + self.second(2 * x)
+            x = x + 1
+            y = self.first(x)
+            return y + self.second(x.mul_(2) if written else 2 * x)
 
     x = torch.randn(2, 64)
     exported, _ = program(Two().eval(), (x,), "int8")

@@ -458,7 +458,11 @@ class Block(nn.Module):
         self.kind, self.first, self.second = kind, nn.Linear(8, 24), nn.Linear(24, 6)
 
     def forward(self, x: Tensor) -> Any:
+        x = 1.5 * x
         h = self.first(x)
+        if self.kind == "written over in between":
+            x.add_(1)
+            return self.second(nn.functional.gelu(h)) + x.sum()
         if self.kind == "activation used twice":
             a = nn.functional.gelu(h)
             return self.second(a), a
@@ -490,6 +494,7 @@ class Block(nn.Module):
         ("other powers", 0),
         ("half precision between", 0),
         ("nothing", 0),
+        ("written over in between", 0),
         ("in place", 1),
         ("idle dropout", 1),
     ],
