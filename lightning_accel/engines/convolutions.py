@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from .fuse import alone, arguments_of, become, writes
+from .fuse import alone, arguments_of, become, write_apart, writes
 from .linear import LINEAR, NONE, activate, call, is_float, take_in_activations, take_in_residuals, tile
 
 _aten = torch.ops.aten
@@ -54,10 +54,8 @@ def replace_convolutions(program: torch.export.ExportedProgram) -> dict[str, Ten
     Returns:
         The weights that the operators have now, by their names in the program.
     """
+    write_apart(program)
     nodes = list(program.graph.nodes)
-    for node in nodes:
-        if writes(node):
-            _write_apart(node)
     if any(writes(node) or node.target in _STRIDES for node in nodes):
         program.graph_module.recompile()
         return {}
@@ -97,29 +95,6 @@ def replace_convolutions(program: torch.export.ExportedProgram) -> dict[str, Ten
 # --- what lies in memory ----------------------------------------------------------------------------------------------
 
 _STRIDES = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view_as.default, _aten.view.dtype)
-
-
-def _write_apart(node: Node) -> None:
-    """Makes a call that writes over a tensor one that makes another, if nobody else could see the difference."""
-    name, overload = node.target.__name__.split(".")  # type: ignore[union-attr]
-    packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    tensors = [value.meta["val"] for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
-    if packet is None or not hasattr(packet, overload) or len({value.dtype for value in tensors}) != 1:
-        return
-    if _is_own(node.args[0]):
-        node.target = getattr(packet, overload)
-
-
-def _is_own(node: Any) -> bool:
-    """Whether a tensor was made by a call, and is read once, as are all that it is a view of."""
-    while isinstance(node, Node) and node.op == "call_function" and len(node.users) == 1:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            return False
-        if node.target is not _aten.dropout.default and all(value.alias_info is None for value in schema.returns):
-            return True
-        node = node.args[0]
-    return False
 
 
 def _lie_as_before(node: Node) -> None:

@@ -21,6 +21,7 @@ _aten = torch.ops.aten
 
 def fuse(program: torch.export.ExportedProgram) -> int:
     """Fuses integer layers of `program`, in place, and returns how many pairs there were."""
+    write_apart(program)
     found = _feed_forwards(program) + _convolutions(program)
     program.graph_module.recompile()
     return found
@@ -114,6 +115,35 @@ def writes(node: Node) -> bool:
     """Whether a call writes over what it is given."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def write_apart(program: torch.export.ExportedProgram) -> None:
+    """Makes calls that write over a tensor such that make another, in place, where nobody could see the difference."""
+    for node in program.graph.nodes:
+        if writes(node):
+            _write_apart(node)
+
+
+def _write_apart(node: Node) -> None:
+    name, overload = node.target.__name__.split(".")  # type: ignore[union-attr]
+    packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    tensors = [value.meta["val"] for value in node.all_input_nodes if isinstance(value.meta.get("val"), torch.Tensor)]
+    if packet is None or not hasattr(packet, overload) or len({value.dtype for value in tensors}) != 1:
+        return
+    if _is_own(node.args[0]):
+        node.target = getattr(packet, overload)
+
+
+def _is_own(node: Any) -> bool:
+    """Whether a tensor was made by a call, and is read once, as are all that it is a view of."""
+    while isinstance(node, Node) and node.op == "call_function" and _uses(node) == 1:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return False
+        if node.target is not _aten.dropout.default and all(value.alias_info is None for value in schema.returns):
+            return True
+        node = node.args[0]
+    return False
 
 
 def become(node: Node, operator: Any, arguments: tuple) -> None:

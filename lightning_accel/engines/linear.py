@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from .fuse import activation_of, alone, arguments_of, become, undisturbed
+from .fuse import activation_of, alone, arguments_of, become, undisturbed, write_apart
 
 _aten = torch.ops.aten
 CHANNELS = 32  # of a tile
@@ -67,6 +67,7 @@ def replace_linear(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
     Returns:
         The weights that are tiles now, by their names in the program.
     """
+    write_apart(program)
     names, tiled = program.graph_signature.inputs_to_parameters, {}
     for node in program.graph.find_nodes(op="placeholder"):
         layout = _layout(node) if node.name in names else None
