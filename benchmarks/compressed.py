@@ -31,6 +31,7 @@ from quality_tasks import Settings
 from torch import nn
 
 from lightning_accel import DistillConfig, PruneConfig, QuantConfig, engines
+from lightning_accel.quantize import unprepare_
 
 METHODS: dict[str, Method] = {
     "float": (Fit("live"),),
@@ -47,10 +48,11 @@ def efficientnet() -> nn.Module:
 
 
 def whisper(trained: Any) -> nn.Module:
-    """Whisper tiny.en with this decoder."""
+    """Whisper tiny.en with this decoder, whose weights are quantized with the encoder's; int8 has no ranges to lose."""
     from real_speech import whisper
 
     model = whisper()
+    unprepare_(trained)
     model.model.decoder, model.proj_out = trained.decoder, trained.head
     model.config.decoder_layers = len(trained.decoder.layers)
     return model.eval()
@@ -112,6 +114,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     some = {name: every[name] for name in options.tasks}
     if options.latency:
+        from real_models import efficientnet_module
+
+        efficientnet_module()  # which the saved models are instances of
         names, _ = engines.chosen(tuple(options.engines.split(",")))
         for name, task in some.items():
             measure(name, task, options.out, options.threads, names)

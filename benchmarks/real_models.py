@@ -136,7 +136,7 @@ def efficientnet(classes: int = 1000, size: int = 224) -> nn.Module:
         classes: 1000 for those of ImageNet; of another number, a new last layer.
         size: of the images; inputs are [batch, 3, size, size] with values (rgb - 127) / 128, rgb in [0, 255].
     """
-    model = _efficientnet_module().EfficientNet.from_name("efficientnet-lite0", num_classes=classes, image_size=size)
+    model = efficientnet_module().EfficientNet.from_name("efficientnet-lite0", num_classes=classes, image_size=size)
     (path,) = folder("efficientnet").glob("*.pth")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if classes != 1000:
@@ -146,7 +146,7 @@ def efficientnet(classes: int = 1000, size: int = 224) -> nn.Module:
 
 
 @cache
-def _efficientnet_module() -> ModuleType:
+def efficientnet_module() -> ModuleType:
     """The package's code, as it was fetched."""
     path = folder("efficientnet-module")
     spec = importlib.util.spec_from_file_location(

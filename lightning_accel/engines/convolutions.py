@@ -54,8 +54,10 @@ def replace_convolutions(program: torch.export.ExportedProgram) -> dict[str, Ten
     Returns:
         The weights that the operators have now, by their names in the program.
     """
-    write_apart(program)
     nodes = list(program.graph.nodes)
+    if all(node.target is not _aten.conv2d.default for node in nodes):
+        return {}
+    write_apart(program)
     if any(writes(node) or node.target in _STRIDES for node in nodes):
         program.graph_module.recompile()
         return {}
@@ -149,13 +151,10 @@ def _fold_norm(program: torch.export.ExportedProgram, norm: Node) -> None:
 
 
 def _value(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
-    """A float32 parameter, or a buffer that no call changes; None if `node` is anything else."""
-    if not isinstance(node, Node) or not is_float(node):
-        return None
+    """A float32 parameter or buffer; None if `node` is anything else."""
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    name = names.get(node.name)
-    if name is None or name in signature.buffers_to_mutate.values():
+    name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(getattr(node, "name", ""))
+    if name is None or not is_float(node):
         return None
     found = program.state_dict.get(name, program.constants.get(name))
     return None if found is None else found.detach()

@@ -134,13 +134,17 @@ def _write_apart(node: Node) -> None:
         node.target = getattr(packet, overload)
 
 
+# calls that may give back what they were given, though their schemas do not say so
+_PASSING = (_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default, _aten.type_as.default)
+
+
 def _is_own(node: Any) -> bool:
     """Whether a tensor was made by a call, and is read once, as are all that it is a view of."""
     while isinstance(node, Node) and node.op == "call_function" and _uses(node) == 1:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             return False
-        if node.target is not _aten.dropout.default and all(value.alias_info is None for value in schema.returns):
+        if node.target not in _PASSING and all(value.alias_info is None for value in schema.returns):
             return True
         node = node.args[0]
     return False

@@ -8,6 +8,7 @@ Products and codes are bit by bit the same; the kernel's activations are within 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,39 +61,17 @@ def _(
 
 @torch.library.custom_op("lightning_accel::int8_gated_feed_forward", mutates_args=())
 def _int8_gated_feed_forward(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    tiles_up: Tensor,
-    scale_up: Tensor,
-    bias_up: Tensor | None,
-    tiles_2: Tensor,
-    scale_2: Tensor,
-    bias_2: Tensor | None,
-    activation: int,
-) -> Tensor:
-    def layer(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return int8_linear_reference(x, untile(tiles, len(scale), x.shape[-1]), scale, bias)
-
-    hidden = _activate(layer(x, tiles, scale, bias), activation) * layer(x, tiles_up, scale_up, bias_up)
-    return layer(hidden, tiles_2, scale_2, bias_2)
+    x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, tiles_up: Tensor, scale_up: Tensor,
+    bias_up: Tensor | None, tiles_2: Tensor, scale_2: Tensor, bias_2: Tensor | None, activation: int,
+) -> Tensor:  # fmt: skip
+    up = int8_linear_reference(x, untile(tiles_up, len(scale_up), x.shape[-1]), scale_up, bias_up)
+    hidden = _activate(int8_linear_reference(x, untile(tiles, len(scale), x.shape[-1]), scale, bias), activation) * up
+    return int8_linear_reference(hidden, untile(tiles_2, len(scale_2), len(scale)), scale_2, bias_2)
 
 
 @_int8_gated_feed_forward.register_fake
-def _(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    tiles_up: Tensor,
-    scale_up: Tensor,
-    bias_up: Tensor | None,
-    tiles_2: Tensor,
-    scale_2: Tensor,
-    bias_2: Tensor | None,
-    activation: int,
-) -> Tensor:
+def _(x: Tensor, *layers: Any) -> Tensor:
+    *_, scale_2, _, _ = layers
     return x.new_empty(*x.shape[:-1], scale_2.shape[0])
 
 
