@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import Perceptron, Plain, assert_same, data, llama, loader, seeded,
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_accel import AccelModule, Distillation, DistillConfig, Export, QuantizationAwareTraining
 
@@ -178,8 +180,14 @@ def test_a_student_that_is_never_called_or_does_not_exist_raises(tmp_path):
 
 def test_a_teacher_that_would_be_trained_raises(tmp_path):
     module = seeded(Plain)
-    with pytest.raises(ValueError, match=r"the teacher is the submodule 'model'.*copy\.deepcopy\(model\)"):
+    message = r"is part of the LightningModule, in 'model\.first\.weight', so .*copy\.deepcopy\(model\)"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, [Distillation(teacher=module.model)]).fit(module, loader())
+    module.old = seeded(Perceptron, seed=3).requires_grad_(False)
+    around = nn.Sequential(module.old, nn.Identity())
+    for teacher in (module.old, around, torch.compile(module.old, backend="eager")):
+        with pytest.raises(ValueError, match=r"is part of the LightningModule, in 'old\.first\.weight'"):
+            trainer(tmp_path, [Distillation(teacher=teacher, student="model")]).fit(module, loader())
 
     class Outside(Plain):
         def configure_optimizers(self) -> Any:
@@ -190,6 +198,51 @@ def test_a_teacher_that_would_be_trained_raises(tmp_path):
     with pytest.raises(ValueError, match=r"teacher's parameter 'first\.weight' is in the optimizer SGD"):
         trainer(tmp_path, [Distillation(teacher=teacher)]).fit(seeded(Outside), loader())
     assert_same(weights(teacher), before)
+
+
+def test_a_frozen_part_of_the_student_may_be_the_teachers_too(tmp_path):
+    module, teacher = seeded(Plain), seeded(Perceptron, seed=3)
+    module.model.first = teacher.first.requires_grad_(False)
+    fit = trainer(tmp_path, [Distillation(teacher=teacher, student="model")])
+    fit.fit(module, loader())
+    assert fit.callback_metrics["accel/distillation/teacher_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_labels_in_another_order_are_refused(tmp_path):
+    def classifier(names: list[str]) -> nn.Module:
+        config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=16, num_labels=3, id2label=dict(enumerate(names)))  # fmt: skip
+        return BertForSequenceClassification(config)
+
+    batch = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([0, 1])}
+    batches = torch.utils.data.DataLoader([batch], batch_size=None)
+    module = AccelModule(classifier(["a", "b", "c"]))
+    fit = trainer(tmp_path, [Distillation(teacher=classifier(["c", "b", "a"]), student="model")])
+    with pytest.raises(ValueError, match="class 0 is 'a' to the student and 'c' to the teacher"):
+        fit.fit(module, batches)
+    other_names = trainer(tmp_path, [Distillation(teacher=classifier(["x", "y", "z"]), student="model")])
+    other_names.fit(module, batches)
+
+
+def test_another_librarys_wrapper_around_training_step_stays_and_holds_no_teacher(tmp_path):
+    class Wraps(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            inner = pl_module.training_step
+
+            @functools.wraps(inner)
+            def outer(*args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                return inner(*args, **kwargs)
+
+            pl_module.__dict__["training_step"] = outer
+
+    calls: list[int] = []
+    module, teacher = seeded(Plain), seeded(Moody, seed=3)
+    trainer(tmp_path, [Distillation(teacher=teacher), Wraps()], max_epochs=1).fit(module, loader())
+    assert len(calls) == len(teacher.calls) == 4 and "training_step" in module.__dict__
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    assert len(calls) == 8 and len(teacher.calls) == 4
 
 
 def test_logits_of_another_shape_raise_with_both_shapes(tmp_path):

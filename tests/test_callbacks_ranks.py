@@ -136,6 +136,14 @@ def test_a_cache_built_by_both_ranks_teaches_what_the_live_teacher_does_and_resu
             assert_same(rank["distilled again"][name], rank["distilled"][name])
 
 
+def test_both_ranks_have_the_same_former_self_and_keep_it(ranks):
+    _, (one, other) = ranks
+    assert int(one["former"]["former"]["1.num_batches_tracked"]) > 0
+    for rank in (one, other):
+        for name in ("former", "former again"):
+            assert_same(rank[name]["former"], one["former"]["former"])
+
+
 def test_masks_that_each_rank_measures_and_cuts_of_networks_that_differ_are_those_of_both(ranks):
     _, (one, other) = ranks
     one, other = one["measured"], other["measured"]

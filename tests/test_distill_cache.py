@@ -30,6 +30,8 @@ from lightning_accel import (
     Export,
     Keyed,
     TeacherCache,
+    export_model,
+    load,
     student_from,
 )
 from lightning_accel.distill import split_key
@@ -99,17 +101,18 @@ def test_training_from_the_cache_is_bitwise_training_from_the_live_teacher(tmp_p
     assert_same(*found)
 
 
-def test_variable_lengths_padded_on_either_side_give_the_live_loss(tmp_path):
+@pytest.mark.parametrize("collate", [pad, pad_left])
+def test_variable_lengths_padded_on_either_side_give_the_live_loss(tmp_path, collate):
     samples, teacher = Sentences(), llama(hidden_size=64)
     config = DistillConfig(top_k=8, hidden={"model.layers.1": "model.layers.0"})
-    cache, keyed = build(tmp_path / "cache", teacher, samples, config, batch_size=5, collate_fn=pad)
+    cache, keyed = build(tmp_path / "cache", teacher, samples, config, batch_size=5, collate_fn=collate)
     positions = sum(len(ids) for ids in samples.ids)
     assert (tmp_path / "cache" / "logits.values").stat().st_size == 4 * 8 * positions
     found = []
     for source in (teacher, cache):
         module = AccelModule(llama(), lr=1e-2)
         torch.manual_seed(5)
-        batches = DataLoader(keyed, batch_size=4, shuffle=True, collate_fn=pad)
+        batches = DataLoader(keyed, batch_size=4, shuffle=True, collate_fn=collate)
         fit = trainer(tmp_path, [Distillation(config, teacher=source, student="model")])
         fit.fit(module, batches)
         found.append({name: float(x) for name, x in fit.callback_metrics.items()})
@@ -172,8 +175,25 @@ def test_a_resumed_fit_with_the_cache_ends_bitwise_as_one_without_a_break(tmp_pa
     assert_same(run("again", 2, str(tmp_path / "whole" / "epoch=0.ckpt")), expected)
 
 
+def test_an_artifact_is_cached_as_the_model_that_it_was_exported_from(tmp_path):
+    teacher = seeded(Perceptron, 24, seed=3).eval()
+    options = {"example_inputs": (data(8)[:][0],), "engines": ("portable",), "measure": False}
+    export_model(teacher, tmp_path / "artifact", **options)
+    cache, keyed = build(tmp_path / "cache", load(tmp_path / "artifact"))
+    expected, _ = build(tmp_path / "expected", teacher)
+    keys = torch.tensor([keyed[i][-1] for i in range(32)])
+    torch.testing.assert_close(cache.read(keys).logits.values, expected.read(keys).logits.values)
+
+
 def test_a_folder_is_a_teacher_and_keys_reach_nobody_else(tmp_path):
     class Sees(Plain):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            x, y = batch
+            return [x, y]
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            assert len(batch) == 2
+
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             x, y = batch
             assert isinstance(batch, list) and y.max() < 3
@@ -196,6 +216,21 @@ def test_a_cache_of_states_alone_needs_no_logits(tmp_path):
     fit = trainer(tmp_path, [Distillation(config, teacher=cache, student="model")])
     fit.fit(seeded(Plain), DataLoader(keyed, batch_size=8))
     assert fit.callback_metrics["accel/distillation/hidden_loss"] > 0
+
+
+def test_a_dataset_of_inputs_alone_keeps_its_form(tmp_path):
+    class Alone(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x = batch[0] if tuples else batch
+            assert isinstance(batch, list) == tuples and x.shape == (8, 8)
+            return self.model(x).square().mean()
+
+    for tuples in (True, False):
+        samples = [(x,) if tuples else x for x, _ in data()]
+        cache, keyed = build(tmp_path / str(tuples), samples=samples)
+        fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache)])
+        fit.fit(seeded(Alone), DataLoader(keyed, batch_size=8))
+        assert fit.callback_metrics["accel/distillation/teacher_loss"] > 0
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -399,12 +434,19 @@ def test_another_vocabulary_says_both_sizes(tmp_path):
 def test_other_lengths_than_those_of_the_cache_are_an_error(tmp_path):
     class Cuts(AccelModule):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return super().training_step({name: value[:, 1:] for name, value in batch.items()}, batch_idx)
+            cut = int(batch_idx >= self.whole)
+            return super().training_step({name: value[:, cut:] for name, value in batch.items()}, batch_idx)
 
     cache, keyed = build(tmp_path / "cache", llama(), Sentences(), collate_fn=pad)
-    with pytest.raises(ValueError, match=r"positions of logits for these samples, the student has .*another tokenizer"):
-        fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache, student="model")])
-        fit.fit(Cuts(llama()), DataLoader(keyed, batch_size=4, collate_fn=pad))
+    for whole, message in (
+        (0, r"the student is called with input_ids \(4, 9\), which is not what the data give"),  # each epoch's first
+        (1, r"positions of logits for these samples, the student has .*another tokenizer"),
+    ):
+        module = Cuts(llama())
+        module.whole = whole
+        with pytest.raises(ValueError, match=message):
+            fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache, student="model")])
+            fit.fit(module, DataLoader(keyed, batch_size=4, collate_fn=pad))
 
 
 def test_a_student_called_twice_has_no_single_answer(tmp_path):
@@ -415,6 +457,97 @@ def test_a_student_called_twice_has_no_single_answer(tmp_path):
     cache, keyed = build(tmp_path / "cache")
     with pytest.raises(ValueError, match="calls the student 2 times, and a cache holds one answer a sample"):
         trainer(tmp_path, [Distillation(CONFIG, teacher=cache)]).fit(seeded(Twice), DataLoader(keyed, batch_size=8))
+
+
+class Around(torch.utils.data.Dataset):
+    """Changes samples behind their keys, from the fifth on."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        x, y, key = self.dataset[i]
+        return (x if i < 4 else x + 1), y, key
+
+
+class Changes(Plain):
+    """What reaches the network is not what the data give."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + torch.randn(8), batch[1]] if self.where == "hook" else batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        x = {"step": (x - 3) * 2, "shape": x.view(-1, 4).view(len(x), -1)}.get(self.where, x)
+        return F.cross_entropy(self.model(x), y)
+
+
+@pytest.mark.parametrize("where", ["hook", "step", "around", "shape"])
+def test_what_is_changed_on_the_way_from_the_data_to_the_student_is_an_error(tmp_path, where):
+    cache, keyed = build(tmp_path / "cache")
+    loader = DataLoader(Around(keyed) if where == "around" else keyed, batch_size=8, shuffle=True)
+    fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache)])
+    if where == "shape":
+        fit.fit(seeded(Changes, where), loader)
+        assert fit.callback_metrics["accel/distillation/teacher_loss"] > 0
+        return
+    message = "a Around changes samples after" if where == "around" else (
+        r"the student is called with x \(8, 8\), which is not what the data give .*; or give the teacher itself"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        fit.fit(seeded(Changes, where), loader)
+
+
+def test_a_mask_that_training_step_makes_counts_as_another_input_unless_it_masks_nothing(tmp_path):
+    class Makes(AccelModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            mask = torch.ones_like(batch["input_ids"]) if whole else batch["input_ids"] % 2
+            return self.model(**batch, attention_mask=mask).loss
+
+    samples = [{"input_ids": row, "labels": row} for row in tiny.ids(8, 6) % 64]
+    cache, keyed = build(tmp_path / "cache", llama(), samples)
+    for whole in (True, False):
+        fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache, student="model")])
+        if whole:
+            fit.fit(Makes(llama()), DataLoader(keyed, batch_size=4))
+            continue
+        with pytest.raises(ValueError, match=r"is called with attention_mask \(4, 6\)|positions of logits"):
+            fit.fit(Makes(llama()), DataLoader(keyed, batch_size=4))
+
+
+def test_what_no_cache_can_hold_is_refused_while_it_is_built(tmp_path):
+    class LengthFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turned, self.head = nn.Linear(1, 2), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            states = self.turned(x.T.unsqueeze(-1))  # [length, batch, width]
+            return self.head(states.movedim(1, 0).flatten(1))
+
+    states = DistillConfig(top_k=2, hidden={"second": "turned"})
+    with pytest.raises(ValueError, match=r"of 7 samples the teacher gives what 'turned' puts out of shape \(8, 7, 2\)"):
+        build(tmp_path / "length", LengthFirst(), data(14), states, batch_size=7)
+    for name, message in (("head", "logits are not finite: "), ("first", "hidden states are not finite")):
+        teacher = seeded(Perceptron, 24, seed=3)
+        getattr(teacher, name).bias.data[0] = torch.nan
+        config = STATES if name == "head" else DistillConfig(alpha=0.0, hidden={"second": "first"})
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path / name, teacher, config=config)
+
+
+def test_a_progress_bar_is_shown_unless_it_is_not_wanted(tmp_path, capsys):
+    build(tmp_path / "quiet")
+    assert not capsys.readouterr().out
+    build(tmp_path / "shown", progress=True)
+    assert "asking the teacher about 32 samples" in capsys.readouterr().out
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -420,11 +420,16 @@ def test_layers_that_share_weights_are_ambiguous(tmp_path):
     distillation = Distillation(HIDDEN, teacher=seeded(Perceptron, seed=3), student="model")
     with pytest.raises(ValueError, match=r"'second' was called 2 times in 1 call\(s\) of the student"):
         trainer(tmp_path, [distillation]).fit(seeded(Plain, seeded(Shared)), loader())
+    config = DistillConfig(hidden={"second": "second"})
+    distillation = Distillation(config, teacher=seeded(Shared, seed=3), student="model")
+    with pytest.raises(ValueError, match=r"the teacher's 'second', of a Shared, was called 2 times"):
+        trainer(tmp_path, [distillation]).fit(seeded(Plain), loader())
 
 
 def test_ids_outside_the_teachers_vocabulary_offer_sequence_level_distillation(tmp_path):
     distillation = Distillation(teacher=llama(vocab_size=20), student="model")
-    with pytest.raises(ValueError, match=r"\(the teacher's has 20 ids\) distil sequences: .*pseudo_labels"):
+    sizes = r"\(the teacher's has 20 ids, the student's has 64 ids\)"
+    with pytest.raises(ValueError, match=rf"{sizes} distil sequences: .*pseudo_labels"):
         trainer(tmp_path, [distillation]).fit(AccelModule(llama()), texts())
 
 

@@ -163,6 +163,11 @@ def test_what_one_alone_rules_out_is_an_error_where_the_divergence_is_infinite()
         distillation_loss(open_, shut, loss="reverse-kl")
     with pytest.raises(ValueError, match="the distance is infinite; write loss='js'"):
         distillation_loss(open_, shut, loss="mse")
+    unlikely = torch.tensor([[0.0, 1.0, -22.0]])  # of probability 3e-10: times the least float it is no large number
+    with pytest.raises(ValueError, match="student rules out a class"):
+        distillation_loss(shut, unlikely)
+    with pytest.raises(ValueError, match="teacher rules out a class"):
+        distillation_loss(unlikely, shut, loss="reverse-kl")
     p, q = softmax([0.0, 1.0, 2.0]), [*softmax([0.0, 1.0]), 0.0]
     assert distillation_loss(open_, shut).item() == pytest.approx(kl(q, p), rel=1e-5)
     assert distillation_loss(shut, open_, loss="js").isfinite()

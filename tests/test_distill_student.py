@@ -36,6 +36,8 @@ with warnings.catch_warnings():
         SmolLM3ForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
+        Wav2Vec2Config,
+        Wav2Vec2ForCTC,
         WhisperConfig,
         WhisperForConditionalGeneration,
     )
@@ -261,6 +263,20 @@ def test_students_that_would_lose_a_part_or_not_run_are_refused_or_right(tmp_pat
     again = type(student).from_pretrained(tmp_path)
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again.eval()(images).logits, student.eval()(images).logits)
+
+
+def test_lists_that_are_not_of_layers_stay_whole():
+    config = Wav2Vec2Config(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        conv_dim=(8,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    teacher = seeded(Wav2Vec2ForCTC, config).eval()
+    student = student_from(teacher, layers=[0, 3])
+    mine, theirs = student.state_dict(), teacher.state_dict()
+    name = "wav2vec2.encoder.layers.{}.feed_forward.output_dense.weight"
+    assert torch.equal(mine[name.format(1)], theirs[name.format(3)])
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine if "conv_layers" in n)
+    assert student(torch.randn(1, 800)).logits.shape == teacher(torch.randn(1, 800)).logits.shape
 
 
 def test_t5_without_its_first_layer_keeps_the_bias_that_lies_in_it():

@@ -31,9 +31,11 @@ from lightning_accel import (
     export_model,
     load,
     pseudo_labels,
+    select,
     student_from,
 )
 from lightning_accel.artifact import load_weights
+from lightning_accel.distill import LiveTeacher
 from lightning_accel.quantize import unprepare_
 
 
@@ -231,9 +233,60 @@ def test_self_with_quantization_alone_is_the_float_student(tmp_path):
     assert ask.same and ask.types == {"Perceptron", "Linear", "Dropout"} and ask.hooks == 0
 
 
+def test_self_keeps_what_the_students_own_hooks_make(tmp_path):
+    module = seeded(Plain)
+    module.model.second = nn.utils.weight_norm(module.model.second)
+    module.model.first.register_forward_hook(lambda layer, args, output: output * 2)
+    qat = QuantizationAwareTraining(begin=2, module="model")
+    answers = Answers()
+    trainer(tmp_path, [answers, qat, Distillation(teacher="self", student="model")]).fit(module, loader())
+    before, asked = answers.found
+    assert torch.equal(before, asked)
+
+
+class Answers(Callback):
+    """What the student puts out before quantization begins, and what its former self does."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            plain = select.copy_model(pl_module.model).eval()
+            with torch.no_grad():
+                self.found = [plain(batch[0])]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3:
+            self.found.append(distillation_of(trainer)._live((batch[0],), {}).logits)
+
+
+def test_self_and_projections_are_not_resumed_with_another_config(tmp_path):
+    with_self(tmp_path / "whole", epochs=4)
+    changed = Distillation(DistillConfig(alpha=0.3), teacher="self", student="model")
+    qat = QuantizationAwareTraining(begin=6, module="model")
+    fit = trainer(tmp_path, [changed, qat], max_epochs=5)
+    with pytest.raises(ValueError, match=r"holds the student as it was before, of Distillation\(.*alpha=0\.5"):
+        fit.fit(seeded(Plain), loader(), ckpt_path=str(tmp_path / "whole" / "epoch=2.ckpt"))
+
+
 def test_self_needs_something_that_begins_and_a_name(tmp_path):
     with pytest.raises(ValueError, match="neither is in this fit; add Pruning or QuantizationAwareTraining"):
         fitted(tmp_path, "self")
+
+
+# --- elsewhere ------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_go_to_the_device_on_which_the_teacher_lies():
+    live = LiveTeacher(seeded(Perceptron).to("meta"))
+    assert live((data(4)[:][0],), {}).logits.device.type == "meta"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_teacher_on_a_gpu_stays_there_beside_a_student_on_the_cpu(tmp_path):
+    teacher = seeded(Perceptron, 24, seed=3)
+    expected, _ = fitted(tmp_path, teacher)
+    found, _ = fitted(tmp_path, copy.deepcopy(teacher).cuda())
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
 
 
 # --- a guest ----------------------------------------------------------------------------------------------------------

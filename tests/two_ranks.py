@@ -143,6 +143,15 @@ def distilled(path: Path, cached: bool, resume: str | None = None, in_order: boo
     return {"weights": weights(module), "projections": projections, "buckets": buckets.size}
 
 
+def former(path: Path, resume: str | None = None) -> dict[str, Any]:
+    """A student with running statistics, which differ between the ranks, as its own teacher."""
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 3))
+    qat, keep = QuantizationAwareTraining(begin=2, module="model"), ModelCheckpoint(path, "{epoch}", save_top_k=-1)
+    distillation = Distillation(teacher="self", student="model")
+    two_ranks(path, [qat, distillation, keep]).fit(seeded(Plain, network), loader(), ckpt_path=resume)
+    return {"former": distillation._former}
+
+
 def measured(path: Path) -> dict[str, Any]:
     """A saliency that each rank measures on its own half of the data, and a cut of networks that differ at first."""
     pruning = Pruning(PruneConfig("neurons", saliency="wanda"), Cubic(0.1, 0.6), module="model", every=1)
@@ -237,6 +246,8 @@ def main(path: Path) -> None:
     results["in order"] = distilled(path / "cache", cached=False, in_order=True)
     results["cached"] = distilled(path / "cache", cached=True)
     results["distilled again"] = distilled(path / "cache", True, str(path / "distilledTrue" / "epoch=0.ckpt"))
+    results["former"] = former(path / "former")
+    results["former again"] = former(path / "former again", str(path / "former" / "epoch=0.ckpt"))
     results["measured"] = measured(path / "measured")
     results["middle"] = in_the_middle(path / "middle")
     results["middle again"] = in_the_middle(path / "again", str(path / "middle" / "epoch=0.ckpt"))

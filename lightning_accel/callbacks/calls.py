@@ -41,8 +41,7 @@ class Call:
     @cached_property
     def network(self) -> nn.Module:
         """The one transformers model in the module, which knows what its logits mean; else the module itself."""
-        found = _transformers_models(self.module)
-        return found[0] if len(found) == 1 else select.unwrap(self.module)
+        return network_in(self.module)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -169,12 +168,18 @@ class StudentCalls:
             found = (
                 f"several modules put out logits: {names}"
                 if names
-                else "no module that training_step calls puts out logits"
+                else "neither the LightningModule nor a direct part of it puts out logits in training_step"
             )
             raise ValueError(
                 f"{found}; name the student, for example Distillation(..., student={(names or ['model'])[0]!r})"
             )
         return [call for call in calls if call.name == names[0]]
+
+
+def network_in(module: nn.Module) -> nn.Module:
+    """The one transformers model in a module; else the module itself."""
+    found = _transformers_models(module)
+    return found[0] if len(found) == 1 else select.unwrap(module)
 
 
 def _transformers_models(module: nn.Module) -> list[nn.Module]:

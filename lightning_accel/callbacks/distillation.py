@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from .. import select
 from ..capture import is_causal_lm
 from ..distill import (
     Answer,
@@ -28,16 +25,14 @@ from ..distill import (
     split_key,
 )
 from ..distill.layers import check_names
-from ..distill.teacher import FORMS
+from ..distill.teacher import FORMS, check_same_labels
 from ..loaded import LoadedModel
-from ..quantize import unprepare_
-from ..schedule import position
+from ..module import AccelModule
+from . import former, guests
 from .base import AccelCallback
-from .calls import Call, StudentCalls
+from .calls import Call, StudentCalls, network_in
 from .length import total_steps
 from .patches import patch, unpatch
-from .pruning import Pruning
-from .quantization import QuantizationAwareTraining
 
 _LOGGED = {"logits": "teacher_loss", "hidden": "hidden_loss", "attention": "attention_loss"}
 
@@ -55,8 +50,9 @@ class Distillation(AccelCallback):
             its folder; a `TeacherCache` or its folder; a Lightning checkpoint, with `teacher_class`; or `"self"`, the
             student as it was when pruning or quantization began, which is then part of the callback's state and held
             by it until the next fit.
-        student: name of the module whose logits are compared; found by itself where only one gives logits. Names of
-            layers in the config are relative to it (without it, to the LightningModule).
+        student: name of the module whose logits are compared; found by itself where of the LightningModule and its
+            direct parts only one gives logits. Names of layers in the config are relative to it (without it, to the
+            LightningModule).
         teacher_class: the LightningModule class of a checkpoint.
 
     Example:
@@ -89,6 +85,8 @@ class Distillation(AccelCallback):
         self.total: float | None = None
         self._named = student is not None
         self._resumed = False
+        self._keys: Tensor | None = None  # of the batch that is trained on
+        self._unseen = True  # a batch is to be compared with the data
         self._source: nn.Module | LoadedModel | TeacherCache | None = None  # during the fit, if not "self"
         self._live: LiveTeacher | None = None
         self._home: torch.device | None = None
@@ -108,45 +106,52 @@ class Distillation(AccelCallback):
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "Distillation needs automatic optimization; with manual optimization add "
-                "lightning_accel.distillation_loss(student_logits, teacher_logits) to your loss yourself"
+                f"{self._as_function()} to your loss yourself"
             )
         if sum(isinstance(c, Distillation) for c in self.siblings(trainer)) > 1:
             raise ValueError(
                 "two Distillation callbacks would weigh each other's loss by their order in the list; keep one, and "
-                "add lightning_accel.distillation_loss(student_logits, teacher_logits) to your loss for the other"
+                f"add {self._as_function()} to your loss for the other"
             )
         self.release(pl_module)
         self._former, self.projections = None, Projections()  # a checkpoint's are restored after this
         self._load(trainer, pl_module)
-        self._student = StudentCalls(pl_module, self.module if self._named else None, *self._layers())
+        self._resumed, self._keys = False, None
+        self._student = student = StudentCalls(pl_module, self.module if self._named else None, *self._layers())
 
         def with_teacher(training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self._student is not student:  # after the fit, where another library has wrapped this
+                return training_step(*args, **kwargs)
             return self._step(trainer, pl_module, training_step, args, kwargs)
 
+        def without_keys(transfer: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if trainer.training and self._student is student:
+                batch, self._keys = split_key(batch)
+            return transfer(batch, *args, **kwargs)
+
         patch(pl_module, "training_step", with_teacher)
+        patch(pl_module, "_on_before_batch_transfer", without_keys)  # the first that Lightning does with a batch
+
+    def _as_function(self) -> str:
+        return (
+            "lightning_accel.distillation_loss(student_logits, teacher_logits, "
+            f"temperature={self.config.temperature}, loss={self.config.loss!r})"
+        )
 
     def _load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the teacher and the pairs of layers."""
         config, student = self.config, self.target(pl_module)
         source: Any = self.teacher
         if source == "self":
-            if not any(isinstance(c, Pruning | QuantizationAwareTraining) for c in self.siblings(trainer)):
-                raise ValueError(
-                    "teacher='self' is the student as it was when pruning or quantization began, and neither is in "
-                    "this fit; add Pruning or QuantizationAwareTraining, or give a teacher"
-                )
-            if any(isinstance(c, Pruning) and c.cut_first for c in self.siblings(trainer)):
-                raise ValueError(
-                    "Pruning(cut_first=True) has cut the student before there is a step to take its weights in; give "
-                    "the whole one instead: teacher=copy.deepcopy(module.model)"
-                )
+            former.check_begins(self.siblings(trainer))
             source = None
         elif isinstance(source, str):
             source = load_teacher(source, self.teacher_class, eager=bool(config.attention))
         if isinstance(source, pl.LightningModule):
-            source = self._network_of(source)
+            source = guests.network_of(source, self.module if self._named else None)
         if isinstance(source, nn.Module):
-            _check_apart(source, pl_module)
+            guests.check_apart(source, pl_module, student if self._named else None)
+            check_same_labels(network_in(student), network_in(source))
             self._home = next((p.device for p in source.parameters()), None)
         self._source = source
         model: nn.Module | None = source if isinstance(source, nn.Module) else student
@@ -172,20 +177,6 @@ class Distillation(AccelCallback):
         """The student's layers whose states, and whose attention maps, are compared."""
         return list(self._terms.get("hidden", {})), list(self._terms.get("attention", {}))
 
-    def _network_of(self, teacher: pl.LightningModule) -> nn.Module:
-        """A LightningModule, or where it has no `forward`, the network in it."""
-        if is_overridden("forward", teacher):
-            return teacher
-        names = [name for name, child in teacher.named_children() if any(True for _ in child.parameters())]
-        if self._named and self.module in dict(teacher.named_modules()):
-            return select.get_module(teacher, self.module)
-        if len(names) != 1:
-            raise ValueError(
-                f"the teacher, a {type(teacher).__name__}, has no forward(), and its network is one of {names}; write "
-                f"teacher=module.{(names or ['model'])[0]}"
-            )
-        return select.get_module(teacher, names[0])
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts projections of a checkpoint into the optimizer, before its state is restored."""
         for weight in self.projections.weights.values():
@@ -196,10 +187,9 @@ class Distillation(AccelCallback):
         """Refuses a teacher that an optimizer would train, schedules that do not fit, and data of another cache."""
         super().on_train_start(trainer, pl_module)
         if isinstance(self._source, nn.Module):
-            _check_untrained(self._source, trainer)
+            guests.check_untrained(self._source, trainer)
         if isinstance(self._source, TeacherCache):
-            for loader in trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else ():
-                self._source.check_loader(loader)
+            self._source.check_loader(self._loader(trainer))
         if not self._resumed:
             self.total = total_steps(trainer, pl_module)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -209,6 +199,16 @@ class Distillation(AccelCallback):
         if self._former is not None:
             self._become_teacher(pl_module)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has the epoch's first batch compared with the data that a cache is of."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._unseen = True
+
+    def _loader(self, trainer: pl.Trainer) -> Any:
+        """The DataLoader of training; `None` of several, which a cache does not work with."""
+        loaders = trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
+        return loaders[0] if len(loaders) == 1 else None
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes hooks and wrapper off."""
         self.release(pl_module)
@@ -217,6 +217,7 @@ class Distillation(AccelCallback):
         """Takes hooks and wrapper off, and lets go of the teacher."""
         if self._student is not None:
             unpatch(pl_module, "training_step")
+            unpatch(pl_module, "_on_before_batch_transfer")
             self._student.remove()
             self._student = None
         if self._live is not None:
@@ -229,30 +230,16 @@ class Distillation(AccelCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Keeps the student as it is before pruning or quantization begins in this step."""
-        if self.teacher == "self" and self._former is None and self._begins(trainer):
-            student = self.target(pl_module)
-            self._former = {name: t.detach().clone() for name, t in student.state_dict().items()}
+        waits = self.teacher == "self" and self._former is None
+        if waits and former.begins(self.siblings(trainer), trainer.global_step):
+            self._former = former.weights_of(self.target(pl_module), trainer)
             self._become_teacher(pl_module)
 
-    def _begins(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
-        for other in self.siblings(trainer):
-            if isinstance(other, Pruning) and other.schedule.value(step + 1, other.total or 0.0) > 0:
-                return True  # masks come with the step's end
-            if isinstance(other, QuantizationAwareTraining) and step >= position(other.begin, other.total or 0.0):
-                return True
-        return False
-
     def _become_teacher(self, pl_module: pl.LightningModule) -> None:
-        """Makes a teacher of the weights as they were; nothing of the student's fit is left in it."""
         assert self._former is not None
-        teacher = unprepare_(copy.deepcopy(self.target(pl_module)))
-        for module in teacher.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        teacher.load_state_dict(self._former)
+        teacher = former.network_of(self.target(pl_module), self._former)
         self._former = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}  # held once
-        self._ask_of(teacher.requires_grad_(False))
+        self._ask_of(teacher)
 
     # --- a training step
 
@@ -260,8 +247,7 @@ class Distillation(AccelCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, training_step: Any, args: tuple, kwargs: dict
     ) -> Any:
         """The user's `training_step`, and the teacher's terms."""
-        batch, keys = split_key(args[0] if args else kwargs.get("batch"))
-        args, kwargs = ((batch, *args[1:]), kwargs) if args else (args, {**kwargs, "batch": batch})
+        batch = args[0] if args else kwargs.get("batch")
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # training_step may take labels out of its own
         if self.total is None:  # on_train_start was not called, as in Tuner.lr_find, which puts callbacks aside
             self.total = total_steps(trainer, pl_module)
@@ -280,7 +266,7 @@ class Distillation(AccelCallback):
             student.clear()
             return output
         calls = student.take("logits" in wanted, wanted.get("hidden", ()), wanted.get("attention", ()))
-        terms = self._compare(pl_module, calls, batch, keys, wanted)
+        terms = self._compare(pl_module, calls, batch, wanted)
         for name, term in terms.items():
             self.log_value(_LOGGED[name], term.detach())
         self._optimize_projections(trainer)
@@ -288,32 +274,36 @@ class Distillation(AccelCallback):
         return {**output, "loss": loss} if isinstance(output, dict) else loss
 
     def _compare(
-        self, pl_module: pl.LightningModule, calls: list[Call], batch: Any, keys: Tensor | None, wanted: Mapping
+        self, pl_module: pl.LightningModule, calls: list[Call], batch: Any, wanted: Mapping
     ) -> dict[str, Tensor]:
         """The terms that are wanted, averaged over the student's calls."""
         found = []
         for call in calls:
             positions = positions_of(call.network, call.named, batch, call.logits, _is_causal(pl_module, call))
-            answer = self._ask(pl_module, call, keys, len(calls))
+            answer = self._ask(pl_module, call, len(calls))
             found.append(compare(call.answer, answer, self.config, wanted, self.projections, positions))
         return {name: torch.stack([one[name] for one in found]).mean() for name in wanted}
 
-    def _ask(self, pl_module: pl.LightningModule, call: Call, keys: Tensor | None, calls: int) -> Answer:
+    def _ask(self, pl_module: pl.LightningModule, call: Call, calls: int) -> Answer:
         if isinstance(self._source, TeacherCache):
             if calls != 1:
                 raise ValueError(
                     f"training_step calls the student {calls} times, and a cache holds one answer a sample; call it "
                     "once, or give the teacher itself"
                 )
-            return self._source.read(keys)
+            answer = self._source.read(self._keys)
+            if self._unseen:
+                self._source.check_call(self._loader(pl_module.trainer), self._keys, call.network, call.named)
+                self._unseen = False
+            return answer
         assert self._live is not None
         if call.changed:
             raise ValueError(
                 f"the student, a {type(call.module).__name__}, changes its inputs in place, so that the teacher would "
                 "be asked about others; clone them first"
             )
-        if isinstance(self._live.model, nn.Module):
-            self._live.model.to(pl_module.device)
+        if isinstance(self._live.model, nn.Module) and (self._home is None or self._home.type == "cpu"):
+            self._live.model.to(pl_module.device)  # one that was put on another device stays there
         return self._live(call.args, call.kwargs, call.network)
 
     # --- projections
@@ -337,8 +327,22 @@ class Distillation(AccelCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Projections and the length of training; never the teacher, unless it is the student as it was."""
-        former = None if self._former is None else {name: t.cpu().clone() for name, t in self._former.items()}
-        return self.saved(total=self.total, projections=self.projections.state_dict(), former=former)
+        weights = None if self._former is None else {name: t.cpu().clone() for name, t in self._former.items()}
+        return self.saved(total=self.total, projections=self.projections.state_dict(), former=weights)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Raises where the checkpoint holds what another config trained or kept, which it would go on without."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        for key, state in checkpoint.get("callbacks", {}).items():
+            theirs = isinstance(state, dict) and state.get("technique") == self.technique and key != self.state_key
+            if theirs and (state["projections"] or state["former"] is not None):
+                what = "projections" if state["projections"] else "the student as it was before"
+                raise ValueError(
+                    f"the checkpoint holds {what}, of {key}, which this fit does not have: it has {self.state_key}. "
+                    "Resume with the config of then; to change it, load the weights and start a new fit"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
@@ -349,28 +353,6 @@ class Distillation(AccelCallback):
 
 def _is_causal(pl_module: pl.LightningModule, call: Call) -> bool:
     """Whether a position's logits predict the next label."""
-    said = getattr(pl_module, "causal", None)
-    if isinstance(said, bool):
-        return said
+    if isinstance(pl_module, AccelModule) and pl_module.causal is not None:
+        return pl_module.causal
     return call.logits is not None and call.logits.dim() == 3 and is_causal_lm(call.network)
-
-
-def _check_apart(teacher: nn.Module, pl_module: pl.LightningModule) -> None:
-    inside = [name for name, module in pl_module.named_modules() if module is teacher]
-    if inside:
-        raise ValueError(
-            f"the teacher is the submodule {inside[0]!r} of the LightningModule, so it would be trained and "
-            "saved with it; give Distillation a teacher of its own, such as copy.deepcopy(model)"
-        )
-
-
-def _check_untrained(teacher: nn.Module, trainer: pl.Trainer) -> None:
-    theirs = {id(p): name for name, p in teacher.named_parameters()}
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            name = next((theirs[id(p)] for p in group["params"] if id(p) in theirs), None)
-            if name is not None:
-                raise ValueError(
-                    f"the teacher's parameter {name!r} is in the optimizer {type(optimizer).__name__}, so the "
-                    "teacher would be trained; give a copy: teacher=copy.deepcopy(model)"
-                )

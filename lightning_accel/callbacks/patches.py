@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-_BEFORE = "_lightning_accel_before"  # what the instance's own __dict__ held under that name
+_BEFORE = "_lightning_accel_before"  # the wrapper itself, and what the instance's own __dict__ held under that name
 
 
 def patch(pl_module: pl.LightningModule, name: str, around: Callable[..., Any]) -> None:
@@ -19,17 +19,18 @@ def patch(pl_module: pl.LightningModule, name: str, around: Callable[..., Any]) 
     def patched(*args: Any, **kwargs: Any) -> Any:
         return around(method, *args, **kwargs)
 
-    setattr(patched, _BEFORE, pl_module.__dict__.get(name))
+    setattr(patched, _BEFORE, (patched, pl_module.__dict__.get(name)))
     pl_module.__dict__[name] = patched
 
 
 def unpatch(pl_module: pl.LightningModule, name: str) -> bool:
     """Takes the latest `patch` of the method off; false where there is none, or another library's around it."""
     patched = pl_module.__dict__.get(name)
-    if not hasattr(patched, _BEFORE):
+    ours, before = getattr(patched, _BEFORE, (None, None))
+    if patched is None or ours is not patched:  # functools.wraps gives another library's wrapper our attributes
         return False
     del pl_module.__dict__[name]
-    if (before := getattr(patched, _BEFORE)) is not None:
+    if before is not None:
         pl_module.__dict__[name] = before
     return True
 

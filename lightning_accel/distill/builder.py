@@ -10,11 +10,11 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ..inputs import inputs_of_batch, split_inputs, with_decoder_inputs
+from ..inputs import ExampleInputs, inputs_of_batch, split_inputs, with_decoder_inputs, without_labels
+from ..loaded import LoadedModel, LoadedSeq2Seq
 from .keyed import Keyed, indices_of, split_key
-from .losses import TopK, top_k_of
+from .losses import TopK, check_states, top_k_of
 from .store import Stream, read_manifest, write_manifest
 from .teacher import LiveTeacher
 from .terms import positions_of
@@ -84,8 +84,7 @@ class Builder:
             raise ValueError("the collate function reorders samples or their keys; give one that keeps the order")
         model, top_k = self.live.model, self.manifest["top_k"]
         given = with_decoder_inputs(model, dict(batch)) if isinstance(batch, Mapping) else batch  # type: ignore[arg-type]
-        inputs = inputs_of_batch(model, given) if isinstance(model, nn.Module) else given
-        answer = self.live(*split_inputs(_on_device_of(model, inputs)))
+        answer = self.live(*split_inputs(_inputs(model, given)))
         logits = answer.logits if isinstance(answer.logits, Tensor) else None
         if logits is None and top_k is not None:
             raise ValueError(f"the teacher, a {type(model).__name__}, puts out no logits; give a model with a head")
@@ -94,12 +93,13 @@ class Builder:
         logits = positions.classes_last(logits)
         found: dict[str, tuple[list[Tensor], Tensor]] = {}
         if logits is not None and top_k is not None:
-            flat, lengths = _rows(logits, positions.of(logits))
+            flat, lengths = _rows(logits, positions.of(logits), len(indices), "its logits")
             kept = top_k_of(flat, top_k, self.manifest["temperature"])
             self._declare("", [("values", kept.values), ("indices", kept.indices.int()), ("tail", kept.tail)], kept)
             found[""] = [kept.values, kept.indices.int(), kept.tail], lengths
         for name, state in answer.hidden.items():
-            flat, lengths = _rows(state, positions.of(state, name))
+            flat, lengths = _rows(state, positions.of(state, name), len(indices), f"what {name!r} puts out")
+            check_states(flat)
             self._declare(name, [("values", flat)])
             found[name] = [flat], lengths
         if not (self.directory / "cache.json").is_file():
@@ -141,13 +141,27 @@ class Builder:
             ) from error
 
 
-def _on_device_of(model: Any, inputs: Any) -> Any:
-    device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-    return inputs if device is None else tree_map_only(Tensor, lambda t: t.to(device), inputs)
+def _inputs(model: nn.Module | LoadedModel, batch: Any) -> ExampleInputs:
+    """What a teacher is asked with: a module's inputs, or those of a mapping that an artifact picks from."""
+    if isinstance(model, nn.Module) or not isinstance(batch, Mapping):
+        return inputs_of_batch(model, batch)  # type: ignore[arg-type]  # of a tuple it does not look at the model
+    if isinstance(model, LoadedSeq2Seq) and "decoder_input_ids" not in batch:
+        raise ValueError(
+            "the teacher is an artifact of an encoder-decoder model, which does not know what labels are to its "
+            "decoder; have the collate function add decoder_input_ids: "
+            "student.prepare_decoder_input_ids_from_labels(labels)"
+        )
+    return without_labels(batch)
 
 
-def _rows(tensor: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows(tensor: Tensor, padding: Tensor | None, samples: int, what: str) -> tuple[Tensor, Tensor]:
     """Positions of all samples one after the other [n, width], on the CPU, and how many belong to each sample."""
+    if len(tensor) != samples:
+        raise ValueError(
+            f"of {samples} samples the teacher gives {what} of shape {tuple(tensor.shape)}: a cache needs the samples "
+            "in the first dimension, as of nn.TransformerEncoderLayer(batch_first=True); name another layer, or give "
+            "the teacher itself to Distillation"
+        )
     if padding is None:
         lengths = torch.full((len(tensor),), tensor[0, ..., 0].numel())
         return tensor.flatten(0, -2).cpu(), lengths

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import select
+from ..inputs import with_decoder_inputs, without_labels
 from ..loaded import LoadedModel
 from .builder import Builder
 from .config import DistillConfig
-from .keyed import Keyed, digest, indices_of, split_key, unchanged
+from .keyed import Keyed, digest, indices_of, split_key, spread, unchanged
 from .losses import TopK
 from .store import FORMAT, Stream, check_size, locked, mapped, read_manifest
 from .teacher import Answer, LiveTeacher
@@ -145,16 +147,14 @@ class TeacherCache:
         Reads a few samples. Of a loader without a dataset of its own nothing is known before its first batch, whose
         keys say of which data they are.
         """
+        data = _keyed(loader)
         outermost: Any = getattr(loader, "dataset", None)
-        data = outermost
-        while data is not None and not isinstance(data, Keyed):
-            data = getattr(data, "dataset", None)
         if data is None:
             return
         if data.fingerprint != self.manifest["data"]:
             raise ValueError(f"the samples are not those that the cache {self.directory} was built with; {_AGAIN}")
         around = outermost is not data and hasattr(outermost, "__getitem__") and hasattr(outermost, "__len__")
-        if around and not all(unchanged(outermost[i]) for i in range(min(4, len(outermost)))):
+        if around and not all(unchanged(outermost[i]) for i in spread(len(outermost))):
             raise ValueError(
                 f"a {type(outermost).__name__} changes samples after they were given their keys, and the teacher saw "
                 "them before; put Keyed around it: Keyed(dataset), or Keyed(dataset, views=4) where it augments"
@@ -165,6 +165,33 @@ class TeacherCache:
                 f"the DataLoader's collate_fn gives other inputs than the cache {self.directory} was built with; "
                 "build it with TeacherCache.build(..., collate_fn=loader.collate_fn)"
             )
+
+    def check_call(self, loader: Any, keys: Tensor | None, student: nn.Module, given: Mapping[str, Any]) -> None:
+        """Raises ValueError where the student is called with other tensors than the data give for these keys.
+
+        The samples are read once more and collated. What a batch's hooks or `training_step` make of them, the teacher
+        was not asked about. The same numbers in another shape are no others, and masks of ones say nothing.
+
+        Args:
+            student: whose call it is; it decides how labels become decoder inputs.
+            given: its arguments by name.
+        """
+        data, collate = _keyed(loader), getattr(loader, "collate_fn", None)
+        if data is None or collate is None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            batch, _ = split_key(collate([data[i] for i in indices_of(keys).tolist()]))
+        batch = with_decoder_inputs(student, dict(batch)) if isinstance(batch, Mapping) else batch
+        known = [tensor for tensor in tree_leaves(batch) if isinstance(tensor, Tensor)]
+        for name, tensors in without_labels(given).items():
+            for tensor in tree_leaves(tensors):
+                if isinstance(tensor, Tensor) and not _all_ones(tensor) and not any(_same(tensor, k) for k in known):
+                    raise ValueError(
+                        f"the student is called with {name} {tuple(tensor.shape)}, which is not what the data give for "
+                        "these keys: training_step, a hook of the batch's transfer or a dataset around Keyed changes "
+                        "it, and the teacher was asked before that. Change samples below Keyed, or in the collate "
+                        "function, and build the cache of those; or give the teacher itself"
+                    )
 
     def read(self, keys: Tensor | None) -> Answer:
         """The teacher's answer for the samples with these keys [batch]: positions of all, one after the other.
@@ -214,6 +241,26 @@ def fingerprint(teacher: nn.Module | LoadedModel) -> str:
         said = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
         sha.update(json.dumps(said, sort_keys=True, default=str).encode())
     return sha.hexdigest()
+
+
+def _keyed(loader: Any) -> Keyed | None:
+    """The dataset with keys that a loader reads from, through those around it."""
+    data = getattr(loader, "dataset", None)
+    while data is not None and not isinstance(data, Keyed):
+        data = getattr(data, "dataset", None)
+    return data
+
+
+def _same(given: Tensor, read: Tensor) -> bool:
+    """Whether these are the same numbers, whatever shape, device or precision they are given in."""
+    if given.numel() != read.numel():
+        return False
+    one, other = (t.detach().cpu().to(given.dtype).flatten() for t in (given, read))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))  # by bytes: NaN is NaN
+
+
+def _all_ones(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and bool((tensor == 1).all())
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _MAPS = ("uniform", "last")
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What is learnt from the teacher; the same object goes to the functions and to the callback.
+    """What is learnt from the teacher, by the callback and into a `TeacherCache`.
 
         loss = (1 - alpha) * task + alpha * logits + hidden_weight * hidden + attention_weight * attention
 

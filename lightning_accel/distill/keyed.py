@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 KEY = "sample_key"  # in a batch that is a mapping; in a tuple it is the last item
 
 _PROBES = 8  # samples that stand for the data in its fingerprint
-_INDEX, _HASH, _MARK = 30, 25, 0x5A  # bits of the index, of the sample's hash above it, and what stands on top
+_INDEX, _HASH = 30, 25  # bits of the index, and of the sample's hash above it
+_MARK, _LONE = 0x5A, 0x5B  # what stands on top; of a sample that is neither a mapping nor a tuple
 
 _LINES = (
     "wrap the dataset before it is loaded:\n"
@@ -96,26 +97,32 @@ class Keyed(Dataset):
 
     def probes(self) -> list[int]:
         """Indices of the samples that stand for the data in its fingerprint."""
-        n = len(self)
-        return sorted({round(i * (n - 1) / (_PROBES - 1)) for i in range(_PROBES)})
+        return spread(len(self))
+
+
+def spread(n: int) -> list[int]:
+    """A few indices of `n`, as far apart as they can be."""
+    return sorted({round(i * (n - 1) / (_PROBES - 1)) for i in range(_PROBES)})
 
 
 def _key(sample: Any, index: int) -> int:
-    return (_MARK << _HASH | int(digest(sample)[:16], 16) % 2**_HASH) << _INDEX | index
+    mark = _MARK if isinstance(sample, Mapping | tuple | list) else _LONE
+    return (mark << _HASH | int(digest(sample)[:16], 16) % 2**_HASH) << _INDEX | index
 
 
 def unchanged(sample: Any) -> bool:
     """Whether a sample that carries a key is the one that the key was made of; one without is refused elsewhere."""
-    made_of: list[Any] = [sample]
+    made_of: Any = sample
     if isinstance(sample, Mapping):
         key = sample.get(KEY)
     elif isinstance(sample, tuple | list) and len(sample) > 1:
-        key, made_of = sample[-1], [sample[:-1], *sample[: len(sample) == 2]]
+        key, made_of = sample[-1], sample[:-1]
     else:
         return True
-    if not isinstance(key, int) or key >> _HASH + _INDEX != _MARK:
+    if not isinstance(key, int) or key >> _HASH + _INDEX not in (_MARK, _LONE):
         return True
-    return any(_key(one, key & 2**_INDEX - 1) == key for one in made_of)
+    made_of = made_of[0] if key >> _HASH + _INDEX == _LONE else made_of
+    return _key(made_of, key & 2**_INDEX - 1) == key
 
 
 @contextmanager
@@ -170,7 +177,8 @@ def is_key(value: Any) -> bool:
         value = torch.tensor(value)
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or not len(value):
         return False
-    return bool((value >> _HASH + _INDEX == _MARK).all())
+    marks = value >> _HASH + _INDEX
+    return bool(((marks == _MARK) | (marks == _LONE)).all())
 
 
 def split_key(batch: Any) -> tuple[Any, Tensor | None]:
@@ -186,8 +194,8 @@ def split_key(batch: Any) -> tuple[Any, Tensor | None]:
             rest = copy.copy(batch)
             del rest[KEY]
     elif isinstance(batch, tuple | list) and len(batch) > 1 and is_key(batch[-1]):
-        keys, rest = batch[-1], type(batch)(batch[:-1])
-        rest = rest[0] if len(rest) == 1 else rest
+        keys, rest = torch.as_tensor(batch[-1]), type(batch)(batch[:-1])
+        rest = rest[0] if len(rest) == 1 and bool((keys >> _HASH + _INDEX == _LONE).all()) else rest
     else:
         return batch, None
     return rest, torch.as_tensor(keys).cpu()

@@ -23,8 +23,8 @@ def layer_map(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] 
         uniform   ceil((i + 1) N / n) - 1        last   N - n + i
 
     Args:
-        layers: `"uniform"`, `"last"`, or such a mapping, which is checked. Layers are found where modules of one class
-            stand in an `nn.ModuleList`; encoder and decoder are mapped each on its own.
+        layers: `"uniform"`, `"last"`, or such a mapping, which is checked. Layers are found where modules of one class,
+            made of modules themselves, stand in an `nn.ModuleList`; encoder and decoder are mapped each on its own.
 
     Raises:
         ValueError: no layers are found, the student has more than the teacher, a name does not exist.
@@ -72,7 +72,7 @@ def check_names(model: nn.Module, names: Iterable[str], where: str) -> None:
 
 
 def _stacks(model: nn.Module) -> list[list[str]]:
-    """Names of the layers in each outermost `nn.ModuleList` of modules of one class that hold parameters."""
+    """Names of the layers in each outermost `nn.ModuleList` of modules of one class, made of modules themselves."""
     found: list[tuple[str, list[str]]] = []
     for name, module in select.named_modules(model):
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)

@@ -117,6 +117,7 @@ def distillation_loss(
     if loss == "mse":
         return _mse_of_logits(student_logits, teacher_logits)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, top_k)
+    _check_ruled_out(student, teacher, loss)
     if loss == "kl":
         divergence = _kl(teacher, student)
     elif loss == "reverse-kl":
@@ -124,7 +125,6 @@ def distillation_loss(
     else:
         middle = torch.logaddexp(student, teacher) - math.log(2)
         divergence = (_kl(teacher, middle) + _kl(student, middle)) / 2
-    _check_finite(divergence, student, teacher, loss)
     return temperature**2 * divergence.mean()
 
 
@@ -227,19 +227,18 @@ def _check_teacher(largest: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_finite(divergence: Tensor, student: Tensor, teacher: Tensor, loss: str) -> None:
-    if (divergence.detach() < 1e30).all():
+def _check_ruled_out(student: Tensor, teacher: Tensor, loss: str) -> None:
+    """Raises where the divergence is infinite: what one finds likely, however little, has log-probability -inf in the
+    other. Of -inf nothing is left in the numbers that are averaged: the least float takes its place.
+    """
+    likely, least = (teacher, student) if loss == "kl" else (student, teacher)
+    if loss == "js" or least.detach().amin() > _LEAST or not ((least == _LEAST) & (likely.exp() > 0)).any():
         return
-    out = student == _LEAST, teacher == _LEAST
-    infinite = {"kl": out[0] & ~out[1], "reverse-kl": out[1] & ~out[0]}
-    if loss in infinite and infinite[loss].any():
-        who = "student rules out a class (logit -inf) that the teacher" if loss == "kl" else (
-            "teacher rules out a class (logit -inf) that the student"
-        )  # fmt: skip
-        raise ValueError(
-            f"the {who} does not, so that loss={loss!r} is infinite; rule it out in both, or write loss='js', which "
-            "is at most log 2"
-        )
+    who = ("student", "teacher") if loss == "kl" else ("teacher", "student")
+    raise ValueError(
+        f"the {who[0]} rules out a class (logit -inf) that the {who[1]} does not, so that loss={loss!r} is infinite; "
+        "rule it out in both, or write loss='js', which is at most log 2"
+    )
 
 
 # --- masks, hidden states, attention maps -----------------------------------------------------------------------------
@@ -295,14 +294,19 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, lo
     student, teacher = student.float(), teacher.float()
     if not student.numel():
         return student.sum()
-    if not teacher.isfinite().all():
-        raise ValueError(
-            "the teacher's hidden states are not finite; load it in float32 or bfloat16 (float16 overflows)"
-        )
+    check_states(teacher)
     if loss == "cosine":
         return 1.0 - torch.cosine_similarity(student, teacher, -1).mean()
     distance = (student - teacher).square().mean()
     return distance / teacher.square().mean().clamp_min(1e-12) if loss == "normalized-mse" else distance
+
+
+def check_states(teacher: Tensor) -> None:
+    """Raises ValueError where a teacher's hidden states are NaN or infinite."""
+    if not teacher.isfinite().all():
+        raise ValueError(
+            "the teacher's hidden states are not finite; load it in float32 or bfloat16 (float16 overflows)"
+        )
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,7 +6,6 @@ Layers that lie as far apart as they can (Shleifer & Rush 2020, arXiv:2010.13002
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -164,16 +163,16 @@ def _scale_widths(config: Any, width: float) -> None:
 
 def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> None:
     """Copies each tensor of the teacher, or its first slices, to where it belongs in the student."""
-    theirs = teacher.state_dict()
-    taken = {_teachers_name(name, kept) for name in student.state_dict()}
-    if lost := [name for name in theirs if name not in taken and not _left_out(name, kept)]:
+    theirs, stacks = teacher.state_dict(), _stacks(student, teacher, kept)
+    taken = {_teachers_name(name, stacks) for name in student.state_dict()}
+    if lost := [name for name in theirs if name not in taken and not _left_out(name, stacks)]:
         raise ValueError(
             f"the teacher's {lost[0]} has no place in the student; student_from does not know how a "
             f"{type(teacher).__name__} is cut"
         )
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
-            source = theirs.get(_teachers_name(name, kept))
+            source = theirs.get(_teachers_name(name, stacks))
             if (
                 source is None
                 or source.dim() != tensor.dim()
@@ -181,7 +180,7 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, lis
             ):
                 shape = None if source is None else tuple(source.shape)
                 raise ValueError(
-                    f"{name} {tuple(tensor.shape)} has no counterpart in the teacher ({_teachers_name(name, kept)}: "
+                    f"{name} {tuple(tensor.shape)} has no counterpart in the teacher ({_teachers_name(name, stacks)}: "
                     f"{shape}); student_from does not know how a {type(teacher).__name__} is cut"
                 )
             if source.shape != tensor.shape and any(fused in name.lower() for fused in _OTHER_FUSED):
@@ -195,22 +194,39 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, lis
             tensor.copy_(_first(source, tensor.shape, parts))
 
 
-def _side(name: str, kept: Mapping[str, list[int]]) -> str:
-    return next((s for s in ("encoder", "decoder") if s in kept and f".{s}." in f".{name}"), "")
+def _stacks(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Name of each list of layers -> the teacher's layers that it keeps; lists of other things stay whole."""
+    found: dict[str, list[int]] = {}
+    lists = {name: module for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList)}
+    for name, module in student.named_modules():
+        side = next((s for s in ("encoder", "decoder") if s in kept and f".{s}." in f".{name}."), "")
+        if name not in lists or side not in kept or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        indices, layers = kept[side], list(module.children())
+        if len(layers) == len(indices) and max(indices) < len(lists[name]):
+            found[name] = indices
+    return found
 
 
-def _left_out(name: str, kept: Mapping[str, list[int]]) -> bool:
+def _layer(name: str, stacks: Mapping[str, list[int]]) -> tuple[str, int] | None:
+    """The list in which a tensor's layer is, and the layer's index in it."""
+    outer = next((one for one in stacks if name.startswith(f"{one}.")), None)
+    return None if outer is None else (outer, int(name.removeprefix(f"{outer}.").partition(".")[0]))
+
+
+def _left_out(name: str, stacks: Mapping[str, list[int]]) -> bool:
     """Whether a tensor of the teacher is of a layer that is not kept."""
-    index, side = re.search(r"(?<=\.)\d+(?=\.)", name), _side(name, kept)
-    return index is not None and side in kept and int(index[0]) not in kept[side]
+    found = _layer(name, stacks)
+    return found is not None and found[1] not in stacks[found[0]]
 
 
-def _teachers_name(name: str, kept: Mapping[str, list[int]]) -> str:
-    """The student's name with the index of its layer, the first number in it, replaced by the teacher's."""
-    side = _side(name, kept)
-    if side not in kept or "relative_attention_bias" in name:  # of T5, in the first layer for all of them
+def _teachers_name(name: str, stacks: Mapping[str, list[int]]) -> str:
+    """The student's name with the index of its layer replaced by the teacher's."""
+    found = _layer(name, stacks)
+    if found is None or "relative_attention_bias" in name:  # of T5, in the first layer for all of them
         return name
-    return re.sub(r"(?<=\.)\d+(?=\.)", lambda found: str(kept[side][int(found[0])]), name, count=1)
+    outer, index = found
+    return f"{outer}.{stacks[outer][index]}{name.removeprefix(f'{outer}.{index}')}"
 
 
 def _first(source: Tensor, shape: torch.Size, parts: int) -> Tensor:

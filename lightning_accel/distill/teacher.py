@@ -41,7 +41,7 @@ class Answer:
 def guest(teacher: nn.Module) -> Iterator[nn.Module]:
     """The teacher in eval mode and without gradients; its own state is put back afterwards (contract 9).
 
-    Not in inference mode: losses keep what it gives for the backward pass, which torch refuses for inference tensors.
+    Not in inference mode (docs/decisions/0025): its tensors do not count writes in place, by which `Taps` knows them.
     """
     with select.evaluating(teacher), torch.no_grad():
         yield teacher
@@ -94,7 +94,8 @@ class LiveTeacher:
         given = tensors_of((args, kwargs))
         try:
             with guest(model), _dtype_of(model) as cast:
-                output = model(*cast(args), **cast(kwargs))
+                moved = _move((cast(args), cast(kwargs)), _device_of(model))
+                output = model(*moved[0], **moved[1])
             if any(tensor._version != version for tensor, version in given):
                 raise ValueError(
                     f"the teacher, a {type(model).__name__}, changes its inputs in place, and they are the student's; "
@@ -104,12 +105,14 @@ class LiveTeacher:
             hidden = {name: _only(kept, model, name, "a hidden state") for name, kept in taps.hidden.items()}
             maps = {name: _only(kept, model, name, "an attention map") for name, kept in taps.attention.items()}
         except IndexError as error:
-            if not _outside(model, (args, kwargs)):
+            ids, own = _vocabulary(model), None if student is None else _vocabulary(student)
+            if ids is not None and _largest((args, kwargs)) < ids:
                 raise
+            sizes = ", ".join(f"the {who}'s has {n} ids" for who, n in (("teacher", ids), ("student", own)) if n)
             raise ValueError(
                 f"the teacher, a {type(model).__name__}, cannot look up the student's inputs ({error}): with another "
-                f"vocabulary {_vocabulary(model)}distil sequences: train on lightning_accel.pseudo_labels(teacher, "
-                "batches), as text"
+                f"vocabulary ({sizes or 'of unknown size'}) distil sequences: train on "
+                "lightning_accel.pseudo_labels(teacher, batches), as text"
             ) from error
         finally:
             taps.open = False
@@ -138,8 +141,13 @@ def tensors_of(values: Any) -> list[tuple[Tensor, int]]:
 
 
 def _only(kept: list[Tensor], model: nn.Module, name: str, what: str) -> Tensor:
+    if len(kept) == 1:
+        return kept[0]
     if kept:
-        return kept[-1]
+        raise ValueError(
+            f"the teacher's {name!r}, of a {type(model).__name__}, was called {len(kept)} times, as layers that share "
+            "weights are; name a module that is called once"
+        )
     who = f"the teacher's {name!r}, of a {type(model).__name__}, gave no {what.split(' ', 1)[1]}"
     if what == "an attention map":
         raise ValueError(
@@ -166,16 +174,26 @@ def _check_takes(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _vocabulary(model: nn.Module) -> str:
-    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    return "" if embedding is None else f"(the teacher's has {embedding.num_embeddings} ids) "
+def _vocabulary(model: nn.Module) -> int | None:
+    """Number of ids of the first embedding."""
+    return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
 
 
-def _outside(model: nn.Module, inputs: Any) -> bool:
-    """Whether an id may be outside of the vocabulary, the first embedding's."""
-    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+def _largest(inputs: Any) -> int:
     ids = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_floating_point() and t.numel()]
-    return embedding is None or any(int(t.max()) >= embedding.num_embeddings for t in ids)
+    return max((int(t.max()) for t in ids), default=-1)
+
+
+def check_same_labels(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError where two transformers models number the same labels in another order."""
+    own, other = ({i: str(label) for i, label in getattr(getattr(m, "config", None), "id2label", {}).items()}
+                  for m in (student, teacher))  # fmt: skip
+    if own != other and sorted(own.values()) == sorted(other.values()):
+        index = next(i for i in own if own[i] != other.get(i))
+        raise ValueError(
+            f"class {index} is {own[index]!r} to the student and {other.get(index)!r} to the teacher: the same labels "
+            "in another order; give both the same config.id2label, and the labels of the data in that order"
+        )
 
 
 @contextmanager
@@ -195,6 +213,15 @@ def _dtype_of(teacher: nn.Module) -> Iterator[Callable[[Any], Any]]:
         yield cast
     finally:
         torch.set_default_dtype(before)
+
+
+def _device_of(teacher: nn.Module) -> torch.device | None:
+    """That of its first parameter; of a model that lies on several it is the one of its inputs."""
+    return next((p.device for p in teacher.parameters()), None)
+
+
+def _move(inputs: Any, device: torch.device | None) -> Any:
+    return inputs if device is None else tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
 # --- where teachers come from -----------------------------------------------------------------------------------------
@@ -311,9 +338,8 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
             stops = options.get("stop")
             found += [_until(row, teacher.entry["cache"].get("stop", ()) if stops is None else stops) for row in ids]
             continue
-        device = next(teacher.parameters()).device
         with guest(teacher), _dtype_of(teacher) as cast:
-            ids = teacher.generate(**_move(cast(inputs), device), **options).cpu()
+            ids = teacher.generate(**_move(cast(inputs), _device_of(teacher)), **options).cpu()
         if not encodes:
             ids = ids[:, inputs["input_ids"].shape[1] :]
         elif (ids[:, 0] == teacher.config.decoder_start_token_id).all():
@@ -322,10 +348,6 @@ def pseudo_labels(teacher: Any, batches: Iterable[Any], **options: Any) -> list[
         end = options.get("eos_token_id", end)
         found += [_until(row, [] if end is None else end) for row in ids]
     return found
-
-
-def _move(inputs: Any, device: torch.device) -> Any:
-    return tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
 def _until(ids: Tensor, ends: Any) -> Tensor:
