@@ -234,7 +234,8 @@ def distillation(
 def cache_of(task: Task, teacher: nn.Module, data: Examples, seed: int, out: Path) -> TeacherCache:
     """The cache of the teacher of a seed, built where it is not there yet."""
     config, folder = replace(task.config, top_k=task.top_k), out / "caches" / f"{task.source.name}-{seed}"
-    return TeacherCache.build(folder, teacher, Keyed(data.train), config, collate_fn=data.collate, progress=False)
+    options = {"batch_size": 8, "collate_fn": data.collate, "progress": False}
+    return TeacherCache.build(folder, teacher, Keyed(data.train), config, **options)
 
 
 def _save(value: Any, path: Path) -> None:

@@ -59,7 +59,13 @@ def build(
                 f"{method!r} of {name} has not been trained at all of its rates; run: "
                 f"python benchmarks/distillation.py --out {out} --tasks {name} --seeds 0"
             )
-        model = task.deployed(torch.load(cell["path"].with_suffix(".pt"), weights_only=False))  # of distillation.py
+        saved = cell["path"].with_suffix(".pt")
+        if not saved.exists():
+            raise FileNotFoundError(
+                f"the model {saved} is not there, only its scores; remove {cell['path']}, and run: "
+                f"python benchmarks/distillation.py --out {out} --tasks {name} --seeds 0"
+            )
+        model = task.deployed(torch.load(saved, weights_only=False))  # of distillation.py
         quantize = task.quantize if any(fit.quantize for fit in task.methods[method]) else None
         export_model(model, folder, example_inputs=example, quantize=quantize, engines=engines, measure=False)
     return folder
