@@ -17,7 +17,7 @@ from lightning_accel import (
     distillation_loss,
     hidden_loss,
 )
-from lightning_accel.distill import TopK, label_mask, top_k_of
+from lightning_accel.distill import TopK, combine, label_mask, top_k_of
 
 STUDENT, TEACHER = [1.0, -2.0, 0.5, 0.1], [2.0, 0.0, -1.0, 0.3]
 
@@ -57,6 +57,32 @@ def test_equal_logits_cost_nothing_and_have_no_gradient(loss):
     found = distillation_loss(student, student.detach(), 2.0, loss=loss)
     (gradient,) = torch.autograd.grad(found, student)
     assert found.item() == pytest.approx(0.0, abs=1e-6) and gradient.abs().max() < 1e-6
+
+
+def test_the_gradient_is_t_times_the_difference_of_the_softened_probabilities() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 5, dtype=torch.float32, requires_grad=True), torch.randn(6, 5)
+    for temperature in (1.0, 4.0):
+        (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, temperature), student)
+        expected = temperature * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1)) / 6
+        assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def test_the_scale_of_the_gradient_hardly_depends_on_a_high_temperature() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(64, 50, requires_grad=True), torch.randn(64, 50)
+    norms = []
+    for temperature in (10.0, 20.0, 40.0):
+        (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, temperature), student)
+        norms.append(gradient.norm().item())
+    assert norms == pytest.approx([norms[0]] * 3, rel=0.05)
+
+
+def test_half_precision_logits_are_compared_in_float32() -> None:
+    student, teacher = torch.randn(8, 30).bfloat16(), torch.randn(8, 30).bfloat16()
+    loss = distillation_loss(student, teacher, 2.0)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, distillation_loss(student.float(), teacher.float(), 2.0))
 
 
 def test_jensen_shannon_is_symmetric_and_at_most_log_2():
@@ -210,6 +236,11 @@ def test_other_vocabularies_and_other_lengths_are_told_apart_with_the_way_out():
 # --- hidden states and attention maps -------------------------------------------------------------------------------
 
 
+def test_a_mask_of_another_shape_than_the_positions_is_refused():
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 1\), the positions \(2, 3\)"):
+        distillation_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, 5), mask=torch.ones(2, 1))
+
+
 def test_hidden_losses_are_their_formulas():
     s, t = [[3.0, 4.0], [1.0, 0.0]], [[4.0, 3.0], [0.0, 2.0]]
     student, teacher = torch.tensor(s), torch.tensor(t)
@@ -257,6 +288,13 @@ def test_attention_maps_are_compared_a_row_at_a_time():
 # --- the configuration ----------------------------------------------------------------------------------------------
 
 
+def test_alpha_weighs_the_two_losses() -> None:
+    task, teacher = torch.tensor(2.0), torch.tensor(10.0)
+    assert [combine(task, {"logits": teacher}, {"logits": a}).item() for a in (0.0, 0.25, 1.0)] == [2.0, 4.0, 10.0]
+    terms = {"logits": teacher, "hidden": torch.tensor(3.0)}
+    assert combine(task, terms, {"logits": 0.25, "hidden": 2.0}).item() == 0.75 * 2 + 0.25 * 10 + 2 * 3
+
+
 def test_weights_are_numbers_or_follow_progress():
     config = DistillConfig(
         alpha=Between(0.9, 0.1, Linear(0.0, 0.5)),
@@ -278,6 +316,10 @@ def test_weights_are_numbers_or_follow_progress():
     [
         ({"loss": "ce"}, r"loss='ce' is unknown; write one of \('kl', 'reverse-kl', 'js', 'mse'\)"),
         ({"hidden_loss": "l1"}, "hidden_loss='l1' is unknown"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"temperature": math.nan}, "must be positive"),
+        ({"alpha": 1.1}, r"outside \[0, 1\]"),
+        ({"alpha": -0.1}, r"outside \[0, 1\]"),
         ({"temperature": float("inf")}, "temperature=inf must be positive and finite; write temperature=2.0"),
         ({"temperature": "2"}, "temperature='2' must be positive and finite"),
         ({"hidden_weight": 3.0}, "hidden_weight=3.0 weighs nothing without hidden; write hidden='uniform' too"),

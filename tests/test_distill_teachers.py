@@ -14,7 +14,7 @@ import torch
 from helpers import Perceptron, Plain, assert_same, data, llama, loader, seeded, texts, trainer, weights
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from test_distill_student import whisper
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_accel import (
     AccelModule,
@@ -35,7 +35,7 @@ from lightning_accel import (
     student_from,
 )
 from lightning_accel.artifact import load_weights
-from lightning_accel.distill import LiveTeacher
+from lightning_accel.distill import LiveTeacher, guest, logits_of
 from lightning_accel.quantize import unprepare_
 
 
@@ -301,6 +301,30 @@ class Normalized(Perceptron):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(super().forward(x))
+
+
+def test_a_guest_is_in_eval_mode_without_gradients_and_leaves_as_it_came() -> None:
+    teacher = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    teacher[1].eval()
+    before, running = [m.training for m in teacher.modules()], teacher[2].running_mean.clone()
+    x: Tensor = torch.randn(3, 4, requires_grad=True)
+    with guest(teacher) as inside:
+        assert not any(m.training for m in inside.modules())
+        y = inside(x)
+    assert not y.requires_grad and torch.equal(teacher[2].running_mean, running)
+    assert [m.training for m in teacher.modules()] == before and torch.is_grad_enabled()
+    with pytest.raises(RuntimeError), guest(teacher):
+        raise RuntimeError
+    assert [m.training for m in teacher.modules()] == before
+
+
+def test_logits_are_found_in_what_models_put_out() -> None:
+    logits, model = torch.randn(2, 3), tiny.bert()
+    assert logits_of(logits) is logits and logits_of({"logits": logits, "loss": None}) is logits
+    output = model(tiny.ids())
+    assert logits_of(output) is output.logits
+    for other in (None, torch.tensor([1, 2]), torch.randn(3), {"loss": logits}, (logits,), torch.zeros(2, 2).long()):
+        assert logits_of(other) is None
 
 
 CONFIG = DistillConfig(hidden={"second": "first"})
