@@ -50,12 +50,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One target: its workloads, seconds to load, and peak resident memory of its process in bytes."""
+    """One target: its workloads, seconds to load, and peak resident memory of its process in bytes.
+
+    Attributes:
+        rounds: by workload the median of each round's runs; those of two targets with the same index ran in turns.
+    """
 
     seconds: dict[str, Spread]
     shapes: dict[str, str]
     load_s: float
     peak_rss_bytes: int
+    rounds: dict[str, list[float]]
 
 
 def compare(
@@ -86,7 +91,7 @@ def compare(
             if progress:
                 progress(f"loading {name}")
             workers[name] = _Worker(target, threads)
-        times: dict[str, dict[str, list[float]]] = {
+        times: dict[str, dict[str, list[list[float]]]] = {
             name: {w: [] for w in worker.workloads} for name, worker in workers.items()
         }
         for turn in range(rounds + 1):
@@ -97,13 +102,14 @@ def compare(
                 for workload in worker.workloads:
                     seconds = worker.ask({"run": workload, "repeat": repeat})["seconds"]
                     if turn:
-                        times[name][workload] += seconds
+                        times[name][workload].append(seconds)
         return {
             name: Measurement(
-                {w: _spread(t) for w, t in times[name].items()},
+                {w: _spread([t for turn in turns for t in turn]) for w, turns in times[name].items()},
                 worker.workloads,
                 worker.load_s,
                 worker.ask({"close": True})["peak_rss_bytes"],
+                {w: [statistics.median(turn) for turn in turns] for w, turns in times[name].items()},
             )
             for name, worker in workers.items()
         }

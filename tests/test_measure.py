@@ -19,6 +19,7 @@ def test_two_targets_take_turns_and_the_first_round_does_not_count() -> None:
     assert list(measured) == ["a", "b"]
     assert measured["a"].seconds["first"] == Spread(median=5.5, least=3.0, most=8.0, n=6), "1 and 2 were the warm-up"
     assert measured["a"].seconds["second"] == Spread(7.0, 7.0, 7.0, 6) and measured["b"].seconds["second"].median == 0.0
+    assert measured["a"].rounds == {"first": [3.5, 5.5, 7.5], "second": [7.0, 7.0, 7.0]}
     turns = [message for message in said if message.startswith("measuring")]
     assert turns == [f"measuring {name}, round {turn} of 3" for turn in range(4) for name in "ab"]
     assert measured["a"].load_s > 0 and measured["a"].peak_rss_bytes > 50e6
