@@ -240,8 +240,8 @@ def tasks() -> dict[str, Task]:
     minilm, smollm2 = as_quality("minilm", glosses), as_quality("smollm2", brown)
     minilm = replace(minilm, name="minilm-3-epochs", settings=replace(minilm.settings, epochs=3))  # as its students
     images = Source(
-        "efficientnet",
-        Settings(train=12000, validation=2000, test=10000, epochs=1, batch=64, lr=1e-3, begin=0.0, precision=q.BF16),
+        "efficientnet-4-epochs",  # as its students
+        Settings(train=12000, validation=2000, test=10000, epochs=4, batch=64, lr=1e-3, begin=0.0, precision=q.BF16),
         Settings(train=64, validation=32, test=64, epochs=1, batch=16, lr=1e-3, begin=0.0),
         fashion, fashion_teacher, partial(q.scores, q.TASKS["cnn"]), ACCURACY,
     )  # fmt: skip
