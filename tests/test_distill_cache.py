@@ -771,20 +771,9 @@ def test_samples_that_a_key_cannot_join_are_refused():
 
 
 def test_what_changes_samples_behind_their_keys_is_refused(tmp_path):
-    class Noisy(torch.utils.data.Dataset):
-        def __init__(self, dataset: Any) -> None:
-            self.dataset = dataset
-
-        def __len__(self) -> int:
-            return len(self.dataset)
-
-        def __getitem__(self, i: int) -> Any:
-            x, y, key = self.dataset[i]
-            return x + torch.randn(8), y, key
-
     cache, keyed = build(tmp_path)
-    with pytest.raises(ValueError, match=r"a Noisy changes samples after they were given their keys.*Keyed\(dataset"):
-        cache.check_loader(DataLoader(Noisy(keyed), batch_size=8))
+    with pytest.raises(ValueError, match=r"a Around changes samples after they were given their keys.*Keyed\(dataset"):
+        cache.check_loader(DataLoader(Around(keyed), batch_size=8))
     cache.check_loader(DataLoader(Subset(keyed, [3, 1]), batch_size=2))
     single = Keyed([torch.randn(8) for _ in range(4)])
     assert unchanged(single[2]) and not unchanged((single[2][0] + 1, single[2][1]))
