@@ -23,7 +23,6 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from distillation_cells import Cell, cells, chosen
 from distillation_report import report
 from distillation_tasks import Examples, Fit, Task, tasks
 from quality import fit_on, size
@@ -44,6 +44,7 @@ from lightning_accel import (
     AccelModule,
     Cubic,
     Distillation,
+    DistillConfig,
     Keyed,
     Pruning,
     QuantizationAwareTraining,
@@ -56,44 +57,6 @@ from lightning_accel import (
 from lightning_accel.measure import machine, versions
 
 SCHEDULE, BEGIN = Cubic(0.1, 0.6), 0.6  # of a fit that does both, as the README's example has them
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One student; `lr` is `None` for the rate that was chosen."""
-
-    task: str
-    method: str
-    seed: int
-    lr: float | None = None
-
-    def path(self, out: Path) -> Path:
-        name = self.method.replace(" ", "") + ("" if self.lr is None else f"-{self.lr:g}")
-        return out / self.task / f"seed{self.seed}" / f"{name}.json"
-
-
-def cells(chosen: dict[str, Task], seeds: list[int]) -> Iterator[Cell]:
-    """All cells: of seed 0 each method at each rate, then the other seeds."""
-    for name, task in chosen.items():
-        for method in task.methods:
-            yield from (Cell(name, method, 0, lr) for lr in rates(task, method))
-    for seed in (seed for seed in seeds if seed):
-        yield from (Cell(name, method, seed) for name, task in chosen.items() for method in task.methods)
-
-
-def rates(task: Task, method: str) -> tuple[float, ...]:
-    """Learning rates that the method chooses from: one where nothing is trained."""
-    return task.rates if task.methods[method] else task.rates[:1]
-
-
-def chosen(name: str, task: Task, method: str, out: Path) -> dict[str, Any]:
-    """The cell of seed 0 that is best on the validation split, and its path; nothing before all rates were tried."""
-    tried = [Cell(name, method, 0, lr).path(out) for lr in rates(task, method)]
-    if not all(path.exists() for path in tried):
-        return {}
-    found = [json.loads(path.read_text()) | {"path": path} for path in tried]
-    sign = -1 if task.source.unit.lower else 1
-    return max(found, key=lambda cell: sign * mean(cell["validation"]))
 
 
 # --- a cell -----------------------------------------------------------------------------------------------------------
@@ -139,29 +102,51 @@ def teacher_of(task: Task, seed: int, settings: Settings, out: Path) -> nn.Modul
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What the fits of a cell share."""
+
+    task: Task
+    teacher: nn.Module
+    data: Examples
+    seed: int
+    out: Path
+
+    @property
+    def cache_config(self) -> DistillConfig:
+        """Of a teacher that is read from disk."""
+        return replace(self.task.config, top_k=self.task.top_k)
+
+    def cache(self) -> TeacherCache:
+        """The teacher's cache, built where it is not there yet."""
+        folder, keyed = self.out / "caches" / f"{self.task.source.name}-{self.seed}", Keyed(self.data.train)
+        options = {"batch_size": 8, "collate_fn": self.data.collate, "progress": False}
+        return TeacherCache.build(folder, self.teacher, keyed, self.cache_config, **options)
+
+
 def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]:
     """Trains and scores one student."""
     started = time.perf_counter()
     data = load(task, settings)
-    teacher = teacher_of(task, cell.seed, settings, out)
+    lesson = Lesson(task, teacher_of(task, cell.seed, settings, out), data, cell.seed, out)
     pl.seed_everything(cell.seed, verbose=False)
-    student = task.student(teacher)
+    student = task.student(lesson.teacher)
     lr = cell.lr if cell.lr is not None else chosen(cell.task, task, cell.method, out)["lr"]
     training = replace(settings, epochs=task.epochs, lr=lr)
-    found: dict[str, Any] = {"lr": lr, "teacher_bytes": size(teacher)}
+    found: dict[str, Any] = {"lr": lr, "teacher_bytes": size(lesson.teacher)}
     fits = task.methods[cell.method]
     batches = data.order(cell.seed, training)
     if any(fit.teach == "cached" for fit in fits):
         begun = time.process_time()
-        cache_of(task, teacher, data, cell.seed, out)
+        lesson.cache()
         found["cache_seconds"] = time.process_time() - begun  # of a cell that finds it there: only of opening it
     begun = time.perf_counter(), time.process_time()
     for i, fit in enumerate(fits):
         part = batches[i * len(batches) // len(fits) : (i + 1) * len(batches) // len(fits)]
-        student = train(student, fit, task, training, teacher, data, part, cell.seed, out)
+        student = train(lesson, student, fit, training, part)
     found["fit_seconds"], found["cpu_seconds"] = time.perf_counter() - begun[0], time.process_time() - begun[1]
     if "cached" in task.methods and fits:
-        found["objective"] = objective(student, teacher, task, data, batches[-max(1, len(batches) // 10) :])
+        found["objective"] = objective(lesson, student, batches[-max(1, len(batches) // 10) :])
     if task.example and cell.seed == 0:
         _save(student, cell.path(out).with_suffix(".pt"))
     if any(fit.quantize for fit in fits):
@@ -169,73 +154,62 @@ def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]
     found["bytes"] = size(student)
     for part, held_out in (("validation", data.validation), ("scores", data.test)):
         found[part] = [round(score, 6) for score in task.source.scores(student, held_out).tolist()]
-    found |= teacher_scores(task, teacher, data, cell.seed, out)
+    found |= teacher_scores(lesson)
     return found | {"seconds": time.perf_counter() - started}
 
 
-def teacher_scores(task: Task, teacher: nn.Module, data: Examples, seed: int, out: Path) -> dict[str, float]:
+def teacher_scores(lesson: Lesson) -> dict[str, float]:
     """Means of the teacher of a seed, which its first cell finds for all."""
-    path = out / "teachers" / f"{task.source.name}-{seed}.json"
+    source, data = lesson.task.source, lesson.data
+    path = lesson.out / "teachers" / f"{source.name}-{lesson.seed}.json"
     if not path.exists():
         held_out = {"teacher validation": data.validation, "teacher scores": data.test}
-        found = {name: task.source.scores(teacher, batches).mean().item() for name, batches in held_out.items()}
+        found = {name: source.scores(lesson.teacher, batches).mean().item() for name, batches in held_out.items()}
         _write(found, path)
     return json.loads(path.read_text())
 
 
-def train(
-    student: nn.Module, fit: Fit, task: Task, training: Settings, teacher: nn.Module, data: Examples,
-    batches: list[list[int]], seed: int, out: Path,
-) -> nn.Module:  # fmt: skip
+def train(lesson: Lesson, student: nn.Module, fit: Fit, training: Settings, batches: list[list[int]]) -> nn.Module:
     """The student after one fit, without the neurons that were pruned in it."""
+    task, data = lesson.task, lesson.data
     callbacks: list[pl.Callback] = []
     if fit.teach:
-        callbacks.append(distillation(fit.teach, task, student, teacher, data, seed, out))
+        callbacks.append(distillation(lesson, student, fit.teach))
     if fit.prune:
         callbacks.append(Pruning(task.prune, SCHEDULE, module="model"))
     if fit.quantize:
         begin = BEGIN if fit.prune else 0.0  # a fit that only quantizes does so in all of its steps
         callbacks.append(QuantizationAwareTraining(task.quantize, begin, module="model"))
-    fit_on(student, training, loader(data, batches, fit.teach == "cached"), seed, *callbacks)
+    fit_on(student, training, loader(data, batches, fit.teach == "cached"), lesson.seed, *callbacks)
     pruned = [callback for callback in callbacks if isinstance(callback, Pruning)]
     example = inputs_of(next(iter(loader(data, batches[:1]))))
     return shrink_model(student, pruned[0].masks, example_inputs=example) if pruned else student
 
 
 @torch.no_grad()
-def objective(student: nn.Module, teacher: nn.Module, task: Task, data: Examples, batches: list[list[int]]) -> float:
+def objective(lesson: Lesson, student: nn.Module, batches: list[list[int]]) -> float:
     """What `logits` minimizes, over all classes and in float32, on these batches: the same for all methods."""
-    alpha, found = task.config.alpha, []
+    config, found = lesson.task.config, []
     student.eval()
-    for batch in loader(data, batches):
+    for batch in loader(lesson.data, batches):
         logits, targets = AccelModule(student).logits_and_targets(batch)
-        answers, _ = AccelModule(teacher).logits_and_targets(batch)
-        taught = distillation_loss(logits, answers, task.config.temperature, targets != -100)
-        found.append((alpha * taught + (1 - alpha) * F.cross_entropy(logits, targets)).item())
+        answers, _ = AccelModule(lesson.teacher).logits_and_targets(batch)
+        taught = distillation_loss(logits, answers, config.temperature, targets != -100)
+        found.append((config.alpha * taught + (1 - config.alpha) * F.cross_entropy(logits, targets)).item())
     return mean(found)
 
 
-def distillation(
-    teach: str, task: Task, student: nn.Module, teacher: nn.Module, data: Examples, seed: int, out: Path
-) -> Distillation:
+def distillation(lesson: Lesson, student: nn.Module, teach: str) -> Distillation:
     """The callback of a fit."""
-    config = task.config
+    task, config = lesson.task, lesson.task.config
+    if teach == "cached":
+        return Distillation(lesson.cache_config, teacher=lesson.cache(), student="model")
     if teach == "hidden":
-        parts = (getattr(model, task.network) if task.network else model for model in (student, teacher))
+        parts = (getattr(model, task.network) if task.network else model for model in (student, lesson.teacher))
         prefix = f"{task.network}." if task.network else ""
         pairs = layer_map(*parts, "uniform")
         config = replace(config, hidden={f"{prefix}{own}": f"{prefix}{other}" for own, other in pairs.items()})
-    if teach == "cached":
-        cache = cache_of(task, teacher, data, seed, out)
-        return Distillation(replace(config, top_k=task.top_k), teacher=cache, student="model")
-    return Distillation(config, teacher=teacher, student="model")
-
-
-def cache_of(task: Task, teacher: nn.Module, data: Examples, seed: int, out: Path) -> TeacherCache:
-    """The cache of the teacher of a seed, built where it is not there yet."""
-    config, folder = replace(task.config, top_k=task.top_k), out / "caches" / f"{task.source.name}-{seed}"
-    options = {"batch_size": 8, "collate_fn": data.collate, "progress": False}
-    return TeacherCache.build(folder, teacher, Keyed(data.train), config, **options)
+    return Distillation(config, teacher=lesson.teacher, student="model")
 
 
 def _save(value: Any, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillation import chosen
+from distillation_cells import chosen
 from distillation_tasks import Task
 from tables import LENGTHS, PAUSE, engine_loads, provenance, table
 

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from distillation_cells import Cell, chosen, rates
 from distillation_tasks import Task, Unit
 from quality_report import paired
 
@@ -22,8 +23,6 @@ def report(tasks: dict[str, Task], seeds: list[int], out: Path) -> str:
 
 
 def _table(name: str, task: Task, seeds: list[int], out: Path) -> str:
-    from distillation import chosen
-
     unit = task.source.unit
     picked = {method: chosen(name, task, method, out) for method in task.methods}
     found = {method: _read(out / name, method, cell, seeds) for method, cell in picked.items()}
@@ -82,8 +81,6 @@ def objectives(folder: Path) -> list[str]:
 
 def tried(name: str, task: Task, out: Path) -> list[str]:
     """The mean on the validation split at each rate that a method could choose, of seed 0."""
-    from distillation import Cell, rates
-
     said = []
     for method in task.methods:
         paths = [Cell(name, method, 0, lr).path(out) for lr in rates(task, method)]
