@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from .distill import logits_of
+from .distill import logits_of, split_key
+from .distill.keyed import KEY
 from .inputs import without_labels
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,6 +68,8 @@ class AccelModule(pl.LightningModule):
 
     def logits_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits [n, classes] and targets [n] of a batch, or both as the network gives them if not classes."""
+        if (isinstance(batch, Mapping) and KEY in batch) or (isinstance(batch, tuple | list) and len(batch) == 3):
+            batch, _ = split_key(batch)  # of a `Keyed` dataset, outside of a fit with `Distillation`
         if isinstance(batch, Mapping):
             if "labels" not in batch:
                 raise ValueError(f"the batch has no 'labels', only {sorted(batch)}; add them in the collate function")

@@ -36,6 +36,7 @@ from lightning_accel import (
 )
 from lightning_accel.distill import split_key
 from lightning_accel.distill.cache import fingerprint
+from lightning_accel.distill.given import check_given
 from lightning_accel.distill.keyed import is_key, unchanged
 
 CONFIG = DistillConfig(top_k=2)
@@ -503,6 +504,98 @@ def test_what_is_changed_on_the_way_from_the_data_to_the_student_is_an_error(tmp
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         fit.fit(seeded(Changes, where), loader)
+
+
+class Measured:
+    """Points that are computed in the default dtype, with a product that autocast would take."""
+
+    turn = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = data()[i]
+        return torch.tensor([0.1 * j for j in range(8)]) / 0.17 + x @ self.turn, y
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_samples_are_read_again_as_the_loader_reads_them_whatever_the_precision(tmp_path, precision):
+    teacher = seeded(Perceptron, 24, seed=3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        cache, keyed = build(tmp_path / "cache", teacher, Measured())
+    losses = []
+    for source in (cache, teacher):
+        fit = trainer(tmp_path, [Distillation(CONFIG, teacher=source)], precision=precision)
+        torch.manual_seed(3)
+        fit.fit(seeded(Plain), DataLoader(keyed, batch_size=8, shuffle=True))
+        losses.append(float(fit.callback_metrics["accel/distillation/teacher_loss"]))
+    near = {"32-true": 1e-6, "bf16-mixed": 1e-6}.get(precision, 0.2)  # elsewhere inputs of the teachers are rounded
+    assert losses[0] == pytest.approx(losses[1], rel=near)
+
+
+@pytest.mark.parametrize(
+    ("batch", "given", "fits"),
+    [
+        ({"x": 1, "strong": 2}, {"x": 1}, True),
+        ({"x": 1, "strong": 2}, {"x": 2}, False),
+        ({"x": 1, "strong": 2}, {"image": 2}, True),  # the teacher was asked by the names in its own forward
+        ([1, 2, 3], {"x": 1}, True),
+        ([1, 2, 3], {"x": 2}, False),
+        ([1, 2, 3], {"other": 2, "x": 1}, True),
+        ([{"ids": 1, "mask": 2}, 3], {"args": ({"ids": 1, "mask": 2},)}, True),
+        ([BatchEncoding({"ids": 1}), 3], {"ids": 2}, False),
+        ([BatchEncoding({"ids": 1}), 3], {"ids": 1}, True),
+        (1, {"x": 1}, True),
+        (1, {"x": 1, "mask": "constant"}, True),
+        (1, {"x": 1, "noise": "constant"}, False),
+        (1, {"x": 1, "mask": "ones"}, True),
+        (1, {"x": 1, "weights": "ones"}, False),
+        (1, {"x": 1, "token_type_ids": "zeros"}, True),
+        (1, {"x": 1, "position_ids": "range"}, True),
+        ({"x": 1, "mask": "zeros"}, {"x": 1, "mask": "ones"}, False),
+    ],
+)
+def test_arguments_are_those_of_the_batch_by_name_or_say_nothing(batch, given, fits):
+    constant, zeros = torch.randn(4, generator=torch.Generator().manual_seed(9)), torch.zeros(4, dtype=torch.long)
+    known: dict[Any, torch.Tensor] = {"ones": torch.ones(4), "zeros": zeros, "range": torch.arange(4)}
+    known |= {i: torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in (1, 2, 3)}
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, dict | BatchEncoding):
+            return type(value)({name: tensors(item) for name, item in value.items()})
+        return type(value)(map(tensors, value)) if isinstance(value, list | tuple) else known[value].clone()
+
+    given = {name: constant if value == "constant" else tensors(value) for name, value in given.items()}
+    constants = [constant] if "mask" in given else []
+    if fits:
+        check_given(tensors(batch), nn.Identity(), given, constants)
+    else:
+        with pytest.raises(ValueError, match=r"the student is called with \w+ \(4,\), which is not what the data give"):
+            check_given(tensors(batch), nn.Identity(), given, constants)
+
+
+def test_keys_leave_validation_batches_too_and_an_accel_module_takes_none(tmp_path):
+    from torch.utils.data import random_split
+
+    cache, keyed = build(tmp_path / "cache")
+    train, held_out = (DataLoader(part, batch_size=8) for part in random_split(keyed, [24, 8]))
+    fit = trainer(tmp_path, [Distillation(CONFIG, teacher=cache)])
+    fit.fit(seeded(Plain), train, held_out)
+    assert fit.callback_metrics["val_loss"] > 0
+    module = AccelModule(seeded(Perceptron))
+    trainer(tmp_path).validate(module, held_out, verbose=False)
+    mappings = Keyed([{"x": x, "labels": y} for x, y in data()])
+    trainer(tmp_path).validate(module, DataLoader(mappings, batch_size=8), verbose=False)
+
+
+def test_batches_that_cannot_carry_keys_say_what_to_write(tmp_path):
+    cache, keyed = build(tmp_path)
+    with pytest.raises(ValueError, match=r"let the loader make the batches: DataLoader\(data, batch_size=32\)"):
+        cache.check_loader(DataLoader(keyed, batch_size=None))
+    Batch = namedtuple("Batch", "x y key")
+    with pytest.raises(ValueError, match="makes a Batch, a named tuple, of samples and keys"):
+        build(tmp_path / "other", collate_fn=lambda s: Batch(*torch.utils.data.default_collate(s)))
 
 
 def test_a_mask_that_training_step_makes_counts_as_another_input_unless_it_masks_nothing(tmp_path):

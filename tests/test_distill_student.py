@@ -16,6 +16,10 @@ from lightning_accel import layer_map, student_from
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import (
+        AlbertConfig,
+        AlbertModel,
+        ConvNextConfig,
+        ConvNextModel,
         DebertaV2Config,
         DebertaV2ForSequenceClassification,
         Dinov2Config,
@@ -28,12 +32,16 @@ with warnings.catch_warnings():
         GPT2LMHeadModel,
         LlamaConfig,
         LlamaForCausalLM,
+        MarianConfig,
+        MarianMTModel,
         Phi3Config,
         Phi3ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
         SmolLM3Config,
         SmolLM3ForCausalLM,
+        SwinConfig,
+        SwinModel,
         T5Config,
         T5ForConditionalGeneration,
         Wav2Vec2Config,
@@ -277,6 +285,37 @@ def test_lists_that_are_not_of_layers_stay_whole():
     assert torch.equal(mine[name.format(1)], theirs[name.format(3)])
     assert all(torch.equal(mine[n], theirs[n]) for n in mine if "conv_layers" in n)
     assert student(torch.randn(1, 800)).logits.shape == teacher(torch.randn(1, 800)).logits.shape
+
+
+def test_layers_in_stages_and_layers_that_know_their_index_are_refused():
+    swin = seeded(SwinModel, SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2],
+                                        window_size=4))  # fmt: skip
+    with pytest.raises(ValueError, match="layers of a SwinModel are not one list"):
+        student_from(swin, layers=1)
+    convnext = seeded(ConvNextModel, ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=32))
+    for layers in (1, 2):
+        with pytest.raises(ValueError, match="are not one list"):
+            student_from(convnext, layers=layers)
+    scaled = GPT2Config(vocab_size=20, n_embd=16, n_layer=3, n_head=2, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match=r"keep the first layers: layers=\[0, 1\]"):
+        student_from(seeded(GPT2LMHeadModel, scaled), layers=2)
+    assert student_from(seeded(GPT2LMHeadModel, scaled), layers=[0, 1]).config.n_layer == 2
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    albert = AlbertConfig(**sizes, embedding_size=8, num_hidden_layers=4)
+    assert student_from(seeded(AlbertModel, albert), layers=2).config.num_hidden_layers == 2
+    groups = AlbertConfig(**sizes, embedding_size=8, num_hidden_layers=4, num_hidden_groups=2)
+    with pytest.raises(ValueError, match="are not one list"):
+        student_from(seeded(AlbertModel, groups), layers=3)
+
+
+def test_tables_of_positions_that_are_not_saved_are_those_of_the_students_width(tmp_path):
+    sizes = {"vocab_size": 20, "decoder_vocab_size": 20, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+             "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+             "pad_token_id": 0, "decoder_start_token_id": 0, "max_position_embeddings": 16}  # fmt: skip
+    student = student_from(seeded(MarianMTModel, MarianConfig(**sizes)).eval(), width=0.5)
+    student.save_pretrained(tmp_path)
+    again, ids = MarianMTModel.from_pretrained(tmp_path).eval(), tiny.ids(1, 6) % 20
+    assert torch.equal(again(ids, decoder_input_ids=ids).logits, student(ids, decoder_input_ids=ids).logits)
 
 
 def test_t5_without_its_first_layer_keeps_the_bias_that_lies_in_it():

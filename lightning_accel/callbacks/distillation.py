@@ -24,6 +24,7 @@ from ..distill import (
     positions_of,
     split_key,
 )
+from ..distill.given import check_given, samples_of
 from ..distill.layers import check_names
 from ..distill.teacher import FORMS, check_same_labels
 from ..loaded import LoadedModel
@@ -86,7 +87,8 @@ class Distillation(AccelCallback):
         self._named = student is not None
         self._resumed = False
         self._keys: Tensor | None = None  # of the batch that is trained on
-        self._unseen = True  # a batch is to be compared with the data
+        self._unseen = True  # no batch of the epoch has been compared with the data
+        self._given: Any = None  # that the data give, to be compared with what the student is called with
         self._source: nn.Module | LoadedModel | TeacherCache | None = None  # during the fit, if not "self"
         self._live: LiveTeacher | None = None
         self._home: torch.device | None = None
@@ -116,7 +118,7 @@ class Distillation(AccelCallback):
         self.release(pl_module)
         self._former, self.projections = None, Projections()  # a checkpoint's are restored after this
         self._load(trainer, pl_module)
-        self._resumed, self._keys = False, None
+        self._resumed, self._keys, self._given = False, None, None
         self._student = student = StudentCalls(pl_module, self.module if self._named else None, *self._layers())
 
         def with_teacher(training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -125,8 +127,9 @@ class Distillation(AccelCallback):
             return self._step(trainer, pl_module, training_step, args, kwargs)
 
         def without_keys(transfer: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if trainer.training and self._student is student:
-                batch, self._keys = split_key(batch)
+            if self._student is student:
+                batch, keys = split_key(batch)
+                self._keys = keys if trainer.training else self._keys
             return transfer(batch, *args, **kwargs)
 
         patch(pl_module, "training_step", with_teacher)
@@ -151,7 +154,8 @@ class Distillation(AccelCallback):
             source = guests.network_of(source, self.module if self._named else None)
         if isinstance(source, nn.Module):
             guests.check_apart(source, pl_module, student if self._named else None)
-            check_same_labels(network_in(student), network_in(source))
+            if config.alpha != 0.0:
+                check_same_labels(network_in(student), network_in(source))
             self._home = next((p.device for p in source.parameters()), None)
         self._source = source
         model: nn.Module | None = source if isinstance(source, nn.Module) else student
@@ -229,7 +233,11 @@ class Distillation(AccelCallback):
     # --- the student as its own teacher
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Keeps the student as it is before pruning or quantization begins in this step."""
+        """Reads a cache's first batch of the epoch again; keeps the student as it is before pruning or quantization."""
+        assert self.total is not None
+        if self._unseen and isinstance(self._source, TeacherCache):
+            asked = any(self.config.weights(trainer.global_step, self.total).values())
+            self._given = samples_of(self._loader(trainer), self._keys) if asked else None
         waits = self.teacher == "self" and self._former is None
         if waits and former.begins(self.siblings(trainer), trainer.global_step):
             self._former = former.weights_of(self.target(pl_module), trainer)
@@ -292,9 +300,9 @@ class Distillation(AccelCallback):
                     "once, or give the teacher itself"
                 )
             answer = self._source.read(self._keys)
-            if self._unseen:
-                self._source.check_call(self._loader(pl_module.trainer), self._keys, call.network, call.named)
-                self._unseen = False
+            if self._given is not None:
+                check_given(self._given, call.network, call.named, [*pl_module.buffers(), *pl_module.parameters()])
+                self._unseen, self._given = False, None
             return answer
         assert self._live is not None
         if call.changed:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..inputs import ExampleInputs, inputs_of_batch, split_inputs, with_decoder_inputs, without_labels
 from ..loaded import LoadedModel, LoadedSeq2Seq
+from .given import without_autocast
 from .keyed import Keyed, indices_of, split_key
 from .losses import TopK, check_states, top_k_of
 from .store import Stream, read_manifest, write_manifest
@@ -79,7 +80,8 @@ class Builder:
 
     def _ask(self, indices: range) -> tuple[Tensor, dict[str, tuple[list[Tensor], Tensor]]]:
         """Keys of the samples of one batch, and parts and lengths of each stream."""
-        batch, keys = split_key(self.collate([self.data[i] for i in indices]))
+        with without_autocast():
+            batch, keys = split_key(self.collate([self.data[i] for i in indices]))
         if indices_of(keys).tolist() != list(indices):
             raise ValueError("the collate function reorders samples or their keys; give one that keeps the order")
         model, top_k = self.live.model, self.manifest["top_k"]

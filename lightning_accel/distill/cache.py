@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .. import select
-from ..inputs import with_decoder_inputs, without_labels
 from ..loaded import LoadedModel
 from .builder import Builder
 from .config import DistillConfig
+from .given import keyed_of, without_autocast
 from .keyed import Keyed, digest, indices_of, split_key, spread, unchanged
 from .losses import TopK
 from .store import FORMAT, Stream, check_size, locked, mapped, read_manifest
@@ -147,10 +146,15 @@ class TeacherCache:
         Reads a few samples. Of a loader without a dataset of its own nothing is known before its first batch, whose
         keys say of which data they are.
         """
-        data = _keyed(loader)
+        data = keyed_of(loader)
         outermost: Any = getattr(loader, "dataset", None)
         if data is None:
             return
+        if getattr(loader, "batch_sampler", loader) is None:
+            raise ValueError(
+                "DataLoader(batch_size=None) gives samples or batches of the dataset's own, and a cache is found by a "
+                "key of each sample; let the loader make the batches: DataLoader(data, batch_size=32)"
+            )
         if data.fingerprint != self.manifest["data"]:
             raise ValueError(f"the samples are not those that the cache {self.directory} was built with; {_AGAIN}")
         around = outermost is not data and hasattr(outermost, "__getitem__") and hasattr(outermost, "__len__")
@@ -165,33 +169,6 @@ class TeacherCache:
                 f"the DataLoader's collate_fn gives other inputs than the cache {self.directory} was built with; "
                 "build it with TeacherCache.build(..., collate_fn=loader.collate_fn)"
             )
-
-    def check_call(self, loader: Any, keys: Tensor | None, student: nn.Module, given: Mapping[str, Any]) -> None:
-        """Raises ValueError where the student is called with other tensors than the data give for these keys.
-
-        The samples are read once more and collated. What a batch's hooks or `training_step` make of them, the teacher
-        was not asked about. The same numbers in another shape are no others, and masks of ones say nothing.
-
-        Args:
-            student: whose call it is; it decides how labels become decoder inputs.
-            given: its arguments by name.
-        """
-        data, collate = _keyed(loader), getattr(loader, "collate_fn", None)
-        if data is None or collate is None:
-            return
-        with torch.random.fork_rng(devices=[]):
-            batch, _ = split_key(collate([data[i] for i in indices_of(keys).tolist()]))
-        batch = with_decoder_inputs(student, dict(batch)) if isinstance(batch, Mapping) else batch
-        known = [tensor for tensor in tree_leaves(batch) if isinstance(tensor, Tensor)]
-        for name, tensors in without_labels(given).items():
-            for tensor in tree_leaves(tensors):
-                if isinstance(tensor, Tensor) and not _all_ones(tensor) and not any(_same(tensor, k) for k in known):
-                    raise ValueError(
-                        f"the student is called with {name} {tuple(tensor.shape)}, which is not what the data give for "
-                        "these keys: training_step, a hook of the batch's transfer or a dataset around Keyed changes "
-                        "it, and the teacher was asked before that. Change samples below Keyed, or in the collate "
-                        "function, and build the cache of those; or give the teacher itself"
-                    )
 
     def read(self, keys: Tensor | None) -> Answer:
         """The teacher's answer for the samples with these keys [batch]: positions of all, one after the other.
@@ -243,26 +220,6 @@ def fingerprint(teacher: nn.Module | LoadedModel) -> str:
     return sha.hexdigest()
 
 
-def _keyed(loader: Any) -> Keyed | None:
-    """The dataset with keys that a loader reads from, through those around it."""
-    data = getattr(loader, "dataset", None)
-    while data is not None and not isinstance(data, Keyed):
-        data = getattr(data, "dataset", None)
-    return data
-
-
-def _same(given: Tensor, read: Tensor) -> bool:
-    """Whether these are the same numbers, whatever shape, device or precision they are given in."""
-    if given.numel() != read.numel():
-        return False
-    one, other = (t.detach().cpu().to(given.dtype).flatten() for t in (given, read))
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))  # by bytes: NaN is NaN
-
-
-def _all_ones(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() and bool((tensor == 1).all())
-
-
 def _settings(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in inspect.signature(type(module).__init__).parameters:
@@ -281,7 +238,8 @@ def _preprocessing(data: Keyed, collate: Callable[[list[Any]], Any]) -> str:
         ValueError: it does not make the same of them twice.
     """
     groups = [[i] for i in data.probes()] + [data.probes()]
-    once, again = ([digest(split_key(collate([data[i] for i in some]))[0]) for some in groups] for _ in range(2))
+    with without_autocast():
+        once, again = ([digest(split_key(collate([data[i] for i in some]))[0]) for some in groups] for _ in range(2))
     if once != again:
         raise ValueError(
             "the collate function gives another batch each time for the same sample, as one does that masks at random, "

@@ -194,6 +194,11 @@ def split_key(batch: Any) -> tuple[Any, Tensor | None]:
             rest = copy.copy(batch)
             del rest[KEY]
     elif isinstance(batch, tuple | list) and len(batch) > 1 and is_key(batch[-1]):
+        if hasattr(batch, "_fields"):
+            raise ValueError(
+                f"the collate function makes a {type(batch).__name__}, a named tuple, of samples and keys, which "
+                "training_step could not take without the key; make a plain tuple or a mapping"
+            )
         keys, rest = torch.as_tensor(batch[-1]), type(batch)(batch[:-1])
         rest = rest[0] if len(rest) == 1 and bool((keys >> _HASH + _INDEX == _LONE).all()) else rest
     else:

@@ -237,7 +237,7 @@ def _check_ruled_out(student: Tensor, teacher: Tensor, loss: str) -> None:
     who = ("student", "teacher") if loss == "kl" else ("teacher", "student")
     raise ValueError(
         f"the {who[0]} rules out a class (logit -inf) that the {who[1]} does not, so that loss={loss!r} is infinite; "
-        "rule it out in both, or write loss='js', which is at most log 2"
+        "rule it out in both, or write loss='js', which is at most log 2 (in float16, large logits overflow to it)"
     )
 
 

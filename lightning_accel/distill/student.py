@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def student_from(teacher: Any, layers: Chosen | Mapping[str, Chosen] | None = No
     for name, buffer in student.named_buffers():
         if name in buffers:
             buffer.data = buffer.data.to(buffers[name].dtype)
-    _copy_weights(student, teacher, kept)
+    _copy_weights(student, teacher, _stacks(student, teacher, kept), width is not None)
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
@@ -92,7 +92,14 @@ def student_from(teacher: Any, layers: Chosen | Mapping[str, Chosen] | None = No
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _choose_layers(config: Any, layers: Any) -> dict[str, list[int]]:
+class _Kept(NamedTuple):
+    """The layers of a side that are kept, of all `total`."""
+
+    indices: list[int]
+    total: int
+
+
+def _choose_layers(config: Any, layers: Any) -> dict[str, _Kept]:
     """Side (`""`, `encoder`, `decoder`) -> the teacher's layers that are kept; writes their number into the config."""
     if layers is None:
         return {}
@@ -109,17 +116,25 @@ def _choose_layers(config: Any, layers: Any) -> dict[str, list[int]]:
         if name is None:
             raise ValueError(f"a {type(config).__name__} does not say how many {side} layers it has")
         total = getattr(config, name)
-        kept[side] = _indices(chosen, total, side)
-        setattr(config, name, len(kept[side]))
+        indices = _indices(chosen, total, side)
+        kept[side] = _Kept(indices, total)
+        first = list(range(len(indices)))
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False) and indices != first:
+            raise ValueError(
+                f"scale_attn_by_inverse_layer_idx=True scales attention by a layer's index, which changes; "
+                f"keep the first layers: layers={first}"
+            )
+        setattr(config, name, len(indices))
         if side == "encoder" and hasattr(config, "num_hidden_layers"):
-            config.num_hidden_layers = len(kept[side])
+            config.num_hidden_layers = len(indices)
         if not encodes:  # what the configuration says of each layer, such as layer_types
             for key, each in config.to_dict().items():
-                of_layers = "layer" in key and isinstance(each, list) and len(each) == total
+                named = "layer" in key or key == "attention_window"
+                of_layers = named and isinstance(each, list) and len(each) == total
                 if of_layers and isinstance(getattr(config, key, None), list):
-                    setattr(config, key, [each[i] for i in kept[side]])
+                    setattr(config, key, [each[i] for i in indices])
             if getattr(config, "stage_names", None) and hasattr(config, "set_output_features_output_indices"):
-                config.stage_names = config.stage_names[: len(kept[side]) + 1]  # a backbone gives its last stage
+                config.stage_names = config.stage_names[: len(indices) + 1]  # a backbone gives its last stage
                 config.set_output_features_output_indices(out_features=None, out_indices=None)
     return kept
 
@@ -161,9 +176,9 @@ def _scale_widths(config: Any, width: float) -> None:
         setattr(config, name, int(getattr(config, name) * width))
 
 
-def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> None:
-    """Copies each tensor of the teacher, or its first slices, to where it belongs in the student."""
-    theirs, stacks = teacher.state_dict(), _stacks(student, teacher, kept)
+def _copy_weights(student: Any, teacher: Any, stacks: Mapping[str, list[int]], narrower: bool) -> None:
+    """Copies each tensor of the teacher, or its first slices where the student is `narrower`, to where it belongs."""
+    theirs, made = teacher.state_dict(), set(student._keys_to_ignore_on_save or ())
     taken = {_teachers_name(name, stacks) for name in student.state_dict()}
     if lost := [name for name in theirs if name not in taken and not _left_out(name, stacks)]:
         raise ValueError(
@@ -173,9 +188,12 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, lis
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             source = theirs.get(_teachers_name(name, stacks))
+            if name in made and (source is None or source.shape != tensor.shape):
+                continue  # a table that the class computes, and would compute again when it is loaded
             if (
                 source is None
                 or source.dim() != tensor.dim()
+                or (not narrower and source.shape != tensor.shape)
                 or any(a > b for a, b in zip(tensor.shape, source.shape, strict=True))
             ):
                 shape = None if source is None else tuple(source.shape)
@@ -194,17 +212,25 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, kept: Mapping[str, lis
             tensor.copy_(_first(source, tensor.shape, parts))
 
 
-def _stacks(student: nn.Module, teacher: nn.Module, kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def _stacks(student: nn.Module, teacher: Any, kept: Mapping[str, _Kept]) -> dict[str, list[int]]:
     """Name of each list of layers -> the teacher's layers that it keeps; lists of other things stay whole."""
-    found: dict[str, list[int]] = {}
+    found, sides = dict[str, list[int]](), set[str]()
     lists = {name: module for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList)}
     for name, module in student.named_modules():
         side = next((s for s in ("encoder", "decoder") if s in kept and f".{s}." in f".{name}."), "")
         if name not in lists or side not in kept or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        indices, layers = kept[side], list(module.children())
-        if len(layers) == len(indices) and max(indices) < len(lists[name]):
+        indices, total = kept[side]
+        if len(list(module.children())) == len(indices) and len(lists[name]) == total:
             found[name] = indices
+            sides.add(side)
+    shared = getattr(teacher.config, "num_hidden_groups", None) == 1  # ALBERT's layers are one
+    if kept and (hasattr(teacher.config, "depths") or (sides != set(kept) and not shared)):
+        raise ValueError(
+            f"layers of a {type(teacher).__name__} are not one list whose length its config gives (they are stages, or "
+            "groups), so that student_from cannot choose among them; build the student yourself, and distil with any "
+            "teacher"
+        )
     return found
 
 

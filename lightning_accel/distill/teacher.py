@@ -184,10 +184,17 @@ def _largest(inputs: Any) -> int:
     return max((int(t.max()) for t in ids), default=-1)
 
 
+def _labels_of(model: nn.Module) -> dict[int, str]:
+    """transformers' names of the classes; users write their numbers as strings, too."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(named, Mapping) or not all(str(i).isdecimal() for i in named):
+        return {}
+    return {int(i): str(label) for i, label in named.items()}
+
+
 def check_same_labels(student: nn.Module, teacher: nn.Module) -> None:
     """Raises ValueError where two transformers models number the same labels in another order."""
-    own, other = ({i: str(label) for i, label in getattr(getattr(m, "config", None), "id2label", {}).items()}
-                  for m in (student, teacher))  # fmt: skip
+    own, other = _labels_of(student), _labels_of(teacher)
     if own != other and sorted(own.values()) == sorted(other.values()):
         index = next(i for i in own if own[i] != other.get(i))
         raise ValueError(
