@@ -24,13 +24,13 @@ from ..distill import (
     positions_of,
     split_key,
 )
-from ..distill.given import check_given, samples_of
 from ..distill.layers import check_names
 from ..distill.teacher import FORMS, check_same_labels
 from ..loaded import LoadedModel
 from ..module import AccelModule
 from . import former, guests
 from .base import AccelCallback
+from .cached import CachedTeacher
 from .calls import Call, StudentCalls, network_in
 from .length import total_steps
 from .patches import patch, unpatch
@@ -86,12 +86,9 @@ class Distillation(AccelCallback):
         self.total: float | None = None
         self._named = student is not None
         self._resumed = False
-        self._keys: Tensor | None = None  # of the batch that is trained on
-        self._unseen = True  # no batch of the epoch has been compared with the data
-        self._given: Any = None  # that the data give, to be compared with what the student is called with
-        self._source: nn.Module | LoadedModel | TeacherCache | None = None  # during the fit, if not "self"
-        self._live: LiveTeacher | None = None
-        self._home: torch.device | None = None
+        self._live: LiveTeacher | None = None  # during the fit
+        self._cached: CachedTeacher | None = None
+        self._home: torch.device | None = None  # of the live teacher, before the fit
         self._terms: dict[str, dict[str, str]] = {}  # -> pairs of layers
         self._former: dict[str, Tensor] | None = None  # the student's weights as they were
         self._student: StudentCalls | None = None  # during the fit
@@ -118,7 +115,7 @@ class Distillation(AccelCallback):
         self.release(pl_module)
         self._former, self.projections = None, Projections()  # a checkpoint's are restored after this
         self._load(trainer, pl_module)
-        self._resumed, self._keys, self._given = False, None, None
+        self._resumed = False
         self._student = student = StudentCalls(pl_module, self.module if self._named else None, *self._layers())
 
         def with_teacher(training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +126,8 @@ class Distillation(AccelCallback):
         def without_keys(transfer: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
             if self._student is student:
                 batch, keys = split_key(batch)
-                self._keys = keys if trainer.training else self._keys
+                if self._cached is not None and trainer.training:
+                    self._cached.keys = keys
             return transfer(batch, *args, **kwargs)
 
         patch(pl_module, "training_step", with_teacher)
@@ -157,11 +155,10 @@ class Distillation(AccelCallback):
             if config.alpha != 0.0:
                 check_same_labels(network_in(student), network_in(source))
             self._home = next((p.device for p in source.parameters()), None)
-        self._source = source
         model: nn.Module | None = source if isinstance(source, nn.Module) else student
         if isinstance(source, TeacherCache):
             source.check(config)
-            model = None
+            model, self._cached = None, CachedTeacher(source, trainer)
             for layers in (config.hidden, config.attention):
                 check_names(student, layers or (), "student")
         self._terms = {"logits": {}}
@@ -190,10 +187,10 @@ class Distillation(AccelCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a teacher that an optimizer would train, schedules that do not fit, and data of another cache."""
         super().on_train_start(trainer, pl_module)
-        if isinstance(self._source, nn.Module):
-            guests.check_untrained(self._source, trainer)
-        if isinstance(self._source, TeacherCache):
-            self._source.check_loader(self._loader(trainer))
+        if self._live is not None and isinstance(self._live.model, nn.Module):
+            guests.check_untrained(self._live.model, trainer)
+        if self._cached is not None:
+            self._cached.check_loader()
         if not self._resumed:
             self.total = total_steps(trainer, pl_module)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -206,12 +203,8 @@ class Distillation(AccelCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the epoch's first batch compared with the data that a cache is of."""
         super().on_train_epoch_start(trainer, pl_module)
-        self._unseen = True
-
-    def _loader(self, trainer: pl.Trainer) -> Any:
-        """The DataLoader of training; `None` of several, which a cache does not work with."""
-        loaders = trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else []
-        return loaders[0] if len(loaders) == 1 else None
+        if self._cached is not None:
+            self._cached.begin_epoch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes hooks and wrapper off."""
@@ -228,16 +221,15 @@ class Distillation(AccelCallback):
             self._live.remove()
             if isinstance(self._live.model, nn.Module) and self._home is not None:
                 self._live.model.to(self._home)
-        self._live = self._source = self._home = None
+        self._live = self._cached = self._home = None
 
     # --- the student as its own teacher
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Reads a cache's first batch of the epoch again; keeps the student as it is before pruning or quantization."""
         assert self.total is not None
-        if self._unseen and isinstance(self._source, TeacherCache):
-            asked = any(self.config.weights(trainer.global_step, self.total).values())
-            self._given = samples_of(self._loader(trainer), self._keys) if asked else None
+        if self._cached is not None and any(self.config.weights(trainer.global_step, self.total).values()):
+            self._cached.begin_batch()
         waits = self.teacher == "self" and self._former is None
         if waits and former.begins(self.siblings(trainer), trainer.global_step):
             self._former = former.weights_of(self.target(pl_module), trainer)
@@ -260,7 +252,7 @@ class Distillation(AccelCallback):
         if self.total is None:  # on_train_start was not called, as in Tuner.lr_find, which puts callbacks aside
             self.total = total_steps(trainer, pl_module)
         weights = self.config.weights(trainer.global_step, self.total)
-        if self._live is None and self._source is None:
+        if self._live is None and self._cached is None:
             weights = dict.fromkeys(weights, 0.0)  # its own teacher, which is not there yet
         student = self._student
         assert student is not None
@@ -293,17 +285,8 @@ class Distillation(AccelCallback):
         return {name: torch.stack([one[name] for one in found]).mean() for name in wanted}
 
     def _ask(self, pl_module: pl.LightningModule, call: Call, calls: int) -> Answer:
-        if isinstance(self._source, TeacherCache):
-            if calls != 1:
-                raise ValueError(
-                    f"training_step calls the student {calls} times, and a cache holds one answer a sample; call it "
-                    "once, or give the teacher itself"
-                )
-            answer = self._source.read(self._keys)
-            if self._given is not None:
-                check_given(self._given, call.network, call.named, [*pl_module.buffers(), *pl_module.parameters()])
-                self._unseen, self._given = False, None
-            return answer
+        if self._cached is not None:
+            return self._cached.ask(pl_module, call, calls)
         assert self._live is not None
         if call.changed:
             raise ValueError(
