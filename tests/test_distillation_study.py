@@ -274,7 +274,9 @@ def test_half_of_the_decoder_is_its_first_and_last_layers_and_hears_with_the_tea
     assert mean(found["as it starts"]["scores"]) == pytest.approx(sum(errors) / sum(words), abs=1e-5)
     assert found["none"]["fit_seconds"] > 0
     assert all(len(cell["scores"]) == 6 for cell in found.values())
-    assert "| toy | WER % | gain over none, 95 % |" in report({"toy": task}, [0], tmp_path)
+    said, kept = report({"toy": task}, [0], tmp_path), sorted(found["none"]["scores"])[:3]
+    assert "| toy | WER % | gain over none, 95 % |" in said
+    assert "Without the 3 worst clips of each cell: " in said and f"; none {100 * mean(kept):.2f}" in said
 
 
 # --- the real tasks ---------------------------------------------------------------------------------------------------
