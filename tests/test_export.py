@@ -328,12 +328,32 @@ def test_without_a_compiler_and_a_portable_program_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_says_why(tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'no space in the inn' >&2\nexit 3\n")
     broken.chmod(0o755)
     with pytest.raises(RuntimeError, match=r"(?s)g\+\+ could not compile the kernels.*no space in the inn"):
-        aoti._build_kernels(str(broken), tmp_path)
+        aoti._kernels(str(broken))
+
+
+def test_kernels_are_compiled_once_for_the_same_sources_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, builds, build = tmp_path / "kernels", [], aoti._build_kernels
+    sources.mkdir()
+    (sources / "one.cpp").write_text("int one() { return 1; }")
+    monkeypatch.setattr(aoti, "_KERNELS", sources)
+    monkeypatch.setattr(aoti, "_build_kernels", lambda *arguments: (builds.append(arguments), build(*arguments)))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    folders = [aoti._kernels(aoti._compiler(), flags) for flags in (None, None, ["-O1"], ["-O1"])]
+    assert folders[0] == folders[1] != folders[2] == folders[3] and len(builds) == 2
+    assert [file.name for file in folders[0].iterdir()] == [aoti._LIBRARY]
+    (sources / "one.h").write_text("")
+    assert aoti._kernels(aoti._compiler()) not in folders and len(builds) == 3
+    (sources / "one.cpp").write_text("int one() { return }")
+    for _ in range(2):  # what failed is not found as done
+        with pytest.raises(RuntimeError, match="could not compile the kernels"):
+            aoti._kernels(aoti._compiler())
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_computed(tmp_path: Path) -> None:

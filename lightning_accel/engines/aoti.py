@@ -11,6 +11,7 @@ an export that is repeated in one process would be verified, and served, through
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..capture import Capture
 
 _KERNELS = Path(__file__).parent / "kernels"
+_LIBRARY = "liblightning_accel_kernels.a"
 _OPERATORS = (  # which the kernels implement
     "int8_linear_tiled",
     "int4_linear",
@@ -174,9 +176,9 @@ def build(capture: Capture, directory: Path, name: str, processor: Processor | N
     convolutions = replace_convolutions(program) if fast and not quantized else {}
     tiled = replace_linear(program) if fast else {}
     freeze = not quantized and (bool(convolutions) or _could_be_packed(program, tiled))
+    kernels = _kernels(compiler, kernel_flags(processor))
     with tempfile.TemporaryDirectory() as temporary:
-        _build_kernels(compiler, Path(temporary), kernel_flags(processor))
-        package = _compile(program, Path(temporary), freeze, processor)
+        package = _compile(program, Path(temporary), kernels, freeze, processor)
         library = _extract(package, directory, name)
     weights = {} if freeze else _constants(library, program, capture, tiled)
     entry = {"file": library.name, "isa": instructions, "arch": platform.machine(), "weights": weights}
@@ -206,23 +208,49 @@ def kernel_flags(processor: Processor | None = None) -> list[str]:
     return [*flags, f"-I{Path(torch.__file__).parent / 'include'}"]
 
 
-def _build_kernels(compiler: str, directory: Path, flags: list[str] | None = None) -> None:
-    """Compiles the kernels, by default for this machine, into a static library in `directory`."""
+def _kernels(compiler: str, flags: list[str] | None = None) -> Path:
+    """A folder with the kernels as a static library; compiled unless it is in torch's cache of compiled code.
+
+    They are the same for all models: what tells one library from another is what it was compiled from, and with.
+
+    Args:
+        flags: of the compiler, by default for this machine.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    flags = flags or kernel_flags()
+    sources = sorted(path for path in _KERNELS.iterdir() if path.suffix in (".cpp", ".h"))
+    version = _run([compiler, "--version"])
+    made_of = [torch.__version__, compiler, version, *flags, *isa(), *(path.read_text() for path in sources)]
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:24]
+    folder = Path(cache_dir()) / "lightning_accel_kernels" / key
+    if not (folder / _LIBRARY).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # another process may be at it
+            _build_kernels(compiler, Path(temporary), flags)
+            (Path(temporary) / _LIBRARY).replace(folder / _LIBRARY)
+    return folder
+
+
+def _build_kernels(compiler: str, directory: Path, flags: list[str]) -> None:
+    """Compiles the kernels into a static library in `directory`."""
     objects = {source: directory / f"{source.stem}.o" for source in sorted(_KERNELS.glob("*.cpp"))}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        compile_ = [compiler, *(flags or kernel_flags()), "-c"]
+        compile_ = [compiler, *flags, "-c"]
         list(pool.map(lambda item: _run([*compile_, str(item[0]), "-o", str(item[1])]), objects.items()))
-    _run(["ar", "rcs", str(directory / "liblightning_accel_kernels.a"), *map(str, objects.values())])
+    _run(["ar", "rcs", str(directory / _LIBRARY), *map(str, objects.values())])
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What the command printed."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command[0]} could not compile the kernels:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def _compile(
-    program: torch.export.ExportedProgram, directory: Path, freeze: bool, processor: Processor | None
+    program: torch.export.ExportedProgram, directory: Path, kernels: Path, freeze: bool, processor: Processor | None
 ) -> Path:
     from torch._inductor import aoti_compile_and_package
 
@@ -240,7 +268,7 @@ def _compile(
     if processor is not None:
         configs |= {"cpp.march": processor.march, "cpp.simdlen": processor.bits}
     before = os.environ.get("LIBRARY_PATH")
-    os.environ["LIBRARY_PATH"] = os.pathsep.join([str(directory), *([before] if before else [])])
+    os.environ["LIBRARY_PATH"] = os.pathsep.join([str(kernels), *([before] if before else [])])
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)  # torch about torch
