@@ -56,6 +56,7 @@ from lightning_accel import (
 )
 from lightning_accel.measure import machine, versions
 
+CACHED = {"cached", "drawn"}  # ways of teaching
 SCHEDULE, BEGIN = Cubic(0.1, 0.6), 0.6  # of a fit that does both, as the README's example has them
 
 
@@ -112,16 +113,20 @@ class Lesson:
     seed: int
     out: Path
 
-    @property
-    def cache_config(self) -> DistillConfig:
-        """Of a teacher that is read from disk."""
-        return replace(self.task.config, top_k=self.task.top_k)
-
-    def cache(self) -> TeacherCache:
+    def cache(self, teach: str) -> TeacherCache:
         """The teacher's cache, built where it is not there yet."""
-        folder, keyed = self.out / "caches" / f"{self.task.source.name}-{self.seed}", Keyed(self.data.train)
+        name = f"{self.task.source.name}-{self.seed}" + ("-drawn" if teach == "drawn" else "")
         options = {"batch_size": 8, "collate_fn": self.data.collate, "progress": False}
-        return TeacherCache.build(folder, self.teacher, keyed, self.cache_config, **options)
+        return TeacherCache.build(
+            self.out / "caches" / name, self.teacher, Keyed(self.data.train), config_of(self.task, teach), **options
+        )
+
+
+def config_of(task: Task, teach: str) -> DistillConfig:
+    """What is learnt from the teacher's logits in one fit; both caches hold as many classes."""
+    half = task.top_k // 2
+    kept: dict[str, dict[str, Any]] = {"cached": {"top_k": task.top_k}, "drawn": {"top_k": half, "drawn": half}}
+    return replace(task.config, **kept.get(teach, {}))
 
 
 def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]:
@@ -136,9 +141,9 @@ def run(cell: Cell, task: Task, settings: Settings, out: Path) -> dict[str, Any]
     found: dict[str, Any] = {"lr": lr, "teacher_bytes": size(lesson.teacher)}
     fits = task.methods[cell.method]
     batches = data.order(cell.seed, training)
-    if any(fit.teach == "cached" for fit in fits):
+    for teach in {fit.teach for fit in fits} & CACHED:
         begun = time.process_time()
-        lesson.cache()
+        lesson.cache(teach)
         found["cache_seconds"] = time.process_time() - begun  # of a cell that finds it there: only of opening it
     begun = time.perf_counter(), time.process_time()
     for i, fit in enumerate(fits):
@@ -180,7 +185,7 @@ def train(lesson: Lesson, student: nn.Module, fit: Fit, training: Settings, batc
     if fit.quantize:
         begin = BEGIN if fit.prune else 0.0  # a fit that only quantizes does so in all of its steps
         callbacks.append(QuantizationAwareTraining(task.quantize, begin, module="model"))
-    fit_on(student, training, loader(data, batches, fit.teach == "cached"), lesson.seed, *callbacks)
+    fit_on(student, training, loader(data, batches, fit.teach in CACHED), lesson.seed, *callbacks)
     pruned = [callback for callback in callbacks if isinstance(callback, Pruning)]
     example = inputs_of(next(iter(loader(data, batches[:1]))))
     return shrink_model(student, pruned[0].masks, example_inputs=example) if pruned else student
@@ -202,8 +207,8 @@ def objective(lesson: Lesson, student: nn.Module, batches: list[list[int]]) -> f
 def distillation(lesson: Lesson, student: nn.Module, teach: str) -> Distillation:
     """The callback of a fit."""
     task, config = lesson.task, lesson.task.config
-    if teach == "cached":
-        return Distillation(lesson.cache_config, teacher=lesson.cache(), student="model")
+    if teach in CACHED:
+        return Distillation(config_of(task, teach), teacher=lesson.cache(teach), student="model")
     if teach == "hidden":
         parts = (getattr(model, task.network) if task.network else model for model in (student, lesson.teacher))
         prefix = f"{task.network}." if task.network else ""
@@ -229,8 +234,8 @@ def run_all(chosen_tasks: dict[str, Task], seeds: list[int], out: Path, quick: b
     for cell in cells(chosen_tasks, seeds):
         path, task = cell.path(out), chosen_tasks[cell.task]
         settings = settings_of(task, quick)
-        config = str(replace(task.config, top_k=task.top_k if cell.method == "cached" else None))
-        training = {"settings": asdict(settings), "epochs": task.epochs, "distillation": config}
+        teach = next((fit.teach for fit in task.methods[cell.method] if fit.teach), "")
+        training = {"settings": asdict(settings), "epochs": task.epochs, "distillation": str(config_of(task, teach))}
         if finished(path, training):
             continue
         print(f"{time.strftime('%H:%M:%S')} {cell}", flush=True)

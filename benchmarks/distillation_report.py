@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from distillation_cells import Cell, chosen, rates
-from distillation_tasks import WER, Task, Unit
+from distillation_tasks import DRAWN, WER, Task, Unit
 from quality_report import paired
 
 Saved = dict[int, dict[str, Any]]  # seed -> cell as saved
@@ -68,18 +68,18 @@ def _row(method: str, saved: Saved, control: Saved, unit: Unit, own: bool) -> li
 
 
 def objectives(folder: Path) -> list[str]:
-    """How training from the cache ends, against that with the teacher itself, of all pairs of cells."""
-    ratios, apart = [], []
-    for path in sorted(folder.glob("seed*/cached*.json")):
-        other = path.with_name(path.name.replace("cached", "logits"))
-        cached, live = (json.loads(p.read_text()) if p.exists() else {} for p in (path, other))
-        if "objective" in cached and "objective" in live and cached["lr"] == live["lr"]:
-            ratio = cached["objective"] / live["objective"] - 1
-            apart.append(abs(ratio) <= GOAL)
-            ratios.append(f"{ratio:+.2%} (seed {cached['seed']}, {cached['lr']:g})")
-    said = "Loss at the end, of all classes, on the last tenth of the batches, cached against logits"
-    within = f"within the goal of {GOAL:.1%}: {sum(apart)} of {len(apart)}"
-    return [f"{said}: {', '.join(ratios)}; {within}.", ""] if ratios else []
+    """How training from a cache ends, against that with the teacher itself, of all pairs of cells."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*/*.json"))]
+    live = {(cell["seed"], cell["lr"]): cell for cell in found if cell["method"] == "logits" and "objective" in cell}
+    lines = []
+    for method in ("cached", DRAWN):
+        cells = [c for c in found if c["method"] == method and (c["seed"], c["lr"]) in live and "objective" in c]
+        ratios = {(c["seed"], c["lr"]): c["objective"] / live[c["seed"], c["lr"]]["objective"] - 1 for c in cells}
+        each = ", ".join(f"{ratio:+.2%} (seed {seed}, {lr:g})" for (seed, lr), ratio in ratios.items())
+        within = f"within the goal of {GOAL:.1%}: {sum(abs(r) <= GOAL for r in ratios.values())} of {len(ratios)}"
+        said = f"Loss at the end, of all classes, on the last tenth of the batches, {method} against logits"
+        lines += [f"{said}: {each}; {within}.", ""] if ratios else []
+    return lines
 
 
 def trimmed(found: dict[str, Saved]) -> list[str]:

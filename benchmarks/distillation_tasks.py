@@ -73,7 +73,8 @@ class Fit:
     """One call of `Trainer.fit`, on its share of the steps: what is done in it.
 
     Args:
-        teach: `""`, or `"live"`, `"hidden"` (of a live teacher, states too) or `"cached"`.
+        teach: `""`, or `"live"`, `"hidden"` (of a live teacher, states too), `"cached"` or `"drawn"` (cached, half of
+            the classes drawn).
     """
 
     teach: str = ""
@@ -82,6 +83,7 @@ class Fit:
 
 
 Method = tuple[Fit, ...]  # fits of equal length, one after the other; none for the student as it starts
+DRAWN = "cached + drawn"  # as many classes, half of them drawn
 METHODS: dict[str, Method] = {
     "none": (Fit(),),
     "logits": (Fit("live"),),
@@ -104,6 +106,7 @@ class Task:
 
     Args:
         student: from the teacher.
+        top_k: classes of a cache.
         rates: peak learning rates that each method may choose from.
         network: where the layers of `layer_map` are, below teacher and student.
         control: the method that the others are compared with.
@@ -252,7 +255,7 @@ def tasks() -> dict[str, Task]:
         "minilm-2-half": Task("MiniLM of 2 layers, half as wide, WordNet glosses", minilm, minilm_student(2, 0.5), 3,
                               (3e-4, 1e-3), soft, "encoder"),
         "smollm2-quarter": Task("a quarter of SmolLM2-135M, Brown corpus", smollm2, smollm2_student, 1, (3e-4, 1e-3),
-                                replace(soft, temperature=1.0), "model"),
+                                replace(soft, temperature=1.0), "model", methods=METHODS | {DRAWN: (Fit("drawn"),)}),
         "fashion-cnn": Task("CNN (19 k) of EfficientNet-Lite0, Fashion-MNIST", images, small_cnn, 4,
                             (5e-3, 1e-2, 2e-2), soft, methods=some("none", "logits", "cached")),
         "whisper-2": Task("Whisper tiny.en with 2 of 4 decoder layers, Asterisk's prompts", SPEECH, half_of_the_decoder,

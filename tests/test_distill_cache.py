@@ -8,13 +8,14 @@ import resource
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from helpers import Perceptron, Plain, assert_same, data, llama, seeded, trainer, weights
+from helpers import CLASSES, Perceptron, Plain, assert_same, data, llama, seeded, trainer, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_distill_student import whisper
 from torch import nn
@@ -41,6 +42,7 @@ from lightning_accel.distill.keyed import is_key, unchanged
 
 CONFIG = DistillConfig(top_k=2)
 STATES = DistillConfig(top_k=2, hidden={"second": "first"}, hidden_loss="mse")
+DRAWN = replace(STATES, top_k=1, drawn=2)
 
 
 def build(path: Any, teacher: Any = None, samples: Any = None, config: DistillConfig = CONFIG, **options: Any) -> Any:
@@ -100,6 +102,21 @@ def test_training_from_the_cache_is_bitwise_training_from_the_live_teacher(tmp_p
         trainer(tmp_path, [Distillation(config, teacher=source, student="model")]).fit(module, batches)
         found.append(weights(module))
     assert_same(*found)
+
+
+def test_a_draw_from_one_class_trains_as_all_classes_of_the_live_teacher(tmp_path):
+    teacher, config = seeded(Perceptron, 24, dropout=0.5, seed=3), DistillConfig(top_k=CLASSES - 1, drawn=3)
+    cache, keyed = build(tmp_path / "cache", teacher, config=config)
+    found = []
+    for source, taught in ((teacher, DistillConfig()), (cache, config)):
+        module = seeded(Plain, optimizer="sgd")
+        batches = DataLoader(keyed, batch_size=8)
+        trainer(tmp_path, [Distillation(taught, teacher=source, student="model")]).fit(module, batches)
+        found.append(weights(module))
+    for name, weight in found[0].items():
+        assert torch.allclose(weight, found[1][name], atol=1e-6), name
+    with pytest.raises(ValueError, match=r"drawn=3 is for a TeacherCache, .*DistillConfig\(top_k=None, drawn=0\)"):
+        trainer(tmp_path, [Distillation(config, teacher=teacher)]).fit(seeded(Plain), DataLoader(keyed, batch_size=8))
 
 
 @pytest.mark.parametrize("collate", [pad, pad_left])
@@ -338,9 +355,10 @@ def changed_teacher() -> nn.Module:
         ({"samples": data(31)}, "built with other data"),
         ({"config": DistillConfig(top_k=3)}, "built with top_k=2, not 3"),
         ({"config": DistillConfig(top_k=2, temperature=3.0)}, r"temperature=2\.0, not 3\.0"),
+        ({"config": DistillConfig(top_k=2, drawn=1)}, "drawn=0, not 1"),
         ({"config": STATES}, r"hidden=\[\], not \['first'\]"),
     ],
-    ids=["teacher", "data", "length", "top_k", "temperature", "hidden"],
+    ids=["teacher", "data", "length", "top_k", "temperature", "drawn", "hidden"],
 )
 def test_a_cache_of_something_else_is_not_built_upon(tmp_path, options, message):
     build(tmp_path)
@@ -392,6 +410,7 @@ def test_one_sample_that_has_changed_is_noticed_where_it_is_used(tmp_path):
     [
         (DistillConfig(top_k=3), r"built with top_k=2, the config says 3; write DistillConfig\(top_k=2\)"),
         (DistillConfig(top_k=2, temperature=4.0), r"temperature=2\.0, the config says 4\.0"),
+        (DistillConfig(top_k=2, drawn=3), r"built with drawn=0, the config says 3; write DistillConfig\(drawn=0\)"),
         (DistillConfig(top_k=2, hidden={"second": "first"}), r"holds no states of \['first'\]"),
         (DistillConfig(top_k=2, hidden="last"), r"write hidden=layer_map\(student, teacher, 'last'\)"),
         (DistillConfig(top_k=2, attention="last"), r"attention maps \('last'\) are not cached: .*attention=None"),
@@ -658,7 +677,7 @@ class Dies(Perceptron):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 Dies.__name__ = "Perceptron"
-build({path!r}, seeded(Dies, 24, dropout=0.5, seed=3), config=STATES)
+build({path!r}, seeded(Dies, 24, dropout=0.5, seed=3), config=DRAWN)
 """
 
 
@@ -680,9 +699,9 @@ def test_a_killed_build_continues_and_ends_with_the_same_bytes(tmp_path):
             return super().forward(x)
 
     Counts.__name__ = "Perceptron"
-    build(killed, seeded(Counts, 24, dropout=0.5, seed=3), config=STATES)
+    build(killed, seeded(Counts, 24, dropout=0.5, seed=3), config=DRAWN)
     assert sum(calls) in (16, 24)  # of 32; what was in the file's buffer when it was killed is asked again
-    build(tmp_path / "whole", config=STATES)
+    build(tmp_path / "whole", config=DRAWN)
     files = sorted(file.name for file in killed.iterdir())
     assert files == sorted(file.name for file in (tmp_path / "whole").iterdir())
     assert all((killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
@@ -708,7 +727,7 @@ def test_a_folder_without_a_cache_or_with_a_damaged_manifest_says_so(tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         TeacherCache(tmp_path)
     (tmp_path / "cache.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 2"):
         TeacherCache(tmp_path)
 
 

@@ -166,6 +166,74 @@ def test_the_gradient_of_a_truncation_pushes_the_rest_as_one():
     assert gradient[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+# --- classes drawn from the rest --------------------------------------------------------------------------------------
+
+
+def draw(teacher: Tensor, k: int, drawn: int, temperature: float = 1.0, seed: int = 0) -> TopK:
+    return top_k_of(teacher, k, temperature, drawn, torch.Generator().manual_seed(seed))
+
+
+def test_the_mean_over_draws_is_the_divergence_of_all_classes_and_its_gradient():
+    """Within five standard errors, of 20,000 draws of four classes; their mass alone is far from both."""
+    n, student, teacher = 20_000, logits(5, 12).requires_grad_(), logits(6, 12)
+    whole = distillation_loss(student[None], teacher[None], 2.0)
+    (expected,) = torch.autograd.grad(whole, student)
+    rows = student.detach().repeat(n, 1).requires_grad_()
+    kept = draw(teacher.repeat(n, 1), 2, 4, 2.0)
+    each = torch.stack([distillation_loss(rows[i : i + 1], TopK(kept.values[i : i + 1], kept.indices[i : i + 1],
+                        kept.tail[i : i + 1], 12, 2.0, 4), 2.0) for i in range(500)])  # fmt: skip
+    assert abs(each.mean() - whole) < 5 * each.std() / 500**0.5 and each.std() > 0
+    (gradients,) = torch.autograd.grad(distillation_loss(rows, kept, 2.0), rows)
+    gradients = n * gradients
+    error = gradients.std(0) / n**0.5 + 1e-6  # those of the likeliest are exact but for rounding
+    assert ((gradients.mean(0) - expected).abs() < 5 * error).all()
+    (truncated,) = torch.autograd.grad(distillation_loss(student[None], teacher[None], 2.0, top_k=2), student)
+    assert ((truncated - expected).abs() > 50 * error).any()
+
+
+def test_a_draw_from_one_class_is_that_class():
+    student, teacher = logits(7, 6, 5).requires_grad_(), logits(8, 6, 5)
+    losses = [distillation_loss(student, t, 3.0) for t in (teacher, draw(teacher, 4, 3, 3.0))]
+    gradients = [torch.autograd.grad(one, student)[0] for one in losses]
+    assert torch.allclose(*losses, rtol=1e-5) and torch.allclose(*gradients, atol=1e-6)
+
+
+def test_draws_are_of_the_rest_as_often_as_they_are_likely_and_where_there_is_none_nothing_is_drawn():
+    teacher = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]).log()
+    kept = draw(teacher.expand(1000, 5), 2, 8)
+    assert kept.values.shape == kept.indices.shape == (1000, 10) and kept.drawn == 8
+    drawn = kept.indices[:, 2:]
+    assert set(drawn.unique().tolist()) == {2, 3}
+    assert (drawn == 2).float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.allclose(kept.values[:, 2:].exp(), teacher.exp()[drawn])
+    assert (everything := draw(teacher[None], 5, 8)).drawn == 0 and everything.values.shape == (1, 5)
+    ruled_out = torch.tensor([[1.0, 0.0, -math.inf, -math.inf]])
+    student = torch.tensor([[0.3, 0.1, 0.2, -math.inf]], requires_grad=True)
+    loss = distillation_loss(student, draw(ruled_out, 2, 3))
+    loss.backward()
+    assert loss.item() == pytest.approx(distillation_loss(student, ruled_out).item(), rel=1e-6)
+    assert student.grad.isfinite().all()
+
+
+def test_masked_positions_of_draws_may_hold_anything():
+    student, teacher = logits(3, 2, 5, 9), logits(4, 2, 5, 9)
+    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 0, 0, 0]]).bool()
+    kept = draw(teacher, 3, 2)
+    alone = kept._replace(values=kept.values[mask], indices=kept.indices[mask], tail=kept.tail[mask])
+    assert torch.equal(distillation_loss(student, kept, mask=mask), distillation_loss(student[mask], alone))
+
+
+def test_draws_belong_to_one_temperature_and_to_kl():
+    kept = draw(torch.zeros(2, 5), 2, 2, 2.0)
+    with pytest.raises(ValueError, match=r"the teacher's top 2 were softened at temperature 2\.0, the loss at 1\.0"):
+        distillation_loss(torch.zeros(2, 5), kept)
+    for loss in ("js", "reverse-kl"):
+        with pytest.raises(ValueError, match=f"that of loss='kl', not of '{loss}'"):
+            distillation_loss(torch.zeros(2, 5), kept, 2.0, loss=loss)
+    with pytest.raises(ValueError, match="student rules out a class"):
+        distillation_loss(torch.tensor([[0.0, -math.inf]]), draw(torch.zeros(1, 2), 1, 1))
+
+
 # --- infinities and NaN ---------------------------------------------------------------------------------------------
 
 
@@ -230,7 +298,7 @@ def test_other_vocabularies_and_other_lengths_are_told_apart_with_the_way_out():
         distillation_loss(torch.zeros(2, 5), top_k_of(torch.zeros(2, 5), 2), loss="mse")
     with pytest.raises(ValueError, match="loss='l1' is unknown"):
         distillation_loss(torch.zeros(2, 5), torch.zeros(2, 5), loss="l1")
-    assert TopK._fields == ("values", "indices", "tail", "classes", "temperature")
+    assert TopK._fields == ("values", "indices", "tail", "classes", "temperature", "drawn")
 
 
 # --- hidden states and attention maps -------------------------------------------------------------------------------
@@ -326,6 +394,9 @@ def test_weights_are_numbers_or_follow_progress():
         ({"top_k": 2.5}, "top_k=2.5 must be at least 1 class"),
         ({"top_k": 0}, "top_k=0 must be at least 1 class; write top_k=32"),
         ({"top_k": 8, "loss": "mse"}, "write top_k=None, or loss='kl'"),
+        ({"top_k": 8, "drawn": -1}, "drawn=-1 is no number of classes; write drawn=16"),
+        ({"drawn": 8}, r"write DistillConfig\(loss='kl', top_k=16, drawn=8\)"),
+        ({"top_k": 8, "drawn": 8, "loss": "js"}, r"write DistillConfig\(loss='kl', top_k=16, drawn=8\)"),
         ({"hidden": "all"}, r"write hidden=\{'student\.layer': 'teacher\.layer'\}, hidden='uniform' or hidden='last'"),
         ({"hidden": {}}, "names no layers"),
         ({"attention": {"a": 1}}, "attention=.* names no layers"),

@@ -97,11 +97,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_every_method_is_tried_at_every_rate_and_the_best_on_validation_is_used(tmp_path: Path) -> None:
     from distillation import chosen, report, run_all
-    from distillation_tasks import METHODS
+    from distillation_tasks import DRAWN, METHODS, Fit
 
-    tasks = {"digits": digits_task(METHODS)}
+    methods = METHODS | {DRAWN: (Fit("drawn"),)}
+    tasks = {"digits": digits_task(methods)}
     run_all(tasks, [0, 1], tmp_path, quick=True)
-    for method in METHODS:
+    for method in methods:
         name = method.replace(" ", "")
         tried = [read(tmp_path / "digits/seed0" / f"{name}-{lr}.json") for lr in ("0.001", "0.003")]
         best = max(tried, key=lambda cell: mean(cell["validation"]))
@@ -112,9 +113,12 @@ def test_every_method_is_tried_at_every_rate_and_the_best_on_validation_is_used(
     table = report(tasks, [0, 1], tmp_path)
     assert "| none | " in table and "±" in table.split("| cached | ")[1].split("\n")[0]
     ends = {path.stem: read(path)["objective"] for path in (tmp_path / "digits/seed0").glob("*.json")}
-    assert all(0 < end < 3 for end in ends.values()) and "cached against logits: +" in table.replace("-", "+")
-    assert max(ends["logits-0.003"], ends["cached-0.003"]) < ends["none-0.003"], "what they minimize and it does not"
-    assert "Validation split, seed 0, at rates of 0.001, 0.003: none " in table and "12 cells" in table
+    assert all(0 < end < 3 for end in ends.values()) and all(
+        f"batches, {method} against logits: +" in table.replace("-", "+") for method in ("cached", DRAWN)
+    )
+    taught = [ends[f"{name}-0.003"] for name in ("logits", "cached", "cached+drawn")]
+    assert max(taught) < ends["none-0.003"], "what they minimize and it does not"
+    assert "Validation split, seed 0, at rates of 0.001, 0.003: none " in table and "15 cells" in table
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     run_all(tasks, [0, 1], tmp_path, quick=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before, "nothing ran twice"

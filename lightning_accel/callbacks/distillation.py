@@ -161,6 +161,11 @@ class Distillation(AccelCallback):
             model, self._cached = None, CachedTeacher(source, trainer)
             for layers in (config.hidden, config.attention):
                 check_names(student, layers or (), "student")
+        elif config.drawn:
+            raise ValueError(
+                f"drawn={config.drawn} is for a TeacherCache, and a live teacher knows every class; write "
+                "DistillConfig(top_k=None, drawn=0)"
+            )
         self._terms = {"logits": {}}
         if isinstance(source, LoadedModel) and (layers := config.hidden or config.attention):
             LiveTeacher(source, layers.values() if isinstance(layers, Mapping) else [layers])  # it has none, and raises

@@ -96,7 +96,8 @@ class Builder:
         found: dict[str, tuple[list[Tensor], Tensor]] = {}
         if logits is not None and top_k is not None:
             flat, lengths = _rows(logits, positions.of(logits), len(indices), "its logits")
-            kept = top_k_of(flat, top_k, self.manifest["temperature"])
+            draw = torch.Generator().manual_seed(indices.start)  # the same again where a build is resumed
+            kept = top_k_of(flat, top_k, self.manifest["temperature"], self.manifest["drawn"], draw)
             self._declare("", [("values", kept.values), ("indices", kept.indices.int()), ("tail", kept.tail)], kept)
             found[""] = [kept.values, kept.indices.int(), kept.tail], lengths
         for name, state in answer.hidden.items():
@@ -112,7 +113,9 @@ class Builder:
     def _declare(self, name: str, parts: list[tuple[str, Tensor]], kept: TopK | None = None) -> None:
         if name not in self.streams:
             widths = [(n, t.shape[-1] if t.dim() > 1 else None, str(t.dtype).removeprefix("torch.")) for n, t in parts]
-            spec: dict[str, Any] = {"parts": widths} | ({"classes": kept.classes} if kept is not None else {})
+            spec: dict[str, Any] = {"parts": widths}
+            if kept is not None:
+                spec |= {"classes": kept.classes, "drawn": kept.drawn}
             self.streams[name] = Stream(self.directory, len(self.streams), spec)
 
     def _append(self, keys: Tensor, answers: Mapping[str, Any], files: dict[Path, BinaryIO], mode: str) -> None:

@@ -86,7 +86,7 @@ class TeacherCache:
             teacher: takes the inputs that the student will be called with, as `AccelModule` takes them from a batch:
                 those of a mapping, without labels, or the first item of a tuple.
             data: the dataset that will be trained on.
-            config: `temperature`, `top_k` and the teacher's layers of `hidden`, a mapping, are what is cached;
+            config: `temperature`, `top_k`, `drawn` and the teacher's layers of `hidden`, a mapping, are what is cached;
                 the same config goes to `Distillation`.
             batch_size: samples that the teacher is asked about at once.
             collate_fn: as of the DataLoader that trains; default torch's own.
@@ -108,6 +108,7 @@ class TeacherCache:
             "samples": len(data),
             "temperature": config.temperature,
             "top_k": config.top_k,
+            "drawn": config.drawn,
             "hidden": sorted(set(config.hidden.values())) if isinstance(config.hidden, Mapping) else [],
             "batch_size": batch_size,
         }
@@ -127,7 +128,7 @@ class TeacherCache:
         lines = "build another: TeacherCache.build('another', teacher, data, config)"
         _check_config(config)
         assert not isinstance(config.hidden, str)
-        for name in ("temperature", "top_k"):
+        for name in ("temperature", "top_k", "drawn"):
             if getattr(config, name) != self.manifest[name]:
                 raise ValueError(
                     f"the cache {self.directory} was built with {name}={self.manifest[name]}, the config says "
@@ -188,7 +189,8 @@ class TeacherCache:
         logits = None
         if "" in read:
             (values, classes, tail), _ = read[""]
-            logits = TopK(values, classes, tail, self.manifest["streams"][""]["classes"], self.manifest["temperature"])
+            spec = self.manifest["streams"][""]
+            logits = TopK(values, classes, tail, spec["classes"], self.manifest["temperature"], spec["drawn"])
         hidden = {name: parts[0] for name, (parts, _) in read.items() if name}
         return Answer(logits, hidden, lengths={name: lengths for name, (_, lengths) in read.items()})
 

@@ -28,6 +28,8 @@ class DistillConfig:
         alpha: weight in [0, 1] of the term of the logits; the task's loss keeps `1 - alpha`.
         loss: of logits, `"kl"`, `"reverse-kl"`, `"js"` or `"mse"`; see `distillation_loss`.
         top_k: compare the teacher's k likeliest classes and the mass of all others; `None` compares every class.
+        drawn: in a `TeacherCache`, this many of the others too, drawn once as often as the teacher finds them likely,
+            in place of their mass: the mean over draws is the loss over every class. For vocabularies.
         hidden: hidden states to compare, as `{"student.layer": "teacher.layer"}` with names of modules below student
             and teacher, or for all layers of the student `"uniform"` (spread over the teacher's) or `"last"` (the
             teacher's last).
@@ -38,7 +40,8 @@ class DistillConfig:
 
     Raises:
         ValueError: temperature not in (0, inf), alpha outside [0, 1], a negative weight or one of a term that is not
-            there, an unknown loss or map, top_k < 1 or with `loss="mse"`.
+            there, an unknown loss or map, top_k < 1 or with `loss="mse"`, drawn < 0, without `top_k` or with
+            another loss than `"kl"`.
 
     >>> DistillConfig(temperature=4.0).alpha
     0.5
@@ -50,6 +53,7 @@ class DistillConfig:
     alpha: Weight = 0.5
     loss: str = "kl"
     top_k: int | None = None
+    drawn: int = 0
     hidden: Layers = None
     hidden_loss: str = "cosine"
     hidden_weight: Weight = 1.0
@@ -74,6 +78,13 @@ class DistillConfig:
             raise ValueError(
                 "loss='mse' compares logits, and top_k keeps probabilities: the rest of the classes has a mass, no "
                 "logit; write top_k=None, or loss='kl'"
+            )
+        if type(self.drawn) is not int or self.drawn < 0:
+            raise ValueError(f"drawn={self.drawn!r} is no number of classes; write drawn=16, or 0 for none")
+        if self.drawn and (self.top_k is None or self.loss != "kl"):
+            raise ValueError(
+                f"drawn={self.drawn} classes stand for those beside the likeliest, in loss='kl'; write "
+                f"DistillConfig(loss='kl', top_k=16, drawn={self.drawn})"
             )
 
     def _check_weight(self, name: str) -> None:

@@ -24,14 +24,16 @@ _LEAST = torch.finfo(torch.float32).min  # log of the probability of a class tha
 
 
 class TopK(NamedTuple):
-    """A softened distribution, truncated: the likeliest classes, and all others as one.
+    """A softened distribution, truncated: the likeliest classes, and all others as one, or some drawn from them.
 
     Attributes:
-        values: [..., k] log-probabilities at `temperature`, falling.
-        indices: [..., k] their classes.
-        tail: [...] log of the mass of the other classes; -inf where there are none.
+        values: [..., k + drawn] log-probabilities at `temperature`; those of the k likeliest fall.
+        indices: [..., k + drawn] their classes; what is drawn may repeat itself.
+        tail: [...] log of the mass of all but the k; -inf where there is none.
         classes: number of all classes.
         temperature: T at which it was softened; truncations at two temperatures cannot be converted.
+        drawn: how many were drawn from all but the k, each as often as it is likely; each stands for an equal share
+            of the tail.
     """
 
     values: Tensor
@@ -39,14 +41,18 @@ class TopK(NamedTuple):
     tail: Tensor
     classes: int
     temperature: float
+    drawn: int = 0
 
 
-def top_k_of(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
+def top_k_of(
+    logits: Tensor, k: int, temperature: float = 1.0, drawn: int = 0, generator: torch.Generator | None = None
+) -> TopK:
     """The k likeliest classes of softmax(logits / temperature), and the mass of the rest.
 
     Args:
         logits: [..., classes].
         k: all classes are kept where there are no more than k.
+        drawn: of the rest, where there is one, this many are drawn too, with `generator`.
 
     Raises:
         ValueError: logits that are NaN or +inf, or that rule out every class.
@@ -61,7 +67,12 @@ def top_k_of(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     tail = _rest(logits, indices)
     whole = torch.logaddexp(values.logsumexp(-1), tail)
     tail = (tail - whole).masked_fill(tail < _LEAST / 2, -math.inf)
-    return TopK(values - whole.unsqueeze(-1), indices, tail, logits.shape[-1], temperature)
+    if drawn := drawn * (logits.shape[-1] > k):
+        likely = logits.scatter(-1, indices, -math.inf).softmax(-1).nan_to_num(1.0)  # NaN of a rest that is ruled out
+        more = torch.multinomial(likely.flatten(0, -2), drawn, True, generator=generator)
+        indices = torch.cat((indices, more.view(*indices.shape[:-1], drawn)), -1)
+        values = logits.gather(-1, indices)
+    return TopK(values - whole.unsqueeze(-1), indices, tail, logits.shape[-1], temperature, drawn)
 
 
 def distillation_loss(
@@ -87,7 +98,8 @@ def distillation_loss(
 
     Args:
         student_logits: [..., classes].
-        teacher_logits: the same shape, or truncated to `TopK` [..., k], as a cache holds it.
+        teacher_logits: the same shape, or truncated to `TopK` [..., k], as a cache holds it. Of one with classes that
+            were drawn (importance sampling, arXiv:2503.16870) the mean over draws is KL(q, p) of all classes.
         mask: [...], true where a position counts; `None` counts all. The others may hold anything.
         loss: one of the table.
         top_k: compare the teacher's k likeliest classes and, as one more class, the rest. A lower bound of the whole
@@ -99,7 +111,8 @@ def distillation_loss(
     Raises:
         ValueError: the shapes of the logits, or of the mask and the positions, differ; the teacher's logits are NaN or
             +inf; one of the two rules out what the other does not where the divergence is then infinite; one class,
-            which has no distribution; a `TopK` of another temperature.
+            which has no distribution; a `TopK` of another temperature; one with drawn classes and another loss than
+            `kl`.
 
     >>> logits = torch.tensor([[2.0, 0.0]])
     >>> distillation_loss(logits, logits, temperature=2.0).item()
@@ -116,6 +129,8 @@ def distillation_loss(
         return student_logits.float().sum()
     if loss == "mse":
         return _mse_of_logits(student_logits, teacher_logits)
+    if isinstance(teacher_logits, TopK) and teacher_logits.drawn:
+        return temperature**2 * _kl_of_drawn(student_logits, teacher_logits, temperature, loss).mean()
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, top_k)
     _check_ruled_out(student, teacher, loss)
     if loss == "kl":
@@ -133,6 +148,29 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def _kl_of_drawn(student: Tensor, teacher: TopK, temperature: float, loss: str) -> Tensor:
+    """KL(teacher, student), the part of the rest from the classes that were drawn of it."""
+    if loss != "kl":
+        raise ValueError(f"the mean over draws is that of loss='kl', not of {loss!r}; write loss='kl', or drawn=0")
+    _check_temperature(teacher, temperature)
+    likeliest = teacher.values[..., : -teacher.drawn]
+    share = (teacher.tail - math.log(teacher.drawn)).unsqueeze(-1).expand(*teacher.tail.shape, teacher.drawn)
+    weights = torch.cat((likeliest, share), -1).float()
+    log_student = torch.log_softmax(student.float() / temperature, -1).clamp_min(_LEAST)
+    found = log_student.gather(-1, teacher.indices.long())
+    _check_ruled_out(found, weights, loss)
+    return (weights.exp() * (teacher.values.float().clamp_min(_LEAST) - found)).sum(-1)
+
+
+def _check_temperature(teacher: TopK, temperature: float) -> None:
+    if teacher.temperature != temperature:
+        raise ValueError(
+            f"the teacher's top {teacher.values.shape[-1] - teacher.drawn} were softened at temperature "
+            f"{teacher.temperature}, the loss at {temperature}: the mass of the rest cannot be converted; write "
+            f"temperature={teacher.temperature}, or build the cache again"
+        )
+
+
 def _log_probabilities(
     student: Tensor, teacher: Tensor | TopK, temperature: float, top_k: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -146,12 +184,7 @@ def _log_probabilities(
         teacher = top_k_of(teacher, top_k, temperature)
     student = student.float() / temperature
     if isinstance(teacher, TopK):
-        if teacher.temperature != temperature:
-            raise ValueError(
-                f"the teacher's top {teacher.values.shape[-1]} were softened at temperature {teacher.temperature}, the "
-                f"loss at {temperature}: the mass of the rest cannot be converted; write "
-                f"temperature={teacher.temperature}, or build the cache again"
-            )
+        _check_temperature(teacher, temperature)
         indices = teacher.indices.long()
         kept, rest = student.gather(-1, indices), _rest(student, indices)
         student = torch.cat((kept, rest.unsqueeze(-1)), -1)

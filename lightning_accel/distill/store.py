@@ -1,9 +1,10 @@
 """The files of a teacher's cache, mapped into memory.
 
-    cache.json            what it is of: fingerprints of teacher, data and preprocessing; temperature, top_k, layers
+    cache.json            what it is of: fingerprints of teacher, data and preprocessing; temperature, top_k, drawn,
+                          layers
     keys                  int64, of each sample, with a hash of it
     logits.lengths        int32, positions of each sample, in the order of the keys
-    logits.values/.indices/.tail          float32 [positions, k], int32 [positions, k], float32 [positions]
+    logits.values/.indices/.tail          float32 [positions, k + drawn], int32 the same, float32 [positions]
     hidden0.lengths, hidden0.values ...   the states of a layer, in the teacher's dtype [positions, width]
 
 Samples follow each other in the order of their keys, padding left out, so that lengths may vary. A batch is complete
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
