@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from .inputs import ExampleInputs, copy_inputs, explain_export, split_inputs, without_labels
 
 MAX_BATCH = 1024
+_LONG = 2048  # up to this size a table's end is tried out
 _HINT = (
     "Data-dependent branches and Python numbers computed from tensors cannot be exported; rewrite the line with tensor "
     "operations such as torch.where, or give dynamic_shapes="
@@ -243,6 +244,7 @@ def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shap
         shapes = _ranges(result, alike=True)
     _probe(result.module, tensors, shapes)
     limits = _embedded(result.module, tensors)
+    _count(result.module, tensors, shapes, limits)
     result.inputs = [
         {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": shape} | limits.get(n, {})
         for (n, t), shape in zip(tensors.items(), shapes, strict=True)
@@ -261,8 +263,7 @@ def _embedded(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dic
         if args and isinstance(args[0], Tensor) and (name := names.get(args[0].data_ptr())) is not None:
             calls.append((name, embedding, args))
 
-    tables = [m for m in module.modules() if isinstance(getattr(m, "num_embeddings", None), int)]
-    hooks = [table.register_forward_pre_hook(note) for table in tables]
+    hooks = [table.register_forward_pre_hook(note) for table in _tables(module)]
     try:
         with torch.no_grad():
             module(*copies.values())
@@ -280,6 +281,61 @@ def _reads(table: Any, args: tuple) -> bool:
     """Whether a table looks up the ids that it is called with: one of positions takes their shape only."""
     first, second = (table(torch.full_like(args[0], row), *args[1:]) for row in (0, table.num_embeddings - 1))
     return not torch.equal(first, second)
+
+
+def _count(
+    module: nn.Module, tensors: Mapping[str, Tensor], shapes: list[list[Any]], limits: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Lowers the largest size of a dimension that ends with the table of positions that the model counts itself.
+
+    RoBERTa counts the ids that are no padding; torch.export sees no bound there. Some id is none, if not the first then
+    the last. A table whose row grows with the size, but not past its end (T5's distances), is no bound.
+    """
+    ids = [{name: torch.full_like(tensors[name], limits[name]["below"] - 1 if last else 0) for name in limits}
+           for last in (False, True)]  # fmt: skip
+    for label in {id(d): d for shape in shapes for d in shape[1:] if isinstance(d, dict)}.values():
+
+        def resized(size: int, fill: Mapping[str, Tensor], label: Any = label) -> list[Tensor]:
+            found = []
+            for name, shape in zip(tensors, shapes, strict=True):
+                tensor = {**tensors, **fill}[name]
+                tensor = tensor[:1] if isinstance(shape[0], dict) and shape[0]["min"] == 1 else tensor
+                for position, own in enumerate(shape):
+                    rows = torch.arange(size) % tensor.shape[position]
+                    tensor = tensor.index_select(position, rows) if own is label else tensor
+                found.append(tensor)
+            return found
+
+        sized = zip(tensors.values(), shapes, strict=True)
+        size = next(tensor.shape[shape.index(label)] for tensor, shape in sized if label in shape)
+        for fill in ids if size > 1 else ():
+            before, after = (_last_rows(module, resized(n, fill)) for n in (size - 1, size))
+            for table in after.keys() & before.keys():
+                most = size + table.num_embeddings - 1 - after[table]
+                grows = after[table] > before[table] and most < label["max"]
+                if grows and (most > _LONG or not _accepts(module, resized(most + 1, fill))):
+                    label["max"] = most
+
+
+def _last_rows(module: nn.Module, tensors: Iterable[Tensor]) -> dict[Any, int]:
+    """The largest index that each table was called with."""
+    found: dict[Any, int] = {}
+
+    def note(table: Any, args: tuple) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel() and not args[0].is_floating_point():
+            found[table] = max(int(args[0].max()), found.get(table, 0))
+
+    hooks = [table.register_forward_pre_hook(note) for table in _tables(module)]
+    try:
+        _accepts(module, tensors)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _tables(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if isinstance(getattr(m, "num_embeddings", None), int)]
 
 
 def _two_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,8 +15,20 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from ._warn import warn
 from .capture import CAUSAL_HINT, MAX_BATCH, Capture
 from .quantize.attend import NOT_SUPPORTED, added_mask
+
+_NOT_DONE = (  # of a generation configuration; 0, 1 and None mean none of it
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "sequence_bias",
+    "guidance_scale",
+)
 
 
 def attend(
@@ -186,12 +198,30 @@ def capture_causal_lm(model: Any) -> Capture:
 
 
 def generation_spec(model: Any) -> dict[str, Any]:
-    """How a text ends and what is never written, for the manifest."""
+    """How a text begins and ends and what is never written, for the manifest; a warning names what is left out."""
     config = model.generation_config
-    spec: dict[str, Any] = {"stop": end_of_text(model)}
-    for name, theirs in (("suppress", "suppress_tokens"), ("suppress_first", "begin_suppress_tokens")):
-        if ids := getattr(config, theirs, None):
+    ends = end_of_text(model)
+    spec: dict[str, Any] = {"stop": ends}
+    bad = [word for word in getattr(config, "bad_words_ids", None) or () if word not in [[end] for end in ends]]
+    never = [*(getattr(config, "suppress_tokens", None) or ()), *(word[0] for word in bad if len(word) == 1)]
+    at_first = getattr(config, "begin_suppress_tokens", None)
+    forced = (getattr(config, f"forced_{which}_token_id", None) for which in ("bos", "eos"))
+    forced_first, forced_last = (id[0] if isinstance(id, list) else id for id in forced)
+    for name, ids in (("suppress", never), ("suppress_first", at_first)):
+        if ids:
             spec[name] = list(ids)
+    for name, id in (("forced_first", forced_first), ("forced_last", forced_last)):
+        if id is not None:
+            spec[name] = id
+    left = {name: value for name in _NOT_DONE if (value := getattr(config, name, None)) not in (None, 0, 1.0)}
+    if any(len(word) > 1 for word in bad):
+        left["bad_words_ids"] = "of several tokens"
+    if left:
+        said = ", ".join(f"{name}={value}" for name, value in left.items())
+        warn(
+            f"the generation configuration of {type(model).__name__} says {said}, which an artifact's generate does "
+            "not do, so that it writes other texts than transformers; if that is well, set it to None before the export"
+        )
     return spec
 
 

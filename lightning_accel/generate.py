@@ -286,7 +286,7 @@ def generate_seq2seq(
 
         return beam_search(
             cache, ids_BT, max_new_tokens, num_beams, length_penalty, stops, pad,
-            lambda log_BV, index: _process(cache, log_BV, index, repetition_penalty),
+            lambda log_BV, index: _process(cache, log_BV, index, max_new_tokens, repetition_penalty),
         )  # fmt: skip
     steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, stops, pad)
     return steps if stream else torch.stack(list(steps), 1)
@@ -322,7 +322,7 @@ def _decode(
     logits_BV = cache.step(ids_BT, valid_BT, last_B1)[:, 0]
     cache.unread_BT = first_B1 = torch.zeros(batch, 1, dtype=torch.int64)
     for index in range(count):
-        logits_BV = _process(cache, logits_BV, index, sampling.repetition_penalty)
+        logits_BV = _process(cache, logits_BV, index, count, sampling.repetition_penalty)
         chosen_B = _choose(logits_BV, sampling, generator)
         if all(running):
             cache.unread_BT = chosen_B[:, None]
@@ -339,11 +339,18 @@ def _decode(
         logits_BV = cache.step(cache.unread_BT, valid_B1, first_B1)[:, 0]
 
 
-def _process(cache: Cache, logits_BV: Tensor, index: int, penalty: float) -> Tensor:
-    """Logits of new token `index` after the repetition penalty, without the tokens that the model never writes."""
+def _process(cache: Cache, logits_BV: Tensor, index: int, count: int, penalty: float) -> Tensor:
+    """Logits of new token `index` of at most `count`, after the repetition penalty, without the tokens that the model
+    never writes, and of that alone which it always begins or ends with.
+    """
     if penalty != 1.0:
         logits_BV = _penalize(logits_BV, cache.ids_BS, cache.mask_BS, penalty)
     spec = cache.model.entry["cache"]
+    begins, ends = cache.filled == 1, index + 1 == count  # as transformers: a first token behind a single one
+    for forced in (spec.get("forced_first") if begins else None, spec.get("forced_last") if ends else None):
+        if forced is not None:
+            logits_BV = torch.full_like(logits_BV, -torch.inf)
+            logits_BV[:, forced] = 0.0
     barred = [*spec.get("suppress", ()), *(spec.get("suppress_first", ()) if index == 0 else ())]
     return logits_BV.index_fill(1, torch.tensor(barred), -torch.inf) if barred else logits_BV
 

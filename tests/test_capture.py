@@ -17,6 +17,7 @@ from compiled import Built
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForSequenceClassification, T5Config, T5EncoderModel
 from transformers.modeling_outputs import ModelOutput
 
 from lightning_accel import ArtifactError, QuantConfig, artifact, export_model, load, quantize_model
@@ -90,6 +91,38 @@ def test_bert_takes_named_inputs_and_gives_named_outputs_at_every_size(portable:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mask", [True, False])
+def test_positions_that_the_model_counts_itself_end_with_their_table(
+    portable: Callable[..., LoadedModel], mask: bool
+) -> None:
+    """RoBERTa's first position is that after its padding's; torch.export sees no bound there."""
+    config = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"intermediate_size": 24, "max_position_embeddings": 34, "pad_token_id": 1}
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**config)).eval()
+    ids = torch.randint(3, 50, (2, 32), generator=torch.Generator().manual_seed(0))
+    named = [{"input_ids": x} | ({"attention_mask": torch.ones_like(x)} if mask else {}) for x in (ids[:, :7], ids)]
+    loaded = portable(model, named[0] | {"input_ids": named[0]["input_ids"].clone().fill_(1)})  # all padding
+    with torch.no_grad():
+        assert torch.allclose(loaded(**named[1])["logits"], model(**named[1]).logits, atol=1e-5)
+    longer = {name: torch.cat((x, x[:, :1]), 1) for name, x in named[1].items()}
+    with pytest.raises(ValueError, match=r"length.* 33"), torch.no_grad():
+        loaded(**longer)
+    with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
+        model(**longer)
+
+
+def test_a_table_of_distances_that_ends_is_no_bound(portable: Callable[..., LoadedModel]) -> None:
+    config = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(**config, relative_attention_num_buckets=8)).eval()
+    loaded = portable(model, {"input_ids": torch.arange(4)[None]})
+    long = torch.randint(0, 50, (2, 70), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = loaded(input_ids=long), model(long).last_hidden_state
+    assert torch.allclose(found["last_hidden_state"], expected, atol=1e-5)
+
+
 def test_a_convolutional_network(portable: Callable[..., LoadedModel]) -> None:
     model, x = tiny.convnet(), torch.randn(5, 3, 8, 8)
     assert torch.allclose(portable(model, (x[:2],))(x), model(x), atol=1e-6)

@@ -96,6 +96,33 @@ def theirs(model: Any, given: dict[str, Tensor], new: int = NEW, **options: Any)
     return ids[:, 1:] if ids.shape[1] > new else ids  # Whisper's own gives the new tokens only
 
 
+# --- what a model always or never writes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_forced_and_barred_tokens_of_the_configuration_are_those_of_transformers(tmp_path: Path, beams: int) -> None:
+    """BART's own configuration ends every answer with the end of text, mBART's begin with a language."""
+    model = made("bart")
+    config = model.generation_config
+    config.forced_eos_token_id, config.forced_bos_token_id = 2, [5]
+    plain = theirs(model, source("bart"), 6)  # its likeliest tokens
+    config.bad_words_ids = [[int(plain[0, 2])], [2]]  # the end of text stays
+    export_model(model, tmp_path / "m", example_inputs=source("bart"), engines=("portable",), measure=False)
+    given, ours = source("bart"), load(tmp_path / "m")
+    with torch.no_grad():
+        expected = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=beams)[:, 1:]
+    found = ours.generate(**given, max_new_tokens=6, num_beams=beams)
+    assert torch.equal(found, torch.nn.functional.pad(expected, (0, found.shape[1] - expected.shape[1])))
+    assert (found[:, 0] == 5).all() and (found == 2).any(1).all() and not torch.equal(found, plain)
+
+
+def test_what_an_artifact_does_not_do_of_the_generation_configuration_is_named(tmp_path: Path) -> None:
+    model = made("bart")
+    model.generation_config.no_repeat_ngram_size, model.generation_config.bad_words_ids = 3, [[4, 5]]
+    with pytest.warns(UserWarning, match=r"no_repeat_ngram_size=3, bad_words_ids=of several tokens, which an artifact"):
+        export_model(model, tmp_path / "m", example_inputs=source("bart"), engines=("portable",), measure=False)
+
+
 # --- against transformers ---------------------------------------------------------------------------------------------
 
 
