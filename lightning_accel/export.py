@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import artifact, build, select
 from . import engines as all_engines
@@ -63,7 +64,9 @@ def export_model(
     Args:
         model: trained; plain, masked, or fake-quantized by QAT.
         directory: written as a whole; an older artifact there is replaced.
-        example_inputs: a tuple of positional or a dict of keyword inputs; a causal LM needs none.
+        example_inputs: a tuple of positional or a dict of keyword inputs, as they will be served: these are timed. A
+            causal LM needs none; it is timed with one prompt of the example's length (64 tokens without one, at most
+            half of its positions) and the 64 tokens after it.
         dynamic_shapes: as torch.export takes them; by default batch and length are free.
         checkpoint: a Lightning checkpoint whose weights, masks and quantization are put into `model` first; where the
             Export callback was in the fit, it holds example inputs too.
@@ -127,7 +130,7 @@ def export_model(
         manifest["metrics"] = _metrics(path, final, metric, batches, split)
         report = ExportReport(directory, manifest)
         if measure:
-            time_(path, report, final, inputs, dynamic_shapes, reference, say)
+            time_(path, report, final, inputs, dynamic_shapes, reference, say, _prompt(model, example_inputs))
         artifact.write_manifest(path, manifest)
         while (sizes := size_on_disk(path, manifest)) != manifest.get("sizes"):  # the manifest's own size counts
             manifest["sizes"] = sizes
@@ -202,7 +205,14 @@ def _example_inputs(model: Any, example_inputs: ExampleInputs | None) -> Example
             "give example_inputs={'input_ids': ids} if it is not needed"
         )
     kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-    return first_rows(args or kwargs, 2, length=64)  # its program is measured at lengths of its own
+    return first_rows(args or kwargs, 2, length=64)  # enough to verify; `_prompt` says how long a prompt is timed
+
+
+def _prompt(model: nn.Module, example_inputs: ExampleInputs | None) -> int | None:
+    """Tokens of the prompt that a causal language model is timed with: as many as the example has."""
+    if example_inputs is None or not is_causal_lm(model):
+        return None
+    return next((t.shape[1] for t in tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim() == 2), None)
 
 
 def _source_and_answer(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

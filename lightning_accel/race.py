@@ -32,12 +32,14 @@ def time_(
     dynamic_shapes: Any,
     reference: str | Path | None,
     say: Callable[[str], None],
+    prompt: int | None = None,
 ) -> None:
     """Writes timings, speedups and ranking into the report and its manifest.
 
     Args:
         path: where the programs are.
         reference: an artifact of the float model; built for the purpose where there is none.
+        prompt: tokens that a causal language model reads, by default those of `_worker`.
     """
     manifest = report.manifest
     default = manifest["programs"][0]["engine"]
@@ -50,7 +52,8 @@ def time_(
             plain = Finalized(final.plain, final.plain, final.plain, quantized=False)
             artifact.write_manifest(reference, build.write(reference, plain, inputs, dynamic_shapes, names, {}, say))
         built = {p["engine"] for p in artifact.read_manifest(reference)["programs"]}
-        same = {"inputs": str(path / manifest["golden"]["file"])}
+        same: dict[str, Any] = {"inputs": str(path / manifest["golden"]["file"])}
+        same |= {} if prompt is None else {"prompt": prompt}
         targets = {
             "artifact": Target(str(path), same, engine=default),
             "float": Target(str(reference), same, engine=default),

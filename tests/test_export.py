@@ -197,6 +197,14 @@ def test_the_float_reference_is_reused_and_every_figure_is_written(tmp_path: Pat
     assert first.startswith("SLOWER than the float model") == (ratio < 1)
 
 
+def test_a_language_model_is_timed_with_a_prompt_of_the_examples_length(tmp_path: Path) -> None:
+    model = tiny.llama()
+    example = {"input_ids": tiny.ids(3, 5), "attention_mask": torch.ones(3, 5, dtype=torch.int64)}
+    export_model(model, tmp_path / "a", example_inputs=example, engines=("portable",))
+    shapes = {row["name"]: row["shape"] for row in manifest_of(tmp_path / "a")["timings"]}
+    assert shapes["artifact.prefill"] == shapes["float.prefill"] == "input_ids [1, 5]"
+
+
 def test_too_little_speed_raises_and_the_last_good_artifact_stays(tmp_path: Path, reference: Path) -> None:
     export(tiny.mlp(), tmp_path / "a")
     good = files(tmp_path / "a")
