@@ -130,14 +130,26 @@ class Cache:
             )
 
 
-def forward(model: LoadedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Logits [B, T, V] of whole sequences (teacher forcing)."""
+def forward(
+    model: LoadedModel, input_ids: Tensor, attention_mask: Tensor | None = None, singly: int = 0
+) -> Tensor:
+    """Logits [B, T, V] of whole sequences (teacher forcing).
+
+    Args:
+        singly: the last so many tokens are read one by one, behind the others, as in decoding.
+    """
     ids_BT, valid_BT = _prompt(model, input_ids, attention_mask)
-    return _all_logits(Cache(model, *ids_BT.shape), ids_BT, valid_BT)
+    return _all_logits(Cache(model, *ids_BT.shape), ids_BT, valid_BT, singly)
 
 
-def _all_logits(cache: Cache, ids_BT: Tensor, valid_BT: Tensor) -> Tensor:
-    return cache.step(ids_BT, valid_BT, torch.arange(ids_BT.shape[1]).expand(ids_BT.shape))
+def _all_logits(cache: Cache, ids_BT: Tensor, valid_BT: Tensor, singly: int) -> Tensor:
+    length = ids_BT.shape[1]
+    first = max(length - singly, 1)
+    logits = []
+    for begin, end in [(0, first), *((i, i + 1) for i in range(first, length))]:
+        part_BT = ids_BT[:, begin:end]
+        logits.append(cache.step(part_BT, valid_BT[:, begin:end], torch.arange(end - begin).expand(part_BT.shape)))
+    return torch.cat(logits, 1)
 
 
 @dataclass(frozen=True)
@@ -233,10 +245,12 @@ def _stops(model: LoadedModel, max_new_tokens: int, stop: Sequence[int] | None) 
 # --- encoder-decoder models -------------------------------------------------------------------------------------------
 
 
-def forward_seq2seq(model: LoadedSeq2Seq, source: Mapping[str, Tensor], decoder_input_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of whole sequences (teacher forcing)."""
+def forward_seq2seq(
+    model: LoadedSeq2Seq, source: Mapping[str, Tensor], decoder_input_ids: Tensor, singly: int = 0
+) -> Tensor:
+    """Logits [B, T, V] of whole sequences (teacher forcing); `singly` as of `forward`."""
     ids_BT, valid_BT = _prompt(model, decoder_input_ids, None)
-    return _all_logits(read_source(model, source, ids_BT, ids_BT.shape[1]), ids_BT, valid_BT)
+    return _all_logits(read_source(model, source, ids_BT, ids_BT.shape[1]), ids_BT, valid_BT, singly)
 
 
 def generate_seq2seq(

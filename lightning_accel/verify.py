@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from . import artifact, engines
 from .distill import logits_of
-from .loaded import LoadedModel, structure
+from .generate import forward, forward_seq2seq
+from .loaded import LoadedModel, LoadedSeq2Seq, structure
 
 KL_FRACTION = 0.1
 ERROR_FRACTION = 0.5
@@ -34,6 +35,7 @@ ROUNDING = 1e-3  # relative L2 error that float reordering alone may cause
 SMALL_KL = 1e-6  # nats; below it a ratio of divergences means nothing
 NOISE = 1e-6  # relative; what another order of float operations does to sums of about a thousand products
 NOISE_FACTOR = 2.0
+STEPS = 3  # of a decoder's golden tokens, the last so many are read again one by one
 READS = (
     ". A likely cause is a model that uses the weight of a quantized module without calling it, as "
     "F.linear(x, self.embedding.weight) does, which training does not round; write overrides={'embedding': None}"
@@ -316,6 +318,8 @@ def verify_artifact(directory: str | Path) -> list[str]:
 def verify_golden(model: LoadedModel, golden: Mapping[str, Tensor] | None = None) -> float:
     """Relative error against the golden outputs; another machine may round activations otherwise, as far as allowed.
 
+    A decoder reads the golden inputs at once, and once more with the last tokens one by one behind its cache.
+
     Raises:
         DriftError: larger than that.
     """
@@ -326,14 +330,25 @@ def verify_golden(model: LoadedModel, golden: Mapping[str, Tensor] | None = None
     own = f"{entry['engine']}.output."
     prefix = own if any(name.startswith(own) for name in golden) else "output."
     outputs = [golden[f"{prefix}{i}"] for i in range(sum(name.startswith(prefix) for name in golden))]
-    answers = model(**inputs), structure(entry["outputs"], outputs)
-    tally = _Tally()
-    ours, expected = (_tensors(answer, inputs, alone=False) for answer in answers)
-    tally.add(ours, expected, expected, 0)
-    error, error_plain = _error(tally.all_trained), (entry.get("verification") or {}).get("error_plain", 0.0)
-    allowed = max(ERROR_FRACTION * error_plain, ROUNDING)
-    _check_error(error, allowed, f"{allowed:.2g} allowed", entry["engine"])
-    return error
+    golden_answer = structure(entry["outputs"], outputs)
+    answers = [model(**inputs)] + ([_decoded(model, inputs)] if entry["cache"] is not None else [])
+    expected = _tensors(golden_answer, inputs, alone=False)
+    allowed = max(ERROR_FRACTION * (entry.get("verification") or {}).get("error_plain", 0.0), ROUNDING)
+    errors = []
+    for answer in answers:
+        tally = _Tally()
+        tally.add(_tensors(answer, inputs, alone=False), expected, expected, 0)
+        errors.append(_error(tally.all_trained))
+        _check_error(errors[-1], allowed, f"{allowed:.2g} allowed", entry["engine"])
+    return max(errors)
+
+
+def _decoded(model: LoadedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits as `model(**inputs)` gives them, the last ones from steps of one token."""
+    if isinstance(model, LoadedSeq2Seq):
+        source = {name: tensor for name, tensor in inputs.items() if name != "decoder_input_ids"}
+        return forward_seq2seq(model, source, inputs["decoder_input_ids"], singly=STEPS)
+    return forward(model, inputs["input_ids"], inputs.get("attention_mask"), singly=STEPS)
 
 
 def _digest(item: Mapping[str, Any]) -> dict[str, str]:

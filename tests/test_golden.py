@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_accel import load
 from lightning_accel.engines import portable
-from lightning_accel.verify import verify_artifact
+from lightning_accel.generate import Cache
+from lightning_accel.verify import DriftError, verify_artifact, verify_golden
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = json.loads((DATA / "golden.json").read_text())
@@ -23,6 +25,22 @@ def test_the_golden_artifact_is_verified():
     lines = verify_artifact(DATA / "golden")
     assert lines[0] == "files: 4, hashes as written"
     assert len(lines) == 2 and lines[1].startswith("portable: golden inputs again")
+
+
+def test_a_program_whose_cache_is_wrong_is_drift_although_whole_prompts_are_right(monkeypatch: pytest.MonkeyPatch):
+    step = Cache.step
+
+    def forgets(cache: Cache, *inputs: Tensor) -> Tensor:
+        for tensor in cache.tensors:
+            tensor[:, : cache.filled] = 0.0
+        return step(cache, *inputs)
+
+    model = load(DATA / "golden")
+    right = verify_golden(model)
+    monkeypatch.setattr(Cache, "step", forgets)
+    with pytest.raises(DriftError):
+        verify_golden(model)
+    assert right < 1e-5
 
 
 def test_the_golden_artifact_generates_the_stored_ids():
