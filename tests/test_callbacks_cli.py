@@ -201,7 +201,8 @@ def test_layers_weights_over_progress_and_a_folder_as_teacher_come_from_yaml(tmp
             return torch.utils.data.DataLoader(keyed, batch_size=8)
 
     expected = DistillConfig(
-        3.0, Between(0.9, 0.1, Linear(0.0, 0.5)), "js", 2, {"second": "first"}, "mse", Cubic(begin=0, end=4)
+        3.0, Between(0.9, 0.1, Linear(0.0, 0.5)), "js", top_k=2, hidden={"second": "first"}, hidden_loss="mse",
+        hidden_weight=Cubic(begin=0, end=4),
     )
     keyed = Keyed(loader().dataset)
     TeacherCache.build(tmp_path / "cache", Perceptron(32), keyed, expected, progress=False)
