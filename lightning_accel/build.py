@@ -180,12 +180,16 @@ def _is_ctc(files: Mapping[str, Path]) -> bool:
 
 
 def _labels(model: Any) -> dict[str, Any] | None:
-    """Names of the classes in a transformers classifier's configuration, and whether several may hold at once."""
+    """Names of the classes in a transformers classifier's configuration, whether several may hold at once, and its pad
+    token, by which those of language models find a text's end.
+    """
     if not type(model).__name__.endswith("Classification"):
         return None
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    several = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
-    return {"names": [str(names[i]) for i in sorted(names)], "several": several}
+    config = getattr(model, "config", None)
+    names, pad = getattr(config, "id2label", None) or {}, getattr(config, "pad_token_id", None)
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    labels: dict[str, Any] = {"names": [str(names[i]) for i in sorted(names)], "several": several}
+    return labels if pad is None else {**labels, "pad": pad}
 
 
 def _copied(source: str | Path, target: Path) -> Path:

@@ -196,24 +196,40 @@ class _Writer:
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
+def _encode(tokenizer: Any, texts: Sequence[str], limit: int) -> Any:
+    """A text or a pair as at most `limit` tokens, special ones included; cut as transformers' `longest_first` cuts."""
+    encoded = tokenizer.encode(*texts)
+    if len(encoded.ids) <= limit:
+        return encoded
+    parts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    room = limit - tokenizer.num_special_tokens_to_add(len(parts) == 2)
+    if room < len(parts):
+        raise ValueError(f"the model takes {limit} tokens, which leaves none for a text; export it for longer ones")
+    *shorter, longer = sorted(parts, key=lambda part: len(part.ids))  # of two of one length the second
+    for part in shorter:
+        part.truncate(min(len(part.ids), room // 2))
+    longer.truncate(room - sum(len(part.ids) for part in shorter))
+    return tokenizer.post_process(*parts)
+
+
 def classify_text(model: LoadedModel, texts: Sequence[str | tuple[str, str]]) -> Any:
     """Output of a text classifier; a pair is read as two segments.
 
-    Longer texts than the model takes are cut at their end.
+    Texts longer than the model takes lose tokens at their end, of a pair the longer text first, and keep the special
+    tokens around them.
     """
-    specs = {spec["name"]: spec for spec in model.entry["inputs"]}
-    encoded = [model.tokenizer.encode(*((text,) if isinstance(text, str) else text)) for text in texts]
+    tokenizer, specs = model.tokenizer, {spec["name"]: spec for spec in model.entry["inputs"]}
     limit = specs["input_ids"]["shape"][1]
     limit = limit["max"] if isinstance(limit, dict) else limit
-    for encoding in encoded:
-        encoding.truncate(limit)
+    encoded = [_encode(tokenizer, (text,) if isinstance(text, str) else text, limit) for text in texts]
     length = max(len(encoding.ids) for encoding in encoded)
     columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     if unknown := specs.keys() - columns.keys():
         raise ValueError(f"a text does not give the input {sorted(unknown)[0]!r}; call the model with its inputs")
+    pads = {"input_ids": model.manifest.get("labels", {}).get("pad", 0)}  # some models look for it
+    rows = {name: [getattr(e, columns[name]) for e in encoded] for name in specs}
     inputs = {
-        name: torch.tensor([row + [0] * (length - len(row)) for e in encoded for row in [getattr(e, columns[name])]])
-        for name in specs
+        name: torch.tensor([row + [pads.get(name, 0)] * (length - len(row)) for row in rows[name]]) for name in specs
     }
     if "attention_mask" not in specs and len({len(e.ids) for e in encoded}) > 1:
         raise ValueError("texts of different lengths need a model with an attention_mask; classify them one by one")

@@ -249,6 +249,19 @@ def test_an_archive_that_holds_a_record_twice_is_refused(decoder, altered):
         load(directory)
 
 
+def test_an_archive_that_would_fill_the_memory_is_refused_before_it_is_read(decoder, altered, monkeypatch):
+    directory = altered(decoder)
+    with zipfile.ZipFile(directory / PROGRAM, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as target:
+        root = target.namelist()[0].partition("/")[0]
+        with target.open(f"{root}/data/weights/weight_0", "w") as record:
+            for _ in range(300):
+                record.write(bytes(2**20))
+    set_hash(directory, PROGRAM)
+    monkeypatch.setattr(zipfile.ZipFile, "read", None)
+    with pytest.raises(ArtifactError, match=r"this package wrote \(31\d,\d{3},\d{3} bytes in [\d,]+\)"):
+        load(directory)
+
+
 def test_a_program_that_is_no_archive_is_refused(decoder, altered):
     directory = altered(decoder)
     (directory / PROGRAM).write_bytes(b"not a zip file")

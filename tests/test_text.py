@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -29,7 +31,7 @@ from lightning_accel import Export, export_model, load
 from lightning_accel.chat import _compiled, render
 from lightning_accel.generate import Cache
 from lightning_accel.loaded import LoadedModel
-from lightning_accel.text import _Writer
+from lightning_accel.text import _encode, _Writer
 from lightning_accel.vision import prepare, read_image
 
 PROMPTS = ["The import statement", "a", "What 😀 is it — exactly?"]
@@ -306,6 +308,42 @@ def test_classes_of_texts_and_pairs_are_those_of_transformers(
         assert [c["label"] for c in classes] == [model.config.id2label[int(i)] for i in scores.argsort(descending=True)]
         assert [c["score"] for c in classes] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-5)
     assert ours.classify("a") == found[0][:1]
+
+
+def test_texts_that_are_too_long_keep_the_special_tokens_around_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    around = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    around.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", pair="[BOS] $A [EOS] $B:1 [EOS]:1", special_tokens=[("[BOS]", 1), ("[EOS]", 2)]
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(around.to_str()))
+    long, longer = "q" * 70, "z" * 90
+    pairs = [(long, "short"), ("short", long), (long, longer), (longer, long), (long, "w" * 70), ("a", "b")]
+    for text in [(long,), ("a",), *pairs]:
+        for limit in (64, 63):
+            given = theirs(*text, truncation="longest_first", max_length=limit, return_token_type_ids=True)
+            found = _encode(around, text, limit)
+            assert (found.ids, found.type_ids) == (given["input_ids"], given["token_type_ids"])
+            assert found.attention_mask == [1] * len(found.ids) and found.ids[-1] == 2
+    with pytest.raises(ValueError, match="the model takes 4 tokens, which leaves none for a text"):
+        _encode(around, (long, longer), 4)
+
+
+@torch.no_grad()
+def test_a_language_model_that_classifies_finds_the_end_of_each_text_of_a_batch(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=300, **sizes, max_position_embeddings=64, pad_token_id=7, num_labels=3)
+    model = LlamaForSequenceClassification(config).eval()
+    example = dict(tokenizer(["one text", "a"], padding=True, return_tensors="pt", return_token_type_ids=False))
+    export_model(
+        model, tmp_path / "m", example_inputs=example, engines=("portable",), measure=False, processor=tokenizer
+    )
+    ours, texts = load(tmp_path / "m"), ["a", "a much longer text", "another"]
+    for text, classes in zip(texts, ours.classify(texts, top_k=3), strict=True):
+        scores = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0].softmax(-1)
+        assert [c["score"] for c in classes] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

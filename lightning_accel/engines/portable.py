@@ -161,14 +161,20 @@ _RECORD = re.compile(
 )
 
 
+_INFLATED = 256 * 2**20, 4  # bytes, and times the archive's own: a graph of hundreds of layers takes tens of millions
+
+
 def check_archive(path: Path) -> None:
     """Refuses an archive from which torch would unpickle anything: only the records that `build` writes may be in it.
 
     Raises:
-        ArtifactError: not an archive, or other records than those.
+        ArtifactError: not an archive, other records than those, or one that would fill the memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            inflated = sum(item.file_size for item in archive.infolist())
+            if inflated > max(_INFLATED[0], _INFLATED[1] * path.stat().st_size):
+                raise ValueError(f"{inflated:,} bytes in {path.stat().st_size:,}")
             for item in archive.infolist():
                 _check_record(archive, item)
             if len(set(archive.namelist())) != len(archive.namelist()):
