@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from .inputs import ExampleInputs, copy_inputs, explain_export, split_inputs, without_labels
 
@@ -219,6 +220,12 @@ def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shap
     args, kwargs = split_inputs(example_inputs)
     outputs, structure = flatten_output(call_example(model, example_inputs))
     names = input_names(model, args, kwargs)
+    for name, value in zip(names, (*args, *kwargs.values()), strict=True):
+        if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            raise ValueError(
+                f"the input {name!r} is a {type(value).__name__} with tensors in it, which would stay as they are in "
+                "the example; export a module around the model whose forward takes each tensor by itself"
+            )
     # copies: of a view, torch.export takes the size of what is viewed for a limit
     values = zip(names, (*args, *kwargs.values()), strict=True)
     tensors = {n: v.detach().clone(memory_format=torch.contiguous_format) for n, v in values if isinstance(v, Tensor)}

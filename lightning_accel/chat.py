@@ -48,7 +48,18 @@ def chat(
         ValueError: the artifact has no template, or it refuses the messages.
         ImportError: jinja2 is not installed.
     """
+    from .loaded import LoadedSeq2Seq
+
+    if isinstance(model, LoadedSeq2Seq):
+        raise ValueError("an encoder-decoder model holds no conversation; write model.generate_text(text)")
     ids = model.tokenizer.encode(render(model, messages, **(template or {})), add_special_tokens=False).ids
+    if cache is not None:  # what is refused later would have cost what the cache holds
+        cache.check_owner(model, 1)
+        if isinstance(max_new_tokens, int) and len(ids) + max_new_tokens - 1 > cache.capacity:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens, {max_new_tokens} may come, and the cache holds "
+                f"{cache.capacity}; begin with a larger one: model.new_cache(capacity=...)"
+            )
     rest = ids if cache is None else _rewind(cache, ids)
     pieces = continue_ids(model, [rest], max_new_tokens, stop, cache, **sampling)
     answer = (piece for (piece,) in pieces)
@@ -57,8 +68,6 @@ def chat(
 
 def _rewind(cache: Cache, ids: list[int]) -> list[int]:
     """Has a cache forget what is not the beginning of `ids`; returns what it still has to read, one token at least."""
-    if len(cache.mask_BS) != 1:
-        raise ValueError(f"the cache has {len(cache.mask_BS)} rows; a conversation needs model.new_cache(capacity=...)")
     held, common = cache.ids_BS[0].tolist(), 0
     while common < min(len(held), len(ids) - 1) and held[common] == ids[common]:
         common += 1

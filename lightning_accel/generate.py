@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,6 +122,14 @@ class Cache:
         self.lengths_B = self.mask_BS.sum(1)
         self.unread_BT = self.unread_BT[:, :0]
 
+    def check_owner(self, model: LoadedModel, rows: int) -> None:
+        """Raises ValueError unless this is a cache of so many rows of the model."""
+        if self.model is not model or len(self.mask_BS) != rows:
+            raise ValueError(
+                f"the cache is of {len(self.mask_BS)} rows of {self.model!r}, the prompts are {rows} for "
+                f"{model!r}; write cache = model.new_cache(capacity=..., batch={rows})"
+            )
+
     def check_room(self, new: int) -> None:
         """Raises ValueError unless `new` more tokens a row fit."""
         if self.filled + new > self.capacity:
@@ -223,11 +232,7 @@ def generate(
     length = ids_BT.shape[1] + max_new_tokens - 1  # the last token is not read
     if cache is None:
         cache = Cache(model, len(ids_BT), length)
-    elif cache.model is not model or len(cache.mask_BS) != len(ids_BT):
-        raise ValueError(
-            f"the cache is of {len(cache.mask_BS)} rows of {cache.model!r}, the prompts are {len(ids_BT)} for "
-            f"{model!r}; write cache = model.new_cache(capacity=..., batch={len(ids_BT)})"
-        )
+    cache.check_owner(model, len(ids_BT))
     cache.check_room(cache.unread_BT.shape[1] + length)
     steps = _decode(cache, ids_BT, valid_BT, max_new_tokens, sampling, stops, pad)
     return steps if stream else torch.stack(list(steps), 1)
@@ -239,6 +244,8 @@ def _stops(model: LoadedModel, max_new_tokens: int, stop: Sequence[int] | None) 
         raise ValueError(f"max_new_tokens={max_new_tokens} must be an int of at least 1")
     if isinstance(stop, int):
         raise ValueError(f"stop={stop} is one id; write stop=({stop},)")
+    if stop is not None and not all(isinstance(id, Integral) for id in stop):
+        raise ValueError(f"stop={stop!r} holds no token ids; texts go to model.generate_text(prompt, stop='###')")
     return tuple(model.entry["cache"].get("stop", ()) if stop is None else stop)
 
 

@@ -60,9 +60,10 @@ def generate_text(
     Args:
         prompt: a text, or a list of texts.
         max_new_tokens: at most so many tokens are added to each.
-        stop: texts before which an answer ends; it ends at the model's end-of-text token too.
+        stop: texts and special tokens before which an answer ends; it ends at the model's end-of-text token too.
         stream: return an iterator over the pieces of one answer instead, as they come.
-        cache: of `model.new_cache`, to go on with a conversation: `prompt` is then only what is new.
+        cache: of `model.new_cache`, to go on with a conversation: `prompt` is then only what is new. Of an answer that
+            met a stop text it holds that text as well.
         sampling: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`, as in `generate`; of encoder-decoder
             models `num_beams`, `length_penalty` and `decoder_input_ids` too.
 
@@ -104,8 +105,14 @@ def continue_ids(
     **sampling: Any,
 ) -> Iterator[list[str]]:
     """The new piece of each row's text, token by token, after prompts of token ids."""
-    tokens: Any = model.generate(encoded, max_new_tokens, stream=True, cache=cache, **sampling)
-    return _write(tokens, [_Writer(model.tokenizer, ids, _texts(stop)) for ids in encoded], _ends(model))
+    texts, ends = _stops(model, stop)
+    if texts and cache is not None and len(encoded) > 1:
+        raise ValueError(
+            f"a row that has met {texts[0]!r} would go on in the cache until all have, unseen; give each row a cache "
+            "of its own, or no stop texts"
+        )
+    tokens: Any = model.generate(encoded, max_new_tokens, stream=True, cache=cache, stop=ends, **sampling)
+    return _write(tokens, [_Writer(model.tokenizer, ids, texts) for ids in encoded], ends)
 
 
 def _answers(
@@ -125,22 +132,32 @@ def _answers(
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded]),
     }
     given: Any = {name: inputs[name] for name in names}
+    texts, ends = _stops(model, stop)
     greedy = stream or sampling.get("num_beams", 1) == 1
-    tokens = model.generate(**given, max_new_tokens=max_new_tokens, stream=greedy, **sampling)
-    writers = [_Writer(model.tokenizer, [], _texts(stop)) for _ in sources]
-    return _write(tokens if greedy else iter(tokens.unbind(1)), writers, _ends(model))
+    tokens = model.generate(**given, max_new_tokens=max_new_tokens, stream=greedy, stop=ends, **sampling)
+    writers = [_Writer(model.tokenizer, [], texts) for _ in sources]
+    return _write(tokens if greedy else iter(tokens.unbind(1)), writers, ends)
 
 
-def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _stops(model: LoadedModel, stop: str | Sequence[str] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What an answer ends before: texts, and token ids, the model's own and those of special tokens, which are no text.
+
+    Raises:
+        ValueError: an empty text, or no text.
+    """
+    given = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if wrong := [text for text in given if not isinstance(text, str) or not text]:
+        raise ValueError(
+            f"stop={wrong[0]!r} is no text that an answer could end before; write stop='###', or stop=() for none; "
+            "token ids go to model.generate"
+        )
+    ids = {text: model.tokenizer.token_to_id(text) for text in given}
+    special = {text: id for text, id in ids.items() if id is not None and not model.tokenizer.decode([id])}
+    own = model.entry["cache"].get("stop", ()) if model.entry["cache"] else ()
+    return tuple(text for text in given if text not in special), (*own, *special.values())
 
 
-def _ends(model: LoadedModel) -> frozenset[int]:
-    """Token ids that end an answer."""
-    return frozenset(model.entry["cache"].get("stop", ())) if model.entry["cache"] else frozenset()
-
-
-def _write(tokens: Iterator[Tensor], writers: list[_Writer], ends: frozenset[int]) -> Iterator[list[str]]:
+def _write(tokens: Iterator[Tensor], writers: list[_Writer], ends: tuple[int, ...]) -> Iterator[list[str]]:
     """The new piece of each row's text, token by token, until all rows have ended."""
     for token_B in tokens:
         yield [

@@ -344,6 +344,13 @@ def test_example_inputs_that_the_model_rejects(inputs: Any, message: str) -> Non
         capture(tiny.mlp(), inputs)
 
 
+@pytest.mark.parametrize("extra", [{"m": X}, [X], (1, {"deep": [X]})])
+def test_tensors_within_an_input_are_refused_as_they_would_stay_those_of_the_example(extra: Any) -> None:
+    model = Call(lambda linear, x, extra: linear(x) if isinstance(extra, int) else linear(x + X))
+    with pytest.raises(ValueError, match=r"the input 'extra' is a \w+ with tensors in it.*takes each tensor by itself"):
+        capture(model, {"x": X, "extra": extra})
+
+
 def test_outputs_that_cannot_be_exported_are_named() -> None:
     with pytest.raises(ValueError, match="puts out a str; export tensors"):
         capture(Call(lambda linear, x: {"y": linear(x), "name": "a"}), (X,))

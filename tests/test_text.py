@@ -92,6 +92,14 @@ def test_an_answer_ends_before_a_stop_text(writer: tuple[Any, LoadedModel], leng
     stop = whole[12 : 12 + length]
     assert ours.generate_text(PROMPTS[0], 40, stop=stop) == whole[: whole.index(stop)]
     assert "".join(ours.generate_text(PROMPTS[0], 40, stop=("never there", stop), stream=True)) == whole.split(stop)[0]
+    assert ours.generate_text(PROMPTS[0], 40, stop=None) == whole
+    for wrong in ("", ("a", ""), [2]):
+        with pytest.raises(ValueError, match=r"is no text that an answer could end before; write stop='###'"):
+            ours.generate_text(PROMPTS[0], 40, stop=wrong)
+    with pytest.raises(ValueError, match=r"holds no token ids; texts go to model\.generate_text"):
+        ours.generate([1, 5], 4, stop="###")
+    with pytest.raises(ValueError, match=r"would go on in the cache until all have, unseen"):
+        ours.generate_text(PROMPTS[:2], 40, stop=stop, cache=ours.new_cache(capacity=99, batch=2))
     two = ours.generate_text(PROMPTS[:2], 40, stop=stop)
     assert two == [ours.generate_text(prompt, 40, stop=stop) for prompt in PROMPTS[:2]]
 
@@ -215,8 +223,39 @@ def test_a_cache_reads_only_what_a_conversation_gained_and_forgets_what_was_chan
     assert read[0] <= whole - begun, "the first message is not read again"
     assert ours.chat(TALK, 8, cache=cache) == ours.chat(TALK, 8), "another answer than the one in the cache"
     assert ours.chat(TALK, 8, cache=cache) == ours.chat(TALK, 8), "the same again"
-    with pytest.raises(ValueError, match=r"the cache has 2 rows; a conversation needs model.new_cache\(capacity"):
+    with pytest.raises(ValueError, match=r"the cache is of 2 rows .*model\.new_cache\(capacity=\.\.\., batch=1\)"):
         ours.chat(TALK, 8, cache=ours.new_cache(capacity=99, batch=2))
+
+
+def test_a_conversation_that_is_refused_keeps_what_its_cache_holds(talker: tuple[Any, Any, LoadedModel]) -> None:
+    _, _, ours = talker
+    cache = ours.new_cache(capacity=80)
+    ours.chat(TALK[:1], 8, cache=cache)
+    before = cache.ids_BS.clone()
+    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, 60 may come, and the cache holds 80"):
+        ours.chat(TALK[2:], 60, cache=cache)
+    with pytest.raises(ValueError, match=r"the cache is of 1 rows"):
+        load(ours.directory).chat(TALK[2:], 8, cache=cache)
+    assert torch.equal(cache.ids_BS, before)
+
+
+def test_an_answer_ends_before_a_special_token(
+    talker: tuple[Any, Any, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A special token is no text: the answer's third token is made one, and its end with it."""
+    _, tokenizer, ours = talker
+    plain = ours.chat(TALK, 12)
+    third = int(ours.generate(ours.tokenizer.encode(render(ours, TALK), add_special_tokens=False).ids, 3)[0, 2])
+    special = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    name = special.id_to_token(third)
+    special.add_special_tokens([name])
+    monkeypatch.setitem(ours.__dict__, "tokenizer", special)
+    given = render(ours, TALK)
+    assert special.encode(given, add_special_tokens=False).ids == tokenizer.backend_tokenizer.encode(
+        given, add_special_tokens=False
+    ).ids, "the conversation itself is read as before"
+    found = ours.chat(TALK, 12, stop=name)
+    assert plain.startswith(found) and 0 < len(found) < len(plain) and ours.chat(TALK, 12) != found
 
 
 def test_what_is_no_conversation_and_a_tokenizer_without_a_template_are_refused(
