@@ -23,6 +23,8 @@ from .inputs import ExampleInputs, copy_inputs, split_inputs
 from .measure import machine, versions
 from .prune import Masks, pruning_coverage, shrink_model
 from .quantize import quantization_coverage, unprepare_
+from .speech import of_language
+from .vision import check_preparation
 
 
 class ExportError(RuntimeError):
@@ -148,7 +150,8 @@ def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
         folder: empty; where an object is saved to.
 
     Raises:
-        ValueError: none of the files is there.
+        ValueError: none of the files is there, images are prepared in a way that `vision` does not know,
+            or letters are of several languages.
     """
     if hasattr(processor, "save_pretrained"):
         names = ("tokenizer", "feature_extractor", "image_processor")
@@ -166,11 +169,17 @@ def processor_files(processor: Any, folder: Path) -> dict[str, Path]:
     beside = {name: folder / name for name in (CONFIG, TEMPLATE) if (folder / name).is_file()}
     if "tokenizer.json" in found or not _is_ctc(beside):
         found.pop("vocab.json", None)
+    if "vocab.json" in found:
+        of_language(*(json.loads((folder / name).read_text()) for name in ("vocab.json", CONFIG)))
     if not found:
         raise ValueError(
             f"{processor!r} has none of {', '.join(_PROCESSOR_FILES)}; a slow tokenizer has no tokenizer.json, so take "
             "a fast one"
         )
+    if "preprocessor_config.json" in found:
+        config = json.loads(found["preprocessor_config.json"].read_text())
+        if "sampling_rate" not in config:  # of images
+            check_preparation(config)
     return found | beside
 
 

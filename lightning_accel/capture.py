@@ -128,7 +128,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any
     """Captures `model`, in eval mode, from example inputs: the programs that it needs, by role.
 
     Without `dynamic_shapes`, the first dimension of each input is the batch and free, and the second of each integer
-    or boolean input is a length and free. Language models have free batch, length and cache capacity.
+    or boolean input is a length and free, as is that of a CTC model's samples where torch.export allows it. Language
+    models have free batch, length and cache capacity.
 
     Returns:
         `"decoder"` of a causal language model, `"encoder"` and `"decoder"` of an encoder-decoder one, else `"forward"`.
@@ -247,8 +248,15 @@ def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shap
     else:
         several = _two_rows(tensors)
         several = several if _accepts(captured(several, ()).module, several.values()) else tensors
-        result = captured(several, tuple(_default_dims(t) for t in several.values()))
-        shapes = _ranges(result, alike=True)
+        heard = {"input_values"} if type(model).__name__.endswith("ForCTC") else set()
+        try:
+            result = captured(several, tuple(_default_dims(t, n in heard) for n, t in several.items()))
+            shapes = _ranges(result, alike=True)
+        except ValueError:
+            if not heard:
+                raise
+            result = captured(several, tuple(_default_dims(t) for t in several.values()))
+            shapes = _ranges(result, alike=True)
     _probe(result.module, tensors, shapes)
     limits = _embedded(result.module, tensors)
     _count(result.module, tensors, shapes, limits)
@@ -353,11 +361,12 @@ def _two_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, **{name: torch.cat([tensor, tensor]) for name, tensor in batched.items()}}
 
 
-def _default_dims(tensor: Tensor) -> dict[int, Any] | None:
+def _default_dims(tensor: Tensor, heard: bool = False) -> dict[int, Any] | None:
+    """The dimensions that are free by default: the batch, and the length of ids and of samples that are `heard`."""
     dims = {}
     if tensor.dim() >= 1:
         dims[0] = Dim.AUTO
-    if tensor.dim() >= 2 and not tensor.is_floating_point() and tensor.shape[1] > 1:
+    if tensor.dim() >= 2 and (heard or not tensor.is_floating_point()) and tensor.shape[1] > 1:
         dims[1] = Dim.AUTO
     return dims or None
 

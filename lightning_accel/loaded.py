@@ -173,7 +173,7 @@ class LoadedModel:
         ]
         return found if isinstance(inputs, list) else found[0]
 
-    def transcribe(self, audio: Any, **options: Any) -> str:
+    def transcribe(self, audio: Any, **options: Any) -> Any:
         """The text of a recording; see `lightning_accel.speech.transcribe`."""
         from . import speech
 

@@ -157,6 +157,12 @@ def _stops(model: LoadedModel, stop: str | Sequence[str] | None) -> tuple[tuple[
     return tuple(text for text in given if text not in special), (*own, *special.values())
 
 
+def answer(model: LoadedModel, tokens: Iterator[Tensor]) -> Iterator[str]:
+    """The new piece of one answer's text, token [1] by token."""
+    texts, ends = _stops(model, None)
+    return (piece for (piece,) in _write(tokens, [_Writer(model.tokenizer, [], texts)], ends))
+
+
 def _write(tokens: Iterator[Tensor], writers: list[_Writer], ends: tuple[int, ...]) -> Iterator[list[str]]:
     """The new piece of each row's text, token by token, until all rows have ended."""
     for token_B in tokens:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 PREPROCESSOR = "preprocessor_config.json"
 _MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# do_reduce_labels is about a segmentation's labels, not the image
+_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_flip_channel_order",
+          "do_reduce_labels"}  # fmt: skip
+_REFUSED = ("keep_aspect_ratio", "offset", "size_divisor")
+_SIZES = ({"height", "width"}, {"shortest_edge"})
 
 
 def pixel_values(model: LoadedModel, images: Sequence[Any]) -> Tensor:
@@ -55,8 +60,32 @@ def read_image(image: Any) -> Tensor:
     return tensor
 
 
+def check_preparation(config: dict[str, Any]) -> None:
+    """Raises ValueError where a `preprocessor_config.json` asks for a step that `prepare` does not know."""
+    size = config.get("size") if config.get("do_resize", True) else None
+    refused = [name for name, value in config.items() if name.startswith("do_") and value and name not in _STEPS]
+    refused += [name for name in _REFUSED if config.get(name)]
+    if config.get("crop_pct") and not _is_convnext(config):
+        refused.append("crop_pct")
+    if config.get("ensure_multiple_of") not in (None, 1):
+        refused.append("ensure_multiple_of")
+    if isinstance(size, dict) and {name for name, edge in size.items() if edge} not in _SIZES:
+        refused.append("size")
+    if refused:
+        asked = ", ".join(f"{name}={config[name]!r}" for name in refused)
+        raise ValueError(
+            f"the image processor asks for {asked}, which is not supported here; prepare the images yourself, call "
+            "model(pixel_values), and export without processor="
+        )
+
+
 def prepare(image: Tensor, config: dict[str, Any]) -> Tensor:
-    """float32 [1, C, H, W] of a uint8 image [C, H, W], as `config` (a `preprocessor_config.json`) describes it."""
+    """float32 [1, C, H, W] of a uint8 image [C, H, W], as `config` (a `preprocessor_config.json`) describes it.
+
+    Raises:
+        ValueError: the configuration asks for a step that is not known here.
+    """
+    check_preparation(config)
     if config.get("do_convert_rgb") and image.shape[0] == 1:
         image = image.expand(3, -1, -1)
     image = image[None]
@@ -64,31 +93,53 @@ def prepare(image: Tensor, config: dict[str, Any]) -> Tensor:
         mode = _MODES.get(config.get("resample", 2))
         if mode is None:
             raise ValueError(f"resample={config['resample']} is not supported; prepare the images yourself")
-        size = _size(config["size"], image)
+        size = _convnext_size(config, image) if _is_convnext(config) else _size(config["size"], image)
         options = {} if mode == "nearest-exact" else {"antialias": True, "align_corners": False}
         image = F.interpolate(image, size, mode=mode, **options)  # of bytes, rounded as Pillow does
+        if _is_convnext(config):
+            image = _center_crop(image, *[_edge(config["size"])] * 2)
     if config.get("do_center_crop") and config.get("crop_size"):
         image = _center_crop(image, *_size(config["crop_size"], image))
     image = image.float()
     if config.get("do_rescale", True):
-        image = image * config.get("rescale_factor", 1 / 255)
-    if config.get("do_normalize", True) and config.get("image_mean") is not None:
+        image = image * config.get("rescale_factor", 1 / 255) - float(bool(config.get("rescale_offset")))
+    # MobileViT's network takes BGR that is not normalized; its processor then leaves do_normalize out
+    if config.get("do_normalize", "do_flip_channel_order" not in config) and config.get("image_mean") is not None:
         mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
         image = (image - mean) / std
-    return image
+    if config.get("include_top") and config.get("image_std") is not None:
+        image = image / torch.tensor(config["image_std"]).view(-1, 1, 1)  # once more, as EfficientNet was trained
+    return image.flip(1) if config.get("do_flip_channel_order") and image.shape[1] == 3 else image
 
 
 def _size(size: Any, image: Tensor) -> tuple[int, int]:
     """(height, width) that transformers means by `size`: a number, {height, width} or {shortest_edge}."""
-    if isinstance(size, dict) and "height" in size:
+    if isinstance(size, dict) and size.get("height"):
         return size["height"], size["width"]
-    edge = size["shortest_edge"] if isinstance(size, dict) else size
+    edge = _edge(size)
     if isinstance(size, int):
         return edge, edge
     height, width = image.shape[-2:]
     shortest, longest = sorted((height, width))
     other = int(edge * longest / shortest)
     return (other, edge) if height > width else (edge, other)
+
+
+def _edge(size: Any) -> int:
+    return size["shortest_edge"] if isinstance(size, dict) else size
+
+
+def _is_convnext(config: dict[str, Any]) -> bool:
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
+    return kind.startswith("ConvNext")
+
+
+def _convnext_size(config: dict[str, Any], image: Tensor) -> tuple[int, int]:
+    """Below 384 the size from which the middle is cut, else the square itself."""
+    edge = _edge(config["size"])
+    if edge >= 384:
+        return edge, edge
+    return _size({"shortest_edge": int(edge / (config.get("crop_pct") or 224 / 256))}, image)
 
 
 def _center_crop(image: Tensor, height: int, width: int) -> Tensor:

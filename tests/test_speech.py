@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from transformers import (
 from transformers import WhisperProcessor as Processor
 
 from lightning_accel import export_model, load
+from lightning_accel.build import processor_files
 from lightning_accel.speech import ctc_text, log_mel, mel_filters, read_wav
 
 RATE, VOCABULARY = 16000, 60
@@ -80,6 +82,30 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     return model, processor, load(folder)
 
 
+@pytest.fixture(scope="module")
+def several(whisper: tuple[Any, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """The same of two languages and two tasks."""
+    model = copy.deepcopy(whisper[0])
+    named = {"<|en|>": 50, "<|de|>": 51, "<|transcribe|>": 52, "<|translate|>": 53}
+    config: Any = model.generation_config
+    config.is_multilingual = True
+    config.lang_to_id = {name: named[name] for name in ("<|en|>", "<|de|>")}
+    config.task_to_id = {"transcribe": 52, "translate": 53}
+    config.suppress_tokens = [*config.suppress_tokens, *named.values()]
+    names = [*(f"w{i}" for i in range(50)), *named, "w54", "w55", "w56"]
+    special = ["<|startoftranscript|>", "<|notimestamps|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(
+            models.WordLevel({n: i for i, n in enumerate([*names, *special, "<|end|>"])}, "w0")
+        ),
+        eos_token="<|end|>", additional_special_tokens=[*named, *special],
+    )  # fmt: skip
+    folder, processor = tmp_path_factory.mktemp("several") / "m", Processor(EXTRACTOR, tokenizer)
+    options: dict[str, Any] = {"engines": ("portable",), "measure": False, "processor": processor}
+    export_model(model, folder, example_inputs={"input_features": torch.randn(2, 16, 100)}, **options)
+    return model, processor, load(folder)
+
+
 def test_filters_and_features_are_those_of_transformers_to_the_bit() -> None:
     samples = speech(0.7)
     for extractor in (EXTRACTOR, WhisperFeatureExtractor()):
@@ -108,6 +134,25 @@ def test_a_recording_is_written_down_as_by_transformers(whisper: tuple[Any, Any,
     assert ours.transcribe(write_wav(tmp_path / "b.wav", stereo, channels=2)) == ours.transcribe(tmp_path / "a.wav")
 
 
+def test_other_widths_and_cut_files_are_named(tmp_path: Path) -> None:
+    write_wav(tmp_path / "24.wav", speech(0.1)[:1200], width=3)
+    good = write_wav(tmp_path / "good.wav", speech(0.1), channels=2).read_bytes()
+    float_format = good[:20] + (3).to_bytes(2, "little") + good[22:34] + (32).to_bytes(2, "little") + good[36:]
+    for name, data, message in (
+        ("24.wav", None, "24.wav has 24 bits a sample; write it with 16"),
+        ("float.wav", float_format, "float.wav is no WAV file of PCM samples .*3.*; convert it"),
+        ("within.wav", good[:-3], "within.wav is cut off: it holds 3197 of 3200 bytes"),
+        ("between.wav", good[:-400], "between.wav is cut off: it holds 2800 of 3200 bytes"),
+    ):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            read_wav(tmp_path / name)
+    unknown = good[:40] + b"\xff\xff\xff\xff" + good[44:]  # of a program that wrote to a pipe
+    (tmp_path / "pipe.wav").write_bytes(unknown)
+    assert torch.equal(read_wav(tmp_path / "pipe.wav")[0], read_wav(tmp_path / "good.wav")[0])
+
+
 def test_a_bad_recording_says_what_to_write(whisper: tuple[Any, Any, Any], tmp_path: Path, decoder: Path) -> None:
     _, _, ours = whisper
     good = speech(0.2)
@@ -131,6 +176,40 @@ def test_a_bad_recording_says_what_to_write(whisper: tuple[Any, Any, Any], tmp_p
         load(decoder).transcribe(good, sampling_rate=RATE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("language", "task"), [("en", "transcribe"), ("de", "transcribe"), ("de", "translate")])
+def test_languages_and_tasks_are_begun_as_by_transformers(
+    several: tuple[Any, Any, Any], language: str, task: str
+) -> None:
+    model, processor, ours = several
+    samples = speech(0.9)
+    features = EXTRACTOR(samples.numpy(), sampling_rate=RATE, return_tensors="pt")["input_features"]
+    ids = model.generate(features, language=language, task=task, do_sample=False, max_new_tokens=12)
+    found = ours.transcribe(samples, sampling_rate=RATE, language=language, task=task, max_new_tokens=12)
+    assert found == processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip() and len(found.split()) > 5
+
+
+def test_a_language_must_be_said_and_known(several: tuple[Any, Any, Any]) -> None:
+    ours = several[2]
+    for options, message in (
+        ({}, r"knows many languages; write transcribe\(..., language='en'\)"),
+        ({"language": "fr"}, "no token '<|fr|>'"),
+        ({"language": "de", "task": "sing"}, "no token '<|sing|>'"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+            ours.transcribe(speech(0.2), sampling_rate=RATE, **options)
+
+
+def test_a_text_comes_in_pieces_that_make_the_whole(whisper: tuple[Any, Any, Any]) -> None:
+    _, _, ours = whisper
+    options: dict[str, Any] = {"sampling_rate": RATE, "max_new_tokens": 12}
+    pieces = list(ours.transcribe(speech(1.5), stream=True, **options))
+    assert "".join(pieces) == ours.transcribe(speech(1.5), **options) and len(pieces) > 5
+    for stream in (False, True):
+        with pytest.raises(ValueError, match="max_new_tokens=0 must be an int of at least 1"):
+            list(ours.transcribe(speech(0.2), sampling_rate=RATE, max_new_tokens=0, stream=stream))
+
+
 def test_speech_needs_torch_and_tokenizers_alone(whisper: tuple[Any, Any, Any], tmp_path: Path) -> None:
     path = write_wav(tmp_path / "a.wav", torch.from_numpy(np.sin(np.arange(4000)) * 0.1))
     code = (
@@ -146,24 +225,38 @@ def test_speech_needs_torch_and_tokenizers_alone(whisper: tuple[Any, Any, Any], 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJ"]
 
 
-@pytest.fixture(scope="module")
-def hearer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
-    """A small wav2vec2, its processor, and a folder of its portable program for pieces of half a second."""
+@pytest.fixture(scope="module", params=["group", "layer"])
+def hearer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A small wav2vec2, its processor, and a folder of its portable program; norms of layers come with a mask."""
+    masked = request.param == "layer"
+    model = small_wav2vec2(feat_extract_norm=request.param)
+    processor = letters(tmp_path_factory.mktemp("letters"), masked)
+    folder = tmp_path_factory.mktemp("ctc") / "m"
+    example = {"input_values": torch.randn(2, RATE // 2)}
+    if masked:
+        example["attention_mask"] = torch.ones(2, RATE // 2, dtype=torch.int32)  # as of the feature extractor
+    export_model(model, folder, example_inputs=example, processor=processor, engines=("portable",), measure=False)
+    return model, processor, folder
+
+
+def small_wav2vec2(kind: Any = Wav2Vec2ForCTC, **options: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     convolutions = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (8, 8), "num_feat_extract_layers": 2}
     positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-    config = Wav2Vec2Config(**sizes, **convolutions, **positions, vocab_size=len(LETTERS), pad_token_id=0)
-    model = Wav2Vec2ForCTC(config).eval()
+    config = Wav2Vec2Config(**sizes, **convolutions, **positions, **options, vocab_size=len(LETTERS), pad_token_id=0)
+    model = kind(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(30.0)
-    folder = tmp_path_factory.mktemp("ctc")
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(LETTERS)}))
-    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), do_lower_case=True)
-    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer)
-    options: dict[str, Any] = {"engines": ("portable",), "measure": False, "processor": processor}
-    export_model(model, folder / "m", example_inputs={"input_values": torch.randn(2, RATE // 2)}, **options)
-    return model, processor, folder / "m"
+    return model
+
+
+def letters(folder: Path, masked: bool = False, words: Any = None, **options: Any) -> Any:
+    """A processor with a vocabulary, by default of `LETTERS`."""
+    words = words or {letter: i for i, letter in enumerate(LETTERS)}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), do_lower_case=True, **options)
+    return Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=masked), tokenizer)
 
 
 @torch.no_grad()
@@ -179,15 +272,49 @@ def test_frames_become_letters_as_by_transformers(hearer: tuple[Any, Any, Path])
         assert len(set(expected)) > 2
 
 
-def test_longer_recordings_are_read_in_pieces_and_shorter_ones_filled_up(hearer: tuple[Any, Any, Path]) -> None:
-    ours = load(hearer[2])
+@torch.no_grad()
+def test_a_recording_is_heard_at_its_own_length(hearer: tuple[Any, Any, Path]) -> None:
+    model, processor, folder = hearer
+    ours = load(folder)
     for seconds in (0.2, 1.3):
-        assert ours.transcribe(speech(seconds), sampling_rate=RATE)
-    for options in ({"language": "en"}, {"max_new_tokens": 3}, {"temperature": 1.0}):
+        given = processor(speech(seconds).numpy(), sampling_rate=RATE, return_tensors="pt")
+        logits = model(**given).logits
+        torch.testing.assert_close(ours(**given)["logits"], logits, rtol=1e-4, atol=1e-4)
+        expected = processor.batch_decode(logits.argmax(-1))[0]
+        assert ours.transcribe(speech(seconds), sampling_rate=RATE) == expected and len(set(expected)) > 2
+    assert ours.transcribe(speech(0.001), sampling_rate=RATE) is not None, "filled up to what the convolutions need"
+
+
+def test_a_ctc_model_takes_the_recording_alone(hearer: tuple[Any, Any, Path]) -> None:
+    ours = load(hearer[2])
+    for options in ({"language": "en"}, {"max_new_tokens": 3}, {"temperature": 1.0}, {"stream": True}):
         with pytest.raises(ValueError, match="a CTC model writes down what it hears"):
             ours.transcribe(speech(0.2), sampling_rate=RATE, **options)
     with pytest.raises(ValueError, match="the audio is of 8000 Hz"):
         ours.transcribe(speech(0.2), sampling_rate=8000)
+
+
+class FixedForCTC(Wav2Vec2ForCTC):
+    """One that torch.export captures at a fixed length only."""
+
+    def forward(self, input_values: Tensor) -> Any:
+        if not isinstance(input_values.shape[1], int):
+            raise TypeError("the length must be a number")
+        return super().forward(input_values)
+
+
+@torch.no_grad()
+def test_at_a_fixed_length_repetitions_are_not_merged_across_a_cut(tmp_path: Path) -> None:
+    model, processor = small_wav2vec2(FixedForCTC), letters(tmp_path)
+    model.lm_head.weight.zero_()
+    model.lm_head.bias.copy_(torch.eye(len(LETTERS))[LETTERS.index("A")])
+    example = {"input_values": torch.randn(2, RATE // 2)}
+    options: dict[str, Any] = {"engines": ("portable",), "measure": False, "processor": processor}
+    export_model(model, tmp_path / "m", example_inputs=example, **options)
+    ours = load(tmp_path / "m")
+    assert ours.entry["inputs"][0]["shape"][1] == RATE // 2
+    assert ours.transcribe(speech(0.5), sampling_rate=RATE) == "a"
+    assert ours.transcribe(speech(1.3), sampling_rate=RATE) == "aaa"
 
 
 def test_repetitions_collapse_unless_a_blank_is_between() -> None:
@@ -196,3 +323,23 @@ def test_repetitions_collapse_unless_a_blank_is_between() -> None:
     assert ctc_text([6, 6, 0, 6, 4, 4, 5, 5, 4], words, config) == "BB A"
     assert ctc_text([0, 0], words, config) == "" and ctc_text([], words, config) == ""
     assert ctc_text([1, 5, 2], words, config | {"do_lower_case": True}) == "<s>a</s>", "only the blank is left out"
+
+
+def test_ids_that_vocab_json_lacks_are_written_as_by_transformers(tmp_path: Path) -> None:
+    words = {"<pad>": 0, "A": 1, "|": 2}
+    tokenizer = letters(tmp_path, words=words).tokenizer  # <s>, </s> and <unk> are added behind them
+    tokenizer.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    ids = [1, 3, 4, 1, 0, 5, 2, 9, 1]
+    assert ctc_text(ids, words, config) == tokenizer.decode(ids) and "a" in tokenizer.decode(ids)
+
+
+def test_letters_of_several_languages_need_one_that_is_chosen(tmp_path: Path) -> None:
+    words = {"deu": {"<pad>": 0, "|": 1, "D": 2}, "eng": {"<pad>": 0, "|": 1, "E": 2}}
+    chosen = letters(tmp_path, words=words, target_lang="eng")
+    files = processor_files(chosen, tmp_path / "chosen")
+    saved, config = (json.loads(files[name].read_text()) for name in ("vocab.json", "tokenizer_config.json"))
+    assert ctc_text([2, 0, 2], saved, config) == chosen.tokenizer.decode([2, 0, 2]) == "ee"
+    files["tokenizer_config.json"].write_text(json.dumps({**config, "target_lang": None}))
+    with pytest.raises(ValueError, match=r"holds 2 languages .* write tokenizer.set_target_lang\('deu'\)"):
+        processor_files(tmp_path / "chosen", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ConvNextImageProcessor,
+    EfficientNetImageProcessor,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MobileViTImageProcessor,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -406,6 +410,53 @@ def test_images_are_prepared_as_by_transformers(options: dict[str, Any], tmp_pat
     assert ((ours - expected).abs() > 0.5 * step).float().mean() < 0.01
     image.save(tmp_path / "image.png")
     assert torch.equal(prepare(read_image(tmp_path / "image.png"), processor.to_dict()), ours)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (MobileViTImageProcessor, {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}),
+        (ConvNextImageProcessor, {"size": {"shortest_edge": 32}}),
+        (ConvNextImageProcessor, {"size": {"shortest_edge": 40}, "crop_pct": 0.95}),
+        (ConvNextImageProcessor, {"size": {"shortest_edge": 384}, "resample": 2}),
+        (EfficientNetImageProcessor, {"size": {"height": 32, "width": 32}}),
+        (EfficientNetImageProcessor, {"size": {"height": 32, "width": 32}, "include_top": False}),
+        (EfficientNetImageProcessor, {"size": {"height": 32, "width": 32}, "rescale_offset": True,
+                                      "rescale_factor": 1 / 127.5}),
+    ],
+)  # fmt: skip
+def test_steps_that_few_processors_know_are_theirs(kind: Any, options: dict[str, Any]) -> None:
+    processor = kind(**options)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 61, 3), np.uint8)).resize((488, 400))
+    expected = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"])
+    config = processor.to_dict()
+    ours = prepare(read_image(image), config)
+    assert ours.shape == expected.shape
+    std = min(processor.image_std) if config.get("do_normalize") else 1
+    step = processor.rescale_factor / std / (min(processor.image_std) if config.get("include_top") else 1)
+    assert (ours - expected).abs().max() <= 1.01 * step  # a level of 256
+    assert ((ours - expected).abs() > 0.5 * step).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_pad": True}, "asks for do_pad=True"),
+        ({"do_something_new": True, "do_else": False}, "asks for do_something_new=True, which is not supported"),
+        ({"size": {"longest_edge": 32}}, "asks for size={'longest_edge': 32}"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "asks for size="),
+        ({"crop_pct": 0.9, "image_processor_type": "PoolFormerImageProcessor"}, "asks for crop_pct=0.9"),
+        ({"keep_aspect_ratio": True, "ensure_multiple_of": 32}, "keep_aspect_ratio=True, ensure_multiple_of=32"),
+    ],
+)
+def test_steps_that_are_not_known_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = ViTImageProcessor(size={"height": 16, "width": 16}).to_dict() | options
+    with pytest.raises(ValueError, match=message):
+        prepare(torch.zeros(3, 20, 20, dtype=torch.uint8), config)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"call model\(pixel_values\), and export without processor="):
+        export_model(tiny.vit(), tmp_path / "m", example_inputs=(torch.randn(2, 3, 16, 16),), processor=tmp_path)
+    assert not (tmp_path / "m").exists()
 
 
 @torch.no_grad()
