@@ -5,7 +5,9 @@ Imports torch and the standard library only.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +20,8 @@ from torch import Tensor
 Run = Callable[[list[Tensor]], list[Tensor]]
 
 
+_forked = False  # in a forked process: the threads of OpenMP are not there, and waiting for them never ends
+_models: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
 _changed = threading.Lock()
 _blocks: list[tuple[int, int]] = []  # of each block that runs: the number before it, and its own
 _own = threading.local()  # `known`: whether a block has run in the thread, so that its number is not inherited
@@ -25,10 +29,11 @@ _own = threading.local()  # `known`: whether a block has run in the thread, so t
 
 @contextmanager
 def at_threads(threads: int | None) -> Iterator[None]:
-    """Has torch use so many threads in the block; `None` leaves it as it is.
+    """Has torch use so many threads in the block; `None` leaves it as it is. In a forked process it uses one.
 
     Torch has a number for each thread of Python, and one that a new thread starts with, which a block changes too.
     """
+    threads = 1 if _forked else threads
     if threads is None or (threads == torch.get_num_threads() and not _blocks):
         yield
         return
@@ -46,6 +51,19 @@ def at_threads(threads: int | None) -> Iterator[None]:
         with _changed:
             _blocks.remove(block)
             torch.set_num_threads(before)
+
+
+def _begin_fork() -> None:
+    """Locks that another thread held stay locked in the new process, without it."""
+    global _changed, _forked
+    _changed, _forked = threading.Lock(), True
+    _blocks.clear()
+    for model in _models:
+        model._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_fork)
 
 
 class Output(dict):
@@ -88,6 +106,7 @@ class LoadedModel:
         self._run = run
         self._mapped = {_extent(tensor) for tensor in weights}  # the views of one file have one extent
         self._lock = threading.Lock()
+        _models.add(self)
 
     @property
     def input_names(self) -> list[str]:

@@ -931,3 +931,31 @@ def test_a_cpu_that_lacks_what_was_compiled_for_gets_the_program_for_less(tmp_pa
     if shutil.which("objdump"):
         code = subprocess.run(["objdump", "-d", tmp_path / "a" / programs["aoti_avx2"]["file"]], capture_output=True)
         assert b"ymm" in code.stdout and b"zmm" not in code.stdout
+
+
+FORKS = """
+import os, sys, threading, torch
+from lightning_accel import load
+torch.set_num_threads(2)
+model, prompt = load(sys.argv[1], threads=2), torch.arange(6)[None]
+(torch.rand(600, 600) @ torch.rand(600, 600)).exp()  # OpenMP's threads are made
+expected = model.generate(prompt, 4)
+held = model._lock if sys.argv[2] == "lock" else threading.Lock()
+with held:  # as another thread may
+    child = os.fork()
+    if not child:
+        found = [one.generate(prompt, 4) for one in (model, load(sys.argv[1]))]
+        os._exit(0 if all(torch.equal(ids, expected) for ids in found) else 3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(torch.equal(model.generate(prompt, 4), expected), model.threads)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("held", ["none", "lock"])
+def test_a_forked_process_generates_the_same_and_waits_for_nobody(decoder, held):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, str(decoder), held], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["0", "True", "2"], done.stderr

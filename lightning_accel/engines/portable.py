@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import threading
 import zipfile
@@ -140,6 +141,15 @@ def open(path: Path, entry: dict[str, Any], weights: dict[str, Tensor]) -> Calla
 
 
 _LOADING = threading.Lock()  # torch.export.load keeps state for the process
+
+
+def _begin_fork() -> None:
+    global _LOADING
+    _LOADING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_fork)
 
 
 def _untile(tiles: Tensor, shape: list[int]) -> Tensor:
