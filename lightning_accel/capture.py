@@ -308,13 +308,15 @@ def _count(
     """
     ids = [{name: torch.full_like(tensors[name], limits[name]["below"] - 1 if last else 0) for name in limits}
            for last in (False, True)]  # fmt: skip
-    for label in {id(d): d for shape in shapes for d in shape[1:] if isinstance(d, dict)}.values():
+    free = {id(d): d for shape in shapes for d in shape[1:] if isinstance(d, dict)}
+    for label in free.values() if _tables(module) else ():
 
         def resized(size: int, fill: Mapping[str, Tensor], label: Any = label) -> list[Tensor]:
             found = []
             for name, shape in zip(tensors, shapes, strict=True):
                 tensor = {**tensors, **fill}[name]
-                tensor = tensor[:1] if isinstance(shape[0], dict) and shape[0]["min"] == 1 else tensor
+                if shape and isinstance(shape[0], dict) and shape[0]["min"] == 1:
+                    tensor = tensor[:1]
                 for position, own in enumerate(shape):
                     rows = torch.arange(size) % tensor.shape[position]
                     tensor = tensor.index_select(position, rows) if own is label else tensor
@@ -323,7 +325,7 @@ def _count(
 
         sized = zip(tensors.values(), shapes, strict=True)
         size = next(tensor.shape[shape.index(label)] for tensor, shape in sized if label in shape)
-        for fill in ids if size > 1 else ():
+        for fill in ids[: 2 if limits else 1] if size > 1 else ():
             before, after = (_last_rows(module, resized(n, fill)) for n in (size - 1, size))
             for table in after.keys() & before.keys():
                 most = size + table.num_embeddings - 1 - after[table]

@@ -112,6 +112,16 @@ def test_positions_that_the_model_counts_itself_end_with_their_table(
         model(**longer)
 
 
+def test_a_table_beside_an_input_without_dimensions(portable: Callable[..., LoadedModel]) -> None:
+    table = nn.Embedding(20, 8)
+    model = Call(lambda linear, ids, scale: linear(table(ids)) * scale)
+    model.table = table
+    loaded = portable(model, {"x": torch.arange(6)[None], "scale": torch.tensor(2.0)})
+    with torch.no_grad():
+        expected = model(torch.arange(9)[None], torch.tensor(2.0))
+    assert torch.allclose(loaded(torch.arange(9)[None], torch.tensor(2.0)), expected, atol=1e-6)
+
+
 def test_a_table_of_distances_that_ends_is_no_bound(portable: Callable[..., LoadedModel]) -> None:
     config = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     torch.manual_seed(0)
