@@ -198,7 +198,7 @@ def _labels(model: Any) -> dict[str, Any] | None:
     names, pad = getattr(config, "id2label", None) or {}, getattr(config, "pad_token_id", None)
     several = getattr(config, "problem_type", None) == "multi_label_classification"
     labels: dict[str, Any] = {"names": [str(names[i]) for i in sorted(names)], "several": several}
-    return labels if pad is None else {**labels, "pad": pad}
+    return {**labels, "pad": pad} if isinstance(pad, int) and pad >= 0 else labels  # -1 is none
 
 
 def _copied(source: str | Path, target: Path) -> Path:

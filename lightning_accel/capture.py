@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
+from ._warn import warn
 from .inputs import ExampleInputs, copy_inputs, explain_export, split_inputs, without_labels
 
 MAX_BATCH = 1024
@@ -222,7 +223,7 @@ def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shap
     outputs, structure = flatten_output(call_example(model, example_inputs))
     names = input_names(model, args, kwargs)
     for name, value in zip(names, (*args, *kwargs.values()), strict=True):
-        if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+        if not isinstance(value, Tensor) and _holds_tensors(value):
             raise ValueError(
                 f"the input {name!r} is a {type(value).__name__} with tensors in it, which would stay as they are in "
                 "the example; export a module around the model whose forward takes each tensor by itself"
@@ -248,18 +249,22 @@ def capture_module(model: nn.Module, example_inputs: ExampleInputs, dynamic_shap
     else:
         several = _two_rows(tensors)
         several = several if _accepts(captured(several, ()).module, several.values()) else tensors
-        heard = {"input_values"} if type(model).__name__.endswith("ForCTC") else set()
+        heard = "input_values" if type(model).__name__.endswith("ForCTC") else None
         try:
-            result = captured(several, tuple(_default_dims(t, n in heard) for n, t in several.items()))
+            result = captured(several, tuple(_default_dims(t, n == heard) for n, t in several.items()))
             shapes = _ranges(result, alike=True)
-        except ValueError:
-            if not heard:
+        except ValueError as error:
+            if heard is None:
                 raise
+            warn(
+                f"{type(model).__name__} cannot be captured at a free length, so that it hears recordings in pieces of "
+                f"the example's, the last filled up with silence ({error})"
+            )
             result = captured(several, tuple(_default_dims(t) for t in several.values()))
             shapes = _ranges(result, alike=True)
     _probe(result.module, tensors, shapes)
     limits = _embedded(result.module, tensors)
-    _count(result.module, tensors, shapes, limits)
+    _limit_positions(result.module, tensors, shapes, limits)
     result.inputs = [
         {"name": n, "dtype": str(t.dtype).removeprefix("torch."), "shape": shape} | limits.get(n, {})
         for (n, t), shape in zip(tensors.items(), shapes, strict=True)
@@ -298,7 +303,12 @@ def _reads(table: Any, args: tuple) -> bool:
     return not torch.equal(first, second)
 
 
-def _count(
+def _holds_tensors(value: Any) -> bool:
+    leaves = [vars(leaf) if is_dataclass(leaf) else leaf for leaf in tree_leaves(value)]
+    return any(isinstance(leaf, Tensor) or (isinstance(leaf, dict) and _holds_tensors(leaf)) for leaf in leaves)
+
+
+def _limit_positions(
     module: nn.Module, tensors: Mapping[str, Tensor], shapes: list[list[Any]], limits: Mapping[str, Mapping[str, int]]
 ) -> None:
     """Lowers the largest size of a dimension that ends with the table of positions that the model counts itself.
@@ -306,32 +316,33 @@ def _count(
     RoBERTa counts the ids that are no padding; torch.export sees no bound there. Some id is none, if not the first then
     the last. A table whose row grows with the size, but not past its end (T5's distances), is no bound.
     """
-    ids = [{name: torch.full_like(tensors[name], limits[name]["below"] - 1 if last else 0) for name in limits}
-           for last in (False, True)]  # fmt: skip
-    free = {id(d): d for shape in shapes for d in shape[1:] if isinstance(d, dict)}
-    for label in free.values() if _tables(module) else ():
-
-        def resized(size: int, fill: Mapping[str, Tensor], label: Any = label) -> list[Tensor]:
-            found = []
-            for name, shape in zip(tensors, shapes, strict=True):
-                tensor = {**tensors, **fill}[name]
-                if shape and isinstance(shape[0], dict) and shape[0]["min"] == 1:
-                    tensor = tensor[:1]
-                for position, own in enumerate(shape):
-                    rows = torch.arange(size) % tensor.shape[position]
-                    tensor = tensor.index_select(position, rows) if own is label else tensor
-                found.append(tensor)
-            return found
-
+    if not _tables(module):
+        return
+    filled = [{n: torch.full_like(tensors[n], row(limits[n]["below"])) for n in limits}
+              for row in (lambda rows: 0, lambda rows: rows - 1)]  # fmt: skip
+    for label in {id(d): d for shape in shapes for d in shape[1:] if isinstance(d, dict)}.values():
         sized = zip(tensors.values(), shapes, strict=True)
         size = next(tensor.shape[shape.index(label)] for tensor, shape in sized if label in shape)
-        for fill in ids[: 2 if limits else 1] if size > 1 else ():
-            before, after = (_last_rows(module, resized(n, fill)) for n in (size - 1, size))
+        for fill in filled if size > 1 else ():
+            inputs = {**tensors, **fill}
+            before, after = (_last_rows(module, _resized(inputs, shapes, label, n)) for n in (size - 1, size))
             for table in after.keys() & before.keys():
                 most = size + table.num_embeddings - 1 - after[table]
-                grows = after[table] > before[table] and most < label["max"]
-                if grows and (most > _LONG or not _accepts(module, resized(most + 1, fill))):
-                    label["max"] = most
+                if after[table] > before[table] and most < label["max"]:
+                    tried = most <= _LONG and _accepts(module, _resized(inputs, shapes, label, most + 1))
+                    label["max"] = label["max"] if tried else most
+
+
+def _resized(tensors: Mapping[str, Tensor], shapes: list[list[Any]], label: Any, size: int) -> list[Tensor]:
+    """Inputs of one row, where they may have one, with the free dimension `label` cut or repeated to `size`."""
+    found = []
+    for tensor, shape in zip(tensors.values(), shapes, strict=True):
+        if shape and isinstance(shape[0], dict) and shape[0]["min"] == 1:
+            tensor = tensor[:1]
+        for position in (i for i, own in enumerate(shape) if own is label):
+            tensor = tensor.index_select(position, torch.arange(size) % tensor.shape[position])
+        found.append(tensor)
+    return found
 
 
 def _last_rows(module: nn.Module, tensors: Iterable[Tensor]) -> dict[Any, int]:

@@ -201,28 +201,34 @@ def generation_spec(model: Any) -> dict[str, Any]:
     """How a text begins and ends and what is never written, for the manifest; a warning names what is left out."""
     config = model.generation_config
     ends = end_of_text(model)
+    barred = [word for word in getattr(config, "bad_words_ids", None) or () if word not in [[end] for end in ends]]
+    _warn_of_others(model, any(len(word) > 1 for word in barred))
+    never = [*(getattr(config, "suppress_tokens", None) or ()), *(word[0] for word in barred if len(word) == 1)]
     spec: dict[str, Any] = {"stop": ends}
-    bad = [word for word in getattr(config, "bad_words_ids", None) or () if word not in [[end] for end in ends]]
-    never = [*(getattr(config, "suppress_tokens", None) or ()), *(word[0] for word in bad if len(word) == 1)]
-    at_first = getattr(config, "begin_suppress_tokens", None)
-    forced = (getattr(config, f"forced_{which}_token_id", None) for which in ("bos", "eos"))
-    forced_first, forced_last = (id[0] if isinstance(id, list) else id for id in forced)
-    for name, ids in (("suppress", never), ("suppress_first", at_first)):
+    for name, ids in (("suppress", never), ("suppress_first", getattr(config, "begin_suppress_tokens", None))):
         if ids:
             spec[name] = list(ids)
-    for name, id in (("forced_first", forced_first), ("forced_last", forced_last)):
-        if id is not None:
-            spec[name] = id
-    left = {name: value for name in _NOT_DONE if (value := getattr(config, name, None)) not in (None, 0, 1.0)}
-    if any(len(word) > 1 for word in bad):
-        left["bad_words_ids"] = "of several tokens"
-    if left:
-        said = ", ".join(f"{name}={value}" for name, value in left.items())
+    for name, which in (("forced_first", "bos"), ("forced_last", "eos")):
+        if (token := getattr(config, f"forced_{which}_token_id", None)) is not None:
+            spec[name] = token[0] if isinstance(token, list) else token
+    return spec
+
+
+def _warn_of_others(model: Any, several: bool) -> None:
+    """Names what a generation configuration asks for and no artifact does.
+
+    Args:
+        several: it bars words of several tokens.
+    """
+    config = model.generation_config
+    asked = {name: value for name in _NOT_DONE if (value := getattr(config, name, None)) not in (None, 0, 1.0)}
+    asked |= {"bad_words_ids": "of several tokens"} if several else {}
+    if asked:
+        said = ", ".join(f"{name}={value}" for name, value in asked.items())
         warn(
             f"the generation configuration of {type(model).__name__} says {said}, which an artifact's generate does "
             "not do, so that it writes other texts than transformers; if that is well, set it to None before the export"
         )
-    return spec
 
 
 def end_of_text(model: Any) -> list[int]:

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._warn import warn
+
 Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 _forked = False  # in a forked process: the threads of OpenMP are not there, and waiting for them never ends
+_told = False  # that it computes on one thread
 _models: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
 _changed = threading.Lock()
 _blocks: list[tuple[int, int]] = []  # of each block that runs: the number before it, and its own
@@ -33,7 +36,7 @@ def at_threads(threads: int | None) -> Iterator[None]:
 
     Torch has a number for each thread of Python, and one that a new thread starts with, which a block changes too.
     """
-    threads = 1 if _forked else threads
+    threads = _one_thread(threads) if _forked else threads
     if threads is None or (threads == torch.get_num_threads() and not _blocks):
         yield
         return
@@ -51,6 +54,15 @@ def at_threads(threads: int | None) -> Iterator[None]:
         with _changed:
             _blocks.remove(block)
             torch.set_num_threads(before)
+
+
+def _one_thread(wanted: int | None) -> int:
+    """1; where more were wanted, a warning says so, once a process."""
+    global _told
+    if (wanted or torch.get_num_threads()) > 1 and not _told:
+        _told = True
+        warn("this process was forked, and computes on one thread; start it with spawn for more")
+    return 1
 
 
 def _begin_fork() -> None:

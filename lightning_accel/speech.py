@@ -106,7 +106,7 @@ def _transcribe_ctc(model: LoadedModel, audio: Any, sampling_rate: int | None) -
     else:
         pieces, least = samples.chunk(-(-len(samples) // length["max"])), length["min"]
     words, tokenizer = (json.loads(model.asset(name).read_text()) for name in ("vocab.json", "tokenizer_config.json"))
-    blank = of_language(words, tokenizer)[tokenizer.get("pad_token", "<pad>")]
+    blank = letter_ids(words, tokenizer)[tokenizer.get("pad_token", "<pad>")]
     ids: list[int] = []
     for piece in pieces:
         ids += [blank, *_frames(model, piece, least)]  # repetitions are not merged across a cut
@@ -138,12 +138,17 @@ def ctc_text(ids: list[int], words: dict[str, Any], config: dict[str, Any]) -> s
     >>> ctc_text([1, 1, 0, 1, 2, 2, 1, 0], {"<pad>": 0, "A": 1, "|": 2}, {"word_delimiter_token": "|"})
     'AA A'
     """
-    added = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
-    names = added | {i: word for word, i in of_language(words, config).items()}
+    names = {i: word for word, i in letter_ids(words, config).items()}
     blank, between = config.get("pad_token", "<pad>"), config["word_delimiter_token"]
     letters = [names.get(i, config.get("unk_token", "<unk>")) for i, _ in groupby(ids)]
     text = "".join(" " if letter == between else letter for letter in letters if letter != blank).strip()
     return text.lower() if config.get("do_lower_case") else text
+
+
+def letter_ids(words: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
+    """Token -> id, of a `vocab.json` and of what a `tokenizer_config.json` adds to it."""
+    added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    return added | of_language(words, config)
 
 
 def of_language(words: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:

@@ -959,3 +959,4 @@ def test_a_forked_process_generates_the_same_and_waits_for_nobody(decoder, held)
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )  # fmt: skip
     assert done.stdout.split() == ["0", "True", "2"], done.stderr
+    assert done.stderr.count("this process was forked, and computes on one thread; start it with spawn") == 1

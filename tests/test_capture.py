@@ -46,6 +46,13 @@ def shapes(loaded: LoadedModel) -> dict[str, list[Any]]:
     return {s["name"]: [d if isinstance(d, int) else d["name"] for d in s["shape"]] for s in loaded.entry["inputs"]}
 
 
+@dataclass
+class Held:
+    """A tensor that torch's pytree does not see."""
+
+    tensor: Tensor
+
+
 class Call(nn.Module):
     """A module whose forward is a given function of a linear layer and the inputs."""
 
@@ -354,7 +361,7 @@ def test_example_inputs_that_the_model_rejects(inputs: Any, message: str) -> Non
         capture(tiny.mlp(), inputs)
 
 
-@pytest.mark.parametrize("extra", [{"m": X}, [X], (1, {"deep": [X]})])
+@pytest.mark.parametrize("extra", [{"m": X}, [X], (1, {"deep": [X]}), [Held(X)]])
 def test_tensors_within_an_input_are_refused_as_they_would_stay_those_of_the_example(extra: Any) -> None:
     model = Call(lambda linear, x, extra: linear(x) if isinstance(extra, int) else linear(x + X))
     with pytest.raises(ValueError, match=r"the input 'extra' is a \w+ with tensors in it.*takes each tensor by itself"):
