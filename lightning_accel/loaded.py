@@ -20,6 +20,7 @@ from torch import Tensor
 from ._warn import warn
 
 Run = Callable[[list[Tensor]], list[Tensor]]
+_MASK = "attention_mask"
 
 
 _forked = False  # in a forked process: the threads of OpenMP are not there, and waiting for them never ends
@@ -131,7 +132,8 @@ class LoadedModel:
         """Outputs in the structure that the model had: a tensor, a tuple, or named outputs (`Output`).
 
         A causal language model takes `input_ids` [batch, length] and optionally `attention_mask` [batch, length]
-        and gives logits [batch, length, vocabulary].
+        and gives logits [batch, length, vocabulary]. Another model that takes both may be called without the mask too,
+        and one that was exported without it takes one of ones: nothing is padding.
 
         Raises:
             ValueError: inputs of another number, name, dtype, device or shape than the program takes.
@@ -302,12 +304,17 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Flat, contiguous, checked copies of the inputs in the program's order."""
     given = by_name([spec["name"] for spec in specs], args, kwargs)
+    for spec in specs:
+        if spec["name"] == _MASK and given.get(_MASK) is None and isinstance(ids := given["input_ids"], Tensor):
+            given[_MASK] = torch.ones_like(ids, dtype=getattr(torch, spec["dtype"]))
     sizes: dict[str, int] = {}
     return [check_input(spec, given[spec["name"]], sizes) for spec in specs]
 
 
 def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], optional: int = 0) -> dict[str, Any]:
-    """Inputs by name; the last `optional` ones may be left out.
+    """Inputs by name; the last `optional` ones may be left out, and a mask of `input_ids`.
+
+    A mask of ones is dropped where the model takes none: it computes the same without it.
 
     Raises:
         ValueError: too many, unknown, given twice or missing.
@@ -316,15 +323,29 @@ def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], option
         raise ValueError(f"{len(args)} inputs given, the model takes {len(names)}: {', '.join(names)}")
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
+        if name == _MASK and _MASK not in names and "input_ids" in names:
+            if value is None or _is_ones(value, {**given, **kwargs}.get("input_ids")):
+                continue
+            raise ValueError(
+                "the model was exported without attention_mask and reads padding as text; export it with "
+                "example_inputs={'input_ids': ids, 'attention_mask': mask}"
+            )
         if name not in names or name in given:
             raise ValueError(
                 f"input {name!r} is {'given twice' if name in given else 'unknown'}; the model takes {', '.join(names)}"
             )
         given[name] = value
-    missing = [name for name in names[: len(names) - optional] if given.get(name) is None]
+    left_out = {_MASK} if given.get("input_ids") is not None else set()
+    missing = [name for name in names[: len(names) - optional] if given.get(name) is None and name not in left_out]
     if missing:
         raise ValueError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
     return given
+
+
+def _is_ones(mask: Any, ids: Any) -> bool:
+    """Whether a mask [batch, length] covers ids without padding."""
+    tensors = isinstance(mask, Tensor) and isinstance(ids, Tensor)
+    return tensors and mask.device.type == "cpu" and mask.shape == ids.shape and bool((mask == 1).all())
 
 
 def check_input(spec: dict[str, Any], value: Any, sizes: dict[str, int]) -> Tensor:

@@ -98,6 +98,28 @@ def test_bert_takes_named_inputs_and_gives_named_outputs_at_every_size(portable:
 
 
 @torch.no_grad()
+def test_without_a_mask_nothing_is_padding_and_a_mask_of_ones_says_no_more(tmp_path: Path) -> None:
+    model, ids, ones = tiny.bert(), tiny.ids(3, 7), torch.ones(3, 7, dtype=torch.int64)
+    loaded = {}
+    for name, example in {"masked": {"input_ids": ids, "attention_mask": ones}, "plain": {"input_ids": ids}}.items():
+        export_model(model, tmp_path / name, example_inputs=example, engines=("portable",), measure=False)
+        loaded[name] = load(tmp_path / name)
+    padded = ones.clone()
+    padded[0, 4:] = 0
+    expected = model(ids).logits
+    for output in (loaded["masked"](ids), loaded["masked"](input_ids=ids, attention_mask=None)):
+        assert torch.allclose(output.logits, expected, atol=1e-5)
+    assert torch.allclose(loaded["masked"](ids, padded).logits, model(ids, attention_mask=padded).logits, atol=1e-5)
+    for mask in (ones, ones.bool(), None):
+        assert torch.allclose(loaded["plain"](ids, attention_mask=mask).logits, expected, atol=1e-5)
+    for mask in (padded, ones[:2]):
+        with pytest.raises(ValueError, match=r"exported without attention_mask.*example_inputs={'input_ids': ids"):
+            loaded["plain"](ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="input 'input_ids' is missing"):
+        loaded["masked"](attention_mask=ones)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("mask", [True, False])
 def test_positions_that_the_model_counts_itself_end_with_their_table(
     portable: Callable[..., LoadedModel], mask: bool

@@ -160,6 +160,19 @@ def test_greedy_answers_are_those_of_transformers(pair: tuple[str, Any, LoadedSe
         assert torch.equal(ours.generate(**alone, max_new_tokens=NEW, stop=())[0], expected[row])
 
 
+@torch.no_grad()
+def test_a_source_without_a_mask_has_no_padding(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
+    name, model, ours = pair
+    given = {n: t for n, t in source(name).items() if n != "attention_mask"}
+    ones = {} if name == "whisper" else {"attention_mask": torch.ones_like(given["input_ids"])}
+    ids = torch.randint(3, VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(1))
+    expected = model(**given, decoder_input_ids=ids).logits
+    torch.testing.assert_close(ours(**given, decoder_input_ids=ids), expected, atol=1e-4, rtol=1e-4)
+    tokens = ours.generate(**given, max_new_tokens=NEW, stop=())
+    model.generation_config.eos_token_id = None
+    assert torch.equal(tokens, theirs(model, {**given, **ones}))
+
+
 def test_an_answer_begins_as_told_and_is_streamed(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
     name, model, ours = pair
     given, begin = source(name), torch.tensor([[1, 7, 9]]).expand(3, -1)
