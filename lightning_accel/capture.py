@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -191,11 +191,11 @@ class _Flat(nn.Module):
 
 
 def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
-    """Tensors of an output, and its structure as plain types.
+    """Tensors of an output, and its structure as plain types; a dataclass is a mapping from its fields.
 
     Raises:
-        ValueError: something in it is neither a tensor nor a tuple, list, mapping or None (a transformers cache is left
-            out).
+        ValueError: something in it is neither a tensor nor a tuple, list, mapping, dataclass or None (a transformers
+            cache is left out).
     """
     tensors: list[Tensor] = []
 
@@ -205,12 +205,17 @@ def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
         if isinstance(value, Tensor):
             tensors.append(value)
             return {"type": "tensor", "index": len(tensors) - 1}
+        if is_dataclass(value) and not isinstance(value, Mapping | type):
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
         if isinstance(value, Mapping):
             items = {str(k): walk(v) for k, v in value.items() if v is not None and k != "past_key_values"}
             return {"type": "dict", "items": items}
         if isinstance(value, list | tuple):
-            return {"type": "list" if isinstance(value, list) else "tuple", "items": [walk(v) for v in value]}
-        raise ValueError(f"the model puts out a {type(value).__name__}; export tensors, tuples, lists or dicts of them")
+            names = {"names": list(value._fields)} if hasattr(value, "_fields") else {}  # of a NamedTuple
+            return {"type": "list" if isinstance(value, list) else "tuple", "items": [walk(v) for v in value], **names}
+        raise ValueError(
+            f"the model puts out a {type(value).__name__}; export tensors, tuples, lists, dicts or dataclasses of them"
+        )
 
     return tensors, walk(output)
 

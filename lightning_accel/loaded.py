@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -129,7 +130,7 @@ class LoadedModel:
         return [spec["name"] for spec in self.entry["inputs"]]
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
-        """Outputs in the structure that the model had: a tensor, a tuple, or named outputs (`Output`).
+        """Outputs in the structure that the model had: a tensor, a tuple, a named tuple, or named outputs (`Output`).
 
         A causal language model takes `input_ids` [batch, length] and optionally `attention_mask` [batch, length]
         and gives logits [batch, length, vocabulary]. Another model that takes both may be called without the mask too,
@@ -393,4 +394,6 @@ def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
     if kind == "none":
         return None
     items = [structure(item, tensors) for item in spec["items"]]
+    if "names" in spec:
+        return namedtuple("Output", spec["names"])(*items)
     return tuple(items) if kind == "tuple" else items

@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
 import torch
 from compiled import Built
+from test_manifest import problems
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
@@ -266,6 +267,35 @@ def test_named_and_nested_outputs_come_back_as_they_were(portable: Callable[...,
     assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.boxes[1], theirs.boxes[1])
     with pytest.raises(AttributeError, match="no output 'loss'; this model has scores, boxes"):
         _ = ours.loss
+
+
+@dataclass
+class Found:
+    scores: Tensor
+    parts: Any
+    mask: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    low: Tensor
+    high: Tensor
+
+
+def test_dataclasses_come_back_by_name_and_named_tuples_as_such(
+    portable: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    def forward(linear: nn.Module, x: Tensor) -> Found:
+        y = linear(x)
+        return Found(scores=y, parts=[Pair(y - 1, y + 1), Found(y * 2, None)])
+
+    model = Call(forward)
+    ours, theirs = portable(model, (X,))(X), model(X)
+    assert list(ours) == ["scores", "parts"]
+    assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.parts[1].scores, theirs.parts[1].scores)
+    low, high = ours.parts[0]
+    assert torch.equal(low, theirs.parts[0].low) and torch.equal(high, theirs.parts[0].high)
+    assert ours.parts[0].high is high and isinstance(ours.parts[0], tuple)
+    assert problems(artifact.read_manifest(tmp_path / "a")) == []
 
 
 @pytest.mark.parametrize(
