@@ -39,8 +39,13 @@ def write(
     names: Sequence[str],
     assets: Mapping[str, str | Path],
     say: Callable[[str], None],
+    required: Sequence[str] = engines.OWN,
 ) -> dict[str, Any]:
-    """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far."""
+    """Builds the programs and writes weights, golden inputs and assets; returns the manifest so far.
+
+    Args:
+        required: engines whose failure is that of the export; any other is left out, with the reason.
+    """
     call_example(final.trained, inputs)
     stored: dict[str, Tensor] = {}
     programs: dict[str, list[dict[str, Any]]] = {}
@@ -54,9 +59,11 @@ def write(
             warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
             failed[name] = f"not built: {error}"
         except Exception as error:  # whatever another project's converter raises
-            if name in engines.OWN or len(names) == 1:
+            if name in required or len(names) == 1:
                 raise
             failed[name] = f"not built: {in_a_line(error)}"
+            if name in engines.OWN:
+                warnings.warn(f"the {name} program is left out: {failed[name]}", stacklevel=4)
             for file in set(path.iterdir()) - before:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
     if not programs:

@@ -106,6 +106,7 @@ def export_model(
     """
     directory = Path(directory)
     artifact.check_destination(directory)
+    required = ("portable",) if engines == "auto" else all_engines.OWN
     engines, left_out = check_options(engines, measure, min_speedup, reference, assets)
     model = select.unwrap(model)
     if checkpoint is not None:
@@ -121,7 +122,8 @@ def export_model(
     held_out = [_as_float(_inputs_of_batch(final.trained, batch)) for batch in batches] or [inputs]
     with artifact.staging(directory) as path, tempfile.TemporaryDirectory() as folder:
         files = build.processor_files(processor, Path(folder)) if processor is not None else {}
-        manifest = build.write(path, final, inputs, dynamic_shapes, engines, {**files, **(assets or {})}, say)
+        carried = {**files, **(assets or {})}
+        manifest = build.write(path, final, inputs, dynamic_shapes, engines, carried, say, required)
         manifest["ranking"] += [{"engine": n, "slower": None, "why": reason} for n, reason in left_out.items()]
         manifest["coverage"] = build.coverage(final, inputs, masks)
         manifest["configs"] = dict(configs or {})

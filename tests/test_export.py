@@ -22,12 +22,13 @@ from lightning_accel import (
     QuantConfig,
     artifact,
     build,
+    engines,
     export_model,
     load,
     prepare_,
     prune_model_,
 )
-from lightning_accel.engines import aoti
+from lightning_accel.engines import aoti, portable
 from lightning_accel.finalize import finalize
 from lightning_accel.loaded import LoadedModel
 from lightning_accel.quantize import unprepare_
@@ -334,6 +335,28 @@ def test_without_a_compiler_and_a_portable_program_nothing_is_written(
     with pytest.warns(UserWarning), pytest.raises(ExportError, match=r"write engines=\('portable',\)"):
         export(tiny.mlp(), tmp_path / "a", engines=("aoti",))
     assert not list(tmp_path.iterdir())
+
+
+def test_auto_leaves_out_a_program_that_cannot_be_compiled_and_a_named_one_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(capture: Any, directory: Path, name: str) -> dict[str, Any]:
+        (directory / "half.so").touch()
+        raise RuntimeError("no lowering of this operator\nat length")
+
+    monkeypatch.setattr(aoti, "build", fail)
+    monkeypatch.setattr(engines, "not_installed", lambda name: None if name in engines.OWN else "not installed")
+    with pytest.warns(UserWarning, match="the aoti program is left out: not built: RuntimeError: no lowering of this"):
+        report = export(tiny.mlp(), tmp_path / "a", engines="auto")
+    assert [p["engine"] for p in report.manifest["programs"]] == ["portable"]
+    assert "engine aoti: not built: RuntimeError: no lowering of this operator" in str(report)
+    assert not (tmp_path / "a" / "half.so").exists() and load(tmp_path / "a").engine == "portable"
+    with pytest.raises(RuntimeError, match="no lowering"):
+        export(tiny.mlp(), tmp_path / "b", engines=("aoti", "portable"))
+    monkeypatch.setattr(portable, "build", fail)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="no lowering"):
+        export(tiny.mlp(), tmp_path / "b", engines="auto")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_compiler_that_fails_says_why(tmp_path: Path) -> None:

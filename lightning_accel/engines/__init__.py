@@ -23,7 +23,7 @@ from typing import Any
 
 VARIANTS = ("aoti_avx512", "aoti_avx2")  # of `aoti`, for other CPUs than the one that exports
 TORCH = ("aoti", *VARIANTS, "portable")
-OWN = ("aoti", "portable")  # what goes wrong there fails an export; any other engine is left out, with the reason
+OWN = ("aoti", "portable")  # what goes wrong there fails an export ("auto" may leave `aoti` out); others are left out
 NEEDS = {  # packages that building takes, of the extra of the same name
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "onnx", "onnxscript"),
