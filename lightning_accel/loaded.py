@@ -11,7 +11,7 @@ import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -395,5 +395,11 @@ def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
         return None
     items = [structure(item, tensors) for item in spec["items"]]
     if "names" in spec:
-        return namedtuple("Output", spec["names"])(*items)
+        return _named_tuple(*spec["names"])(*items)
     return tuple(items) if kind == "tuple" else items
+
+
+@cache
+def _named_tuple(*names: str) -> type[tuple]:
+    """The class of an output's named tuple."""
+    return namedtuple("Output", names)

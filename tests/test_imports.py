@@ -25,7 +25,7 @@ HEAVY = ("transformers", "lightning", "torchao", "torchmetrics", "tokenizers", "
 ADAPTERS = {PACKAGE / "module.py", *(PACKAGE / "callbacks").glob("*.py")}
 TECHNIQUES = sorted(set(PACKAGE.rglob("*.py")) - ADAPTERS)
 SERVING = sorted(
-    [PACKAGE / f"{name}.py" for name in ("__init__", "artifact", "loaded", "generate", "_worker", "cli")]
+    [PACKAGE / f"{name}.py" for name in ("__init__", "artifact", "loaded", "generate", "_warn", "_worker", "cli")]
     + list((PACKAGE / "engines").glob("*.py"))
 )
 
@@ -80,7 +80,7 @@ def test_a_technique_never_imports_lightning(file):
 @pytest.mark.parametrize("file", SERVING, ids=relative)
 def test_what_serves_an_artifact_imports_torch_and_the_standard_library_alone(file):
     assert roots(file, inside_functions=False) <= sys.stdlib_module_names | {"torch"}
-    assert own(file, inside_functions=False) <= {"artifact", "loaded", "generate", "engines"}
+    assert own(file, inside_functions=False) <= {"artifact", "loaded", "generate", "engines", "_warn"}
 
 
 def test_the_lists_name_modules_that_exist():
