@@ -14,7 +14,7 @@ from compiled import Built
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from lightning_accel import export_model, load
+from lightning_accel import PruneConfig, QuantConfig, export_model, load, prune_model_, quantize_model, shrink_model
 from lightning_accel.generate import Cache, Sampling, _choose, _penalize
 from lightning_accel.loaded import LoadedModel
 
@@ -82,6 +82,33 @@ def test_greedy_tokens_fill_all_positions_of_the_model(pair: tuple[Any, LoadedMo
     new = tiny.POSITIONS - 5
     ids = tiny.ids(1, 5)
     assert torch.equal(ours.generate(ids, new), theirs(model, ids, new=new))
+
+
+@pytest.mark.parametrize("name", tiny.DECODERS)
+def test_decoders_of_other_makers_answer_as_in_transformers_past_their_window_too(name: str, tmp_path: Path) -> None:
+    model = tiny.decoder(name)
+    export_model(model, tmp_path / "m", engines=("portable",), measure=False)
+    ours, (ids, mask) = load(tmp_path / "m"), padded(PROMPTS, "left")
+    together = ours.generate(ids, NEW, attention_mask=mask)
+    for row, prompt in enumerate(PROMPTS):
+        expected = theirs(model, prompt[None])
+        assert torch.equal(ours.generate(prompt[None], NEW), expected) and torch.equal(together[row], expected[0])
+    assert len(together.unique()) >= 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.DECODERS)
+def test_decoders_of_other_makers_shrink_and_are_quantized(name: str, tmp_path: Path) -> None:
+    model, inputs, prompt = tiny.decoder(name), {"input_ids": tiny.ids()}, PROMPTS[3][None]
+    masks = prune_model_(model, PruneConfig(("heads", "neurons"), amount=0.5), example_inputs=inputs)
+    options = {"quantize": QuantConfig("int8"), "engines": ("portable",), "measure": False}
+    export_model(model, tmp_path / "m", masks=masks, data=[inputs], **options)
+    ours = load(tmp_path / "m")
+    assert [shape[0] for shape in ours.entry["cache"]["shapes"]] == [1] * 2 * tiny.LAYERS
+    tokens = ours.generate(prompt, NEW)
+    quantized = quantize_model(shrink_model(model, masks, example_inputs=inputs), QuantConfig("int8"))
+    best = quantized(torch.cat([prompt, tokens], 1)).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
+    assert (best == tokens[0]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("side", ["left", "right", "list"])

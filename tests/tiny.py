@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import transformers
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
@@ -23,23 +24,23 @@ with warnings.catch_warnings():
     )
 
 VOCABULARY, POSITIONS, WIDTH, INNER, LAYERS, HEADS = 97, 64, 32, 48, 2, 4
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # any token may come, and none ends a text
+}
 
 
 def llama(seed: int = 0, **changes: Any) -> Any:
     """Grouped-query attention, gated feed-forward blocks, no biases, tied head."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": None,  # any token may come, and none ends a text
-    }
-    return _sharpen(seed, lambda: LlamaForCausalLM(LlamaConfig(**(config | changes))))
+    return _sharpen(seed, lambda: LlamaForCausalLM(LlamaConfig(**(_LLAMA | changes))))
 
 
 def gpt2(seed: int = 0, **changes: Any) -> Any:
@@ -54,6 +55,22 @@ def gpt2(seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": None,  # any token may come, and none ends a text
     }
     return _sharpen(seed, lambda: GPT2LMHeadModel(GPT2Config(**(config | changes))))
+
+
+DECODERS = {  # classes of transformers, and what of their configuration is not `llama`'s
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 12},
+    "Gemma": {"head_dim": 12},
+    "Gemma3": {"head_dim": 12, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "Mistral": {"sliding_window": 5},
+}
+
+
+def decoder(name: str, seed: int = 0) -> Any:
+    """`llama`'s sizes in the style of others: Qwen's biases or norms of queries, Gemma's gains, windows."""
+    kind = {"Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig")}.get(name, (f"{name}ForCausalLM", f"{name}Config"))
+    model, config = (getattr(transformers, part) for part in kind)
+    return _sharpen(seed, lambda: model(config(**(_LLAMA | DECODERS[name]))))
 
 
 def bert(seed: int = 0) -> Any:
