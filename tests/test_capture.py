@@ -99,6 +99,30 @@ def test_bert_takes_named_inputs_and_gives_named_outputs_at_every_size(portable:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "outputs"),
+    [
+        ("BertModel", ["last_hidden_state", "pooler_output"]),
+        ("BertForTokenClassification", ["logits"]),
+        ("BertForQuestionAnswering", ["start_logits", "end_logits"]),
+    ],
+)
+def test_embeddings_classes_of_tokens_and_spans_come_with_segments_and_masks(
+    portable: Callable[..., LoadedModel], kind: str, outputs: list[str]
+) -> None:
+    model, ids = tiny.bert(kind=kind), tiny.ids(3, 11)
+    inputs = {"input_ids": ids, "token_type_ids": (ids > 50).long(), "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][1, 4:] = 0
+    found = portable(model, {name: tensor[:2, :7] for name, tensor in inputs.items()})(**inputs)
+    expected = model(**inputs)
+    assert list(found) == outputs
+    for name in outputs:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
+    other = model(**inputs | {"token_type_ids": torch.zeros_like(ids)})
+    assert not torch.allclose(other[outputs[0]], expected[outputs[0]], atol=1e-2)
+
+
+@torch.no_grad()
 def test_without_a_mask_nothing_is_padding_and_a_mask_of_ones_says_no_more(tmp_path: Path) -> None:
     model, ids, ones = tiny.bert(), tiny.ids(3, 7), torch.ones(3, 7, dtype=torch.int64)
     loaded = {}

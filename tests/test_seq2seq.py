@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.generation.utils import GenerationMixin
 
-from lightning_accel import PruneConfig, QuantConfig, export_model, load, prune_model_
+from lightning_accel import PruneConfig, QuantConfig, export_model, load, prepare_, prune_model_
 from lightning_accel.loaded import LoadedSeq2Seq
+from lightning_accel.quantize.config import SCHEMES
 
 VOCABULARY, NEW = 97, 30
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -30,9 +31,9 @@ _LAYERS = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn
 _HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 
 
-def t5() -> Any:
+def t5(layers: int = 2) -> Any:
     return T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, **_IDS)
+        T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=layers, num_heads=4, **_IDS)
     )
 
 
@@ -55,13 +56,13 @@ def whisper() -> Any:
     return WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens, **_LAYERS, **_HEADS, **_IDS))
 
 
-MAKE: dict[str, Callable[[], Any]] = {"t5": t5, "bart": bart, "marian": marian, "whisper": whisper}
+MAKE: dict[str, Callable[..., Any]] = {"t5": t5, "bart": bart, "marian": marian, "whisper": whisper}
 
 
-def made(name: str) -> Any:
+def made(name: str, **sizes: int) -> Any:
     """A small model whose answers are not all the same token."""
     torch.manual_seed(0)
-    model = MAKE[name]().eval()
+    model = MAKE[name](**sizes).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -229,10 +230,27 @@ def test_pruned_and_quantized_models_answer_as_their_eager_copies(name: str, sch
     assert (logits - expected).norm() < 0.02 * expected.norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_models_trained_for_a_scheme_answer_as_in_training(scheme: str, tmp_path: Path) -> None:
+    model, given = made("t5", layers=1), source("t5")
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    batch = given | {"decoder_input_ids": ids}
+    prepare_(model, QuantConfig(scheme))
+    model.train()
+    model(**batch)  # ranges, where the scheme has them
+    model.eval()
+    export_model(model, tmp_path / "m", example_inputs=given, data=[batch], engines=("portable",), measure=False)
+    expected, ours = model(**batch).logits, load(tmp_path / "m")
+    assert (ours(**batch) - expected).norm() < 0.02 * expected.norm()
+    assert ours.generate(**given, max_new_tokens=NEW, stop=()).shape == (3, NEW)
+
+
 @pytest.mark.aoti
 def test_compiled_int8_answers_and_the_encoder_shares_the_weights(tmp_path: Path) -> None:
     model, given = made("whisper"), source("whisper")
-    export_model(model, tmp_path / "m", example_inputs=given, quantize=QuantConfig("int8"), measure=False)
+    prepare_(model, QuantConfig("int8"))
+    export_model(model, tmp_path / "m", example_inputs=given, measure=False)
     ours = load(tmp_path / "m")
     assert ours.engine == "aoti"
     portable = load(tmp_path / "m", engine="portable")

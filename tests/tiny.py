@@ -14,7 +14,6 @@ with warnings.catch_warnings():
     import transformers
     from transformers import (
         BertConfig,
-        BertForSequenceClassification,
         GPT2Config,
         GPT2LMHeadModel,
         LlamaConfig,
@@ -73,8 +72,8 @@ def decoder(name: str, seed: int = 0) -> Any:
     return _sharpen(seed, lambda: model(config(**(_LLAMA | DECODERS[name]))))
 
 
-def bert(seed: int = 0) -> Any:
-    """An encoder with a classifier of three classes."""
+def bert(seed: int = 0, kind: str = "BertForSequenceClassification") -> Any:
+    """An encoder with a classifier of three classes, or another of BERT's kinds."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -82,9 +81,9 @@ def bert(seed: int = 0) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         max_position_embeddings=POSITIONS,
-        num_labels=3,
+        num_labels=2 if kind.endswith("QuestionAnswering") else 3,  # where an answer begins and ends
     )
-    return _sharpen(seed, lambda: BertForSequenceClassification(config))
+    return _sharpen(seed, lambda: getattr(transformers, kind)(config))
 
 
 def vit(seed: int = 0) -> Any:
