@@ -6,8 +6,9 @@
 
 Artifacts are built once a model, through all engines that are installed; one whose program does not compute what was
 quantized is left out, and named. Then all are timed in one interleaved run, each in its own process, and with them
-torch.compile (forwards), llama.cpp (SmolLM2) and CTranslate2 (Whisper). Quantized after training, on real inputs;
-`quality.py` says what that costs, and of Whisper `transcripts.py`.
+torch.compile (forwards), llama.cpp (SmolLM2), CTranslate2 (all but EfficientNet), and MiniLM as OpenVINO and ONNX
+Runtime quantize it themselves. Quantized after training, on real inputs; `quality.py` says what that costs, and of
+Whisper `transcripts.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_peers import Peer, compiled, ct2_whisper, llama_files, transcribed
+from inference_peers import Peer, compiled, ct2_whisper, decoders, encoders, llama_files, transcribed
 from tables import ATTENTION, LENGTHS, PAUSE, config_of, coverage, engine_loads, file_name, provenance, table
 from torch import nn
 
@@ -27,6 +28,7 @@ from lightning_accel import QuantConfig, engines, export_model
 from lightning_accel.artifact import MANIFEST
 from lightning_accel.measure import Target, compare
 
+BOTH = ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")
 PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
 
 
@@ -109,15 +111,10 @@ def _images() -> list[tuple[torch.Tensor]]:
 
 
 MODELS = {
-    "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), ("int8", "int8-static")),
-    "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), ("int8", "int8-static")),
+    "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), BOTH),
+    "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), BOTH),
     "smollm2": Model(_smollm2, _brown, ("int8", "int4-int8")),
-    "whisper": Model(
-        _whisper,
-        _speech,
-        ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}"),
-        _hearing,
-    ),
+    "whisper": Model(_whisper, _speech, BOTH, _hearing),
     "efficientnet": Model(_efficientnet, _images, ("int8-static",)),
 }
 
@@ -147,8 +144,13 @@ def others(name: str, folder: Path, eager_bytes: int) -> dict[str, Peer]:
         return ct2_whisper(folder)
     if name == "smollm2":
         schemes = {scheme: QuantConfig(scheme) for scheme in model.schemes}
-        return llama_files(model.build, folder.parent, schemes, LENGTHS)
-    return compiled(name, eager_bytes)
+        files = llama_files(model.build, folder.parent, schemes, LENGTHS)
+        return files | decoders(model.build().eval(), LENGTHS, folder.parent / "peers")
+    found = compiled(name, eager_bytes, model.schemes)
+    if name.startswith("minilm"):
+        first, *rest = model.inputs()
+        found |= encoders(model.build().eval(), first, rest, folder.parent / "peers")
+    return found
 
 
 def measure(name: str, folders: dict[str, Path], threads: int, rounds: int) -> str:
@@ -184,7 +186,7 @@ def main() -> None:
         if not options.build:
             print(measure(name, folders, options.threads, options.rounds))
     packages = [package for name in names for package in PACKAGES.get(name, ())]
-    print(provenance(options.threads, [*packages, "ctranslate2", "llama-cpp-python"]))
+    print(provenance(options.threads, [*packages, "nncf", "ctranslate2", "llama-cpp-python"]))
 
 
 if __name__ == "__main__":

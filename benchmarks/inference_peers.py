@@ -1,16 +1,20 @@
-"""What `inference.py` times beside the engines: torch.compile, llama.cpp, CTranslate2; each from a worker process."""
+"""What `inference.py` times beside the engines, each from a worker process.
+
+torch.compile, llama.cpp, CTranslate2; OpenVINO and ONNX Runtime with their own ways to quantize an encoder.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
-from peers.common import Workloads, forward_workload
+from peers.common import Row, Workloads, forward_workload
 from torch import Tensor
 
 from lightning_accel import export_model, load
@@ -39,26 +43,84 @@ def installed(*modules: str) -> bool:
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-def compiled(name: str, size: int) -> dict[str, Peer]:
-    """The float model under torch.compile, weights frozen."""
-    settings = "torch.compile(model), torch._inductor.config.freezing=True, under torch.inference_mode()"
-    return {"float torch.compile": Peer(Target("inference_peers:compiled_forward", {"name": name}), size, settings)}
+COMPILED = {  # how the model is quantized before it is compiled
+    "float": "",
+    "int8": "torchao.quantization.quantize_(model, Int8DynamicActivationInt8WeightConfig()), ",
+    "int8-static": "PT2E with X86InductorQuantizer, lower_pt2e_quantized_to_x86, ",
+}
 
 
-def compiled_forward(name: str) -> Workloads:
+def compiled(name: str, size: int, schemes: Sequence[str]) -> dict[str, Peer]:
+    """The model under torch.compile, weights frozen: in float32 and, of these schemes, as torchao quantizes it."""
+    found = {}
+    for scheme in (known for known in COMPILED if known in ("float", *schemes)):
+        settings = f"{COMPILED[scheme]}torch.compile, torch._inductor.config.freezing=True, torch.inference_mode()"
+        target = Target("inference_peers:compiled_forward", {"name": name, "scheme": scheme})
+        found[f"{scheme} torch.compile"] = Peer(target, size, settings)
+    return found
+
+
+def compiled_forward(name: str, scheme: str) -> Workloads:
     """Timed in a worker."""
     import torch._inductor.config
     from inference import MODELS
 
     torch._inductor.config.freezing = True
-    model, inputs = torch.compile(MODELS[name].build().eval()), MODELS[name].inputs()[0]
+    model = MODELS[name].build().eval()
+    inputs, *calibration = (tuple(x.values()) if isinstance(x, Mapping) else x for x in MODELS[name].inputs())
+    if scheme == "int8":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    if scheme == "int8-static":
+        model = _pt2e(model, inputs, calibration)
+    model = torch.compile(model)
 
     @torch.inference_mode()
     def run() -> Any:
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        return model(*inputs)
 
     run()  # compiles
     return forward_workload(run)
+
+
+def _pt2e(model: Any, inputs: tuple[Tensor, ...], calibration: Sequence[tuple[Tensor, ...]]) -> Any:
+    """As PyTorch's tutorial quantizes for x86."""
+    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        prepared = prepare_pt2e(torch.export.export(model, inputs).module(), quantizer)
+        for batch in calibration:
+            prepared(*batch)
+        return lower_pt2e_quantized_to_x86(convert_pt2e(prepared), inputs)
+
+
+# --- by their own ways ------------------------------------------------------------------------------------------------
+
+
+def encoders(model: Any, inputs: Mapping[str, Tensor], calibration: Sequence[Any], folder: Path) -> dict[str, Peer]:
+    """OpenVINO with NNCF, ONNX Runtime with its own optimizer and quantizer, CTranslate2, in int8."""
+    chosen = peers.chosen("openvino,onnxruntime,ctranslate2", "encoder")
+    return _peers(*peers.encoder_rows(chosen, model, inputs, folder, calibration))
+
+
+def decoders(model: Any, lengths: Mapping[str, int], folder: Path) -> dict[str, Peer]:
+    """CTranslate2 in int8."""
+    chosen = peers.chosen("ctranslate2", "causal")
+    return _peers(*peers.causal_rows(chosen, model, lengths["prompt"], folder), lengths)
+
+
+def _peers(rows: Sequence[Row], agreements: Sequence[str], more: Mapping[str, Any] | None = None) -> dict[str, Peer]:
+    """By name; workers get `more` too."""
+    found = {}
+    for row, words in zip(rows, agreements, strict=True):
+        target = replace(row.target, arguments={**(row.target.arguments or {}), **(more or {})})
+        said = f"{row.settings}; to the float model: {words.partition(': ')[2]}"
+        found[row.name] = Peer(target, row.bytes, said)
+    return found
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import artifact, engines, select
 from .capture import Capture, call_example, capture, flatten_output, input_names
-from .chat import CONFIG, TEMPLATE
+from .chat import TEMPLATE
 from .engines.aoti import CompilerMissing
 from .finalize import Finalized
 from .inputs import ExampleInputs, copy_inputs, split_inputs
@@ -24,6 +24,7 @@ from .measure import machine, versions
 from .prune import Masks, pruning_coverage, shrink_model
 from .quantize import quantization_coverage, unprepare_
 from .speech import of_language
+from .text import CONFIG
 from .vision import check_preparation
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .generate import Cache
-from .text import continue_ids
+from .text import CONFIG, continue_ids
 
 if TYPE_CHECKING:
     from .loaded import LoadedModel
 
-TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 Messages = Sequence[Mapping[str, Any]]
 
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._warn import warn
+
 if TYPE_CHECKING:
     from .loaded import LoadedModel, LoadedSeq2Seq
 
@@ -184,6 +186,9 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be a probability in (0, 1]; None considers every token")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 penalizes nothing")
+        unused = [f"{name}={value}" for name in ("top_k", "top_p") if (value := getattr(self, name)) is not None]
+        if self.temperature == 0 and unused:
+            warn(f"{' and '.join(unused)} without effect: temperature=0 is greedy; write temperature=1.0 to draw")
 
 
 def generate(

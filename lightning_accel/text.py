@@ -5,6 +5,7 @@ Imports torch; `tokenizers` when a text is first read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from .generate import Cache
 if TYPE_CHECKING:
     from .loaded import LoadedModel, LoadedSeq2Seq
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _CONTEXT = 8  # tokens before a new one that decide how it is written: spaces, halves of characters
 
 
@@ -219,8 +220,12 @@ class _Writer:
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], limit: int) -> Any:
-    """A text or a pair as at most `limit` tokens, special ones included; cut as transformers' `longest_first` cuts."""
+def _encode(tokenizer: Any, texts: Sequence[str], limit: int, side: str = "right") -> Any:
+    """A text or a pair as at most `limit` tokens, special ones included; cut as transformers' `longest_first` cuts.
+
+    Args:
+        side: where texts lose tokens, "right" or "left".
+    """
     encoded = tokenizer.encode(*texts)
     if len(encoded.ids) <= limit:
         return encoded
@@ -230,21 +235,22 @@ def _encode(tokenizer: Any, texts: Sequence[str], limit: int) -> Any:
         raise ValueError(f"the model takes {limit} tokens, which leaves none for a text; export it for longer ones")
     *shorter, longer = sorted(parts, key=lambda part: len(part.ids))  # of two of one length the second
     for part in shorter:
-        part.truncate(min(len(part.ids), room // 2))
-    longer.truncate(room - sum(len(part.ids) for part in shorter))
+        part.truncate(min(len(part.ids), room // 2), direction=side)
+    longer.truncate(room - sum(len(part.ids) for part in shorter), direction=side)
     return tokenizer.post_process(*parts)
 
 
 def classify_text(model: LoadedModel, texts: Sequence[str | tuple[str, str]]) -> Any:
     """Output of a text classifier; a pair is read as two segments.
 
-    Texts longer than the model takes lose tokens at their end, of a pair the longer text first, and keep the special
-    tokens around them.
+    Texts longer than the model takes lose tokens on the tokenizer's `truncation_side`, of a pair the longer text first,
+    and keep the special tokens around them.
     """
     tokenizer, specs = model.tokenizer, {spec["name"]: spec for spec in model.entry["inputs"]}
     limit = specs["input_ids"]["shape"][1]
     limit = limit["max"] if isinstance(limit, dict) else limit
-    encoded = [_encode(tokenizer, (text,) if isinstance(text, str) else text, limit) for text in texts]
+    side = _config(model).get("truncation_side", "right")
+    encoded = [_encode(tokenizer, (text,) if isinstance(text, str) else text, limit, side) for text in texts]
     length = max(len(encoding.ids) for encoding in encoded)
     columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     if unknown := specs.keys() - columns.keys():
@@ -257,3 +263,9 @@ def classify_text(model: LoadedModel, texts: Sequence[str | tuple[str, str]]) ->
     if "attention_mask" not in specs and len({len(e.ids) for e in encoded}) > 1:
         raise ValueError("texts of different lengths need a model with an attention_mask; classify them one by one")
     return model(**inputs)
+
+
+def _config(model: LoadedModel) -> dict[str, Any]:
+    """The tokenizer's configuration, where it travels with the model."""
+    there = any(asset["name"] == CONFIG for asset in model.manifest["assets"])
+    return json.loads(model.asset(CONFIG).read_text()) if there else {}

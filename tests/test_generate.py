@@ -266,6 +266,12 @@ def test_top_1_and_a_cold_temperature_are_greedy(loaded: LoadedModel) -> None:
     assert torch.equal(loaded.generate(ids, 12, temperature=1e-6, seed=0), expected)
 
 
+def test_limits_of_sampling_without_sampling_are_named(loaded: LoadedModel) -> None:
+    with pytest.warns(UserWarning, match=r"top_k=5 and top_p=0\.9 without effect.*write temperature=1\.0") as said:
+        tokens = loaded.generate(tiny.ids(2, 6), 4, top_k=5, top_p=0.9, seed=1)
+    assert torch.equal(tokens, loaded.generate(tiny.ids(2, 6), 4)) and said[0].filename == __file__
+
+
 def test_only_the_k_likeliest_are_drawn_in_proportion_and_ties_add_none() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.05, 0.2, 0.05]])).expand(20_000, -1)
     generator = torch.Generator().manual_seed(0)

@@ -337,12 +337,14 @@ def test_classes_of_texts_and_pairs_are_those_of_transformers(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, several: bool
 ) -> None:
     model = classifier(problem_type="multi_label_classification" if several else None)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.truncation_side = "left" if several else "right"
     example = tokenizer(["one text", "a"], padding=True, return_tensors="pt")
     export_model(
         model, tmp_path / "m", example_inputs=dict(example), engines=("portable",), measure=False, processor=tokenizer
     )
     ours = load(tmp_path / "m")
-    texts = ["a", "something longer", ("one", "of two"), "x" * 200]
+    texts = ["a", "something longer", ("one", "of two"), "xyz" * 70]
     found = ours.classify(texts, top_k=3)
     for text, classes in zip(texts, found, strict=True):
         pair = (text,) if isinstance(text, str) else text
@@ -353,18 +355,21 @@ def test_classes_of_texts_and_pairs_are_those_of_transformers(
     assert ours.classify("a") == found[0][:1]
 
 
-def test_texts_that_are_too_long_keep_the_special_tokens_around_them(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_that_are_too_long_keep_the_special_tokens_around_them(
+    tokenizer: PreTrainedTokenizerFast, side: str
+) -> None:
     around = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     around.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", pair="[BOS] $A [EOS] $B:1 [EOS]:1", special_tokens=[("[BOS]", 1), ("[EOS]", 2)]
     )
-    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(around.to_str()))
-    long, longer = "q" * 70, "z" * 90
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(around.to_str()), truncation_side=side)
+    long, longer = "qu" * 35, "xyz" * 30
     pairs = [(long, "short"), ("short", long), (long, longer), (longer, long), (long, "w" * 70), ("a", "b")]
     for text in [(long,), ("a",), *pairs]:
         for limit in (64, 63):
             given = theirs(*text, truncation="longest_first", max_length=limit, return_token_type_ids=True)
-            found = _encode(around, text, limit)
+            found = _encode(around, text, limit, side)
             assert (found.ids, found.type_ids) == (given["input_ids"], given["token_type_ids"])
             assert found.attention_mask == [1] * len(found.ids) and found.ids[-1] == 2
     with pytest.raises(ValueError, match="the model takes 4 tokens, which leaves none for a text"):

@@ -22,7 +22,7 @@ from torch import nn
 
 from .common import CHECKED_TOKENS, Row, agreement, causal_agreement, encoder_agreement
 
-CALIBRATION = 32  # batches; random ids, as the weights are random too
+CALIBRATION = 32  # batches of random ids, where the weights are random too
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Peer:
 PEERS = {
     "openvino": Peer("ov", ("openvino", "nncf"), "pip install openvino nncf"),
     "onnxruntime": Peer("ort", ("onnxruntime", "onnx"), "pip install onnxruntime onnx"),
-    "ctranslate2": Peer("ct2", ("ctranslate2",), "pip install ctranslate2", ("causal",)),
+    "ctranslate2": Peer("ct2", ("ctranslate2",), "pip install ctranslate2"),
     "llamacpp": Peer(
         "llama",
         ("llama_cpp", "gguf"),
@@ -80,18 +80,25 @@ def packages(peers: Sequence[Peer]) -> list[str]:
 
 
 def encoder_rows(
-    peers: Sequence[Peer], model: nn.Module, inputs: Mapping[str, torch.Tensor], folder: Path
+    peers: Sequence[Peer],
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    folder: Path,
+    calibration: Sequence[Mapping[str, torch.Tensor]] | None = None,
 ) -> tuple[list[Row], list[str]]:
-    """Builds an encoder's rows where they are not there yet; the rows, and their agreement with `model` in words."""
+    """Builds an encoder's rows where they are not there yet; the rows, and their agreement with `model` in words.
+
+    Args:
+        calibration: batches like `inputs`; by default of random ids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
-    random = np.random.default_rng(0)
-    shape = tuple(inputs["input_ids"].shape)
-    calibration = [
-        {"input_ids": random.integers(0, model.config.vocab_size, shape), "attention_mask": np.ones(shape, np.int64)}
-        for _ in range(CALIBRATION)
-    ]
-    rows = [row for peer in peers for row in _module(peer).encoder_rows(model, inputs, calibration, folder)]
+    if calibration is None:
+        draw, shape = torch.Generator().manual_seed(0), tuple(inputs["input_ids"].shape)
+        ids = [torch.randint(0, model.config.vocab_size, shape, generator=draw) for _ in range(CALIBRATION)]
+        calibration = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    batches = [{name: value.numpy() for name, value in batch.items()} for batch in calibration]
+    rows = [row for peer in peers for row in _module(peer).encoder_rows(model, inputs, batches, folder)]
     return rows, [agreement(row, partial(encoder_agreement, model, inputs, row.run)) for row in rows]
 
 
