@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from alone import installed  # noqa: F401  a fixture
 from compiled import bert_int8, gpt2_fp32, int8_layers, llama_int8, residual_fp32  # noqa: F401  fixtures
 
 from lightning_accel import QuantConfig, artifact, export_model

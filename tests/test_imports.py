@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import PACKAGE, run_alone
 
 import lightning_accel
 
-PACKAGE = Path(lightning_accel.__file__).parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"}
 HEAVY = ("transformers", "lightning", "torchao", "torchmetrics", "tokenizers", "safetensors", "rich", "matplotlib")
@@ -179,60 +177,31 @@ def test_importing_the_package_imports_nothing():
 
 # --- installed without dependencies ----------------------------------------------------------------------------------
 
-TORCH = ("torch", "torchgen", "functorch", "typing_extensions", "filelock", "sympy", "mpmath", "networkx", "jinja2")
-TORCH += ("markupsafe", "fsspec")  # what torch itself needs to be imported; numpy is no part of it
-
 ALONE = """
-import importlib.util, json, sys
-sys.path += {path!r}
-import torch  # it warns that there is no numpy
-import warnings
-warnings.simplefilter("error")
-import lightning_accel
-absent = [name for name in {absent!r} if importlib.util.find_spec(name) is None]
-model = lightning_accel.load({directory!r})
+import importlib.util
+absent = [name for name in json.loads(sys.argv[2]) if importlib.util.find_spec(name) is None]
+model = lightning_accel.load(sys.argv[1])
 ids = model.generate([[83, 43, 54]], 4)
 logits = model(ids)[0, -1]
 print(json.dumps([lightning_accel.__file__, absent, model.engine, ids.tolist(), logits.tolist()]))
 """
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two folders for `sys.path`: the package as `pip install --no-deps` installs it, and links to torch's packages."""
-    source, package, links = (tmp_path_factory.mktemp(name) for name in ("source", "package", "links"))
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):  # a copy, so that the build leaves nothing in the checkout
-        shutil.copy(PACKAGE.parent / name, source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
-    done = subprocess.run([*pip, package, source], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for name in TORCH:
-        origin = Path(importlib.util.find_spec(name).origin)
-        origin = origin.parent if origin.name == "__init__.py" else origin
-        (links / origin.name).symlink_to(origin)
-    return [str(package), str(links)]
-
-
 @pytest.mark.aoti
-def test_the_package_installed_without_dependencies_serves_a_compiled_program(installed, llama_int8):
-    serves_alone(installed, llama_int8.directory, "aoti")
+def test_the_package_installed_without_dependencies_serves_a_compiled_program(installed, llama_int8, tmp_path):
+    serves_alone(installed, llama_int8.directory, "aoti", tmp_path)
 
 
-def test_the_package_installed_without_dependencies_serves_a_portable_program(installed, decoder):
-    serves_alone(installed, decoder, "portable")
+def test_the_package_installed_without_dependencies_serves_a_portable_program(installed, decoder, tmp_path):
+    serves_alone(installed, decoder, "portable", tmp_path)
 
 
-def serves_alone(installed: list[str], directory: Path, engine: str) -> None:
+def serves_alone(installed: Path, directory: Path, engine: str, folder: Path) -> None:
     """A process with nothing but torch and the installed package gives what this one gives."""
     absent = ["numpy", *HEAVY]
-    code = ALONE.format(path=installed, absent=absent, directory=str(directory))
-    command = [sys.executable, "-I", "-S", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    file, *rest, logits = run_alone(installed, folder, ALONE, directory, json.dumps(absent))
     here = lightning_accel.load(directory)
     ids = here.generate([[83, 43, 54]], 4)
-    file, *rest, logits = json.loads(done.stdout)
-    assert Path(file).is_relative_to(installed[0])
+    assert Path(file).is_relative_to(installed)
     assert rest == [absent, engine, ids.tolist()]
     torch.testing.assert_close(torch.tensor(logits), here(ids)[0, -1])
