@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -97,6 +100,28 @@ def test_4_bits_with_int8_activations_have_a_scale_a_block_in_place_of_one_a_row
     )
     assert 1e-5 < error(other, portable) < 0.02
     assert error(other, weights) < 1.2 * error(portable, weights), "activations are rounded more coarsely"
+
+
+FORKS = """
+import os, sys, torch
+from lightning_accel import load
+x = torch.ones(64, 64)
+model = load(sys.argv[1], engine=sys.argv[2], threads=2)
+expected = model(x).tolist()
+child = os.fork()
+if not child:
+    found = [one(x).tolist() for one in (model, load(sys.argv[1], engine=sys.argv[2]))]
+    os._exit(0 if found == [expected, expected] else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_a_forked_process_computes_the_same(quantized, engine):
+    command = [sys.executable, "-c", FORKS, str(quantized["int8"]), engine]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr
 
 
 def test_integers_are_stored_as_small_as_their_bits(quantized):
