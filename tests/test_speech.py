@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers import WhisperProcessor as Processor
 
-from lightning_accel import export_model, load
+from lightning_accel import QuantConfig, engines, export_model, load
 from lightning_accel.build import processor_files
 from lightning_accel.speech import ctc_text, letter_ids, log_mel, mel_filters, read_wav
 
@@ -281,6 +281,26 @@ def test_a_recording_is_heard_at_its_own_length(hearer: tuple[Any, Any, Path]) -
         expected = processor.batch_decode(logits.argmax(-1))[0]
         assert ours.transcribe(speech(seconds), sampling_rate=RATE) == expected and len(set(expected)) > 2
     assert ours.transcribe(speech(0.001), sampling_rate=RATE) is not None, "filled up to what the convolutions need"
+
+
+@pytest.mark.aoti
+def test_compiled_and_in_other_engines_letters_are_those_of_the_portable_program(tmp_path: Path) -> None:
+    others = [name for name in ("onnx", "openvino") if engines.not_installed(name) is None]
+    example, processor = {"input_values": torch.randn(2, RATE // 2)}, letters(tmp_path)
+    export_model(
+        small_wav2vec2(), tmp_path / "m", example_inputs=example, processor=processor, measure=False,
+        quantize=QuantConfig("int8-static"), calibration=[{"input_values": speech(0.5, s)[None]} for s in range(4)],
+        engines=("aoti", "portable", *others),
+    )  # fmt: skip
+    portable = load(tmp_path / "m", engine="portable")
+    for name in ("aoti", *others):
+        ours = load(tmp_path / "m", engine=name)
+        for seconds in (0.2, 1.3):
+            given = processor(speech(seconds).numpy(), sampling_rate=RATE, return_tensors="pt")["input_values"]
+            found, expected = ours(given)["logits"], portable(given)["logits"]
+            assert (found - expected).norm() < 2e-3 * expected.norm(), f"{name}, {seconds} s"
+            heard = portable.transcribe(speech(seconds), sampling_rate=RATE)
+            assert ours.transcribe(speech(seconds), sampling_rate=RATE) == heard and len(set(heard)) > 2
 
 
 def test_a_ctc_model_takes_the_recording_alone(hearer: tuple[Any, Any, Path]) -> None:
