@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import artifact, engines, select
+from ._warn import warn
 from .capture import Capture, call_example, capture, flatten_output, input_names
 from .chat import TEMPLATE
 from .engines.aoti import CompilerMissing
@@ -57,14 +57,14 @@ def write(
         try:
             programs[name] = _programs(name, path, final, inputs, dynamic_shapes, stored, assets)
         except CompilerMissing as error:
-            warnings.warn(f"{error}; the {name} program is left out", stacklevel=4)
+            warn(f"{error}; the {name} program is left out")
             failed[name] = f"not built: {error}"
         except Exception as error:  # whatever another project's converter raises
             if name in required or len(names) == 1:
                 raise
             failed[name] = f"not built: {in_a_line(error)}"
             if name in engines.OWN:
-                warnings.warn(f"the {name} program is left out: {failed[name]}", stacklevel=4)
+                warn(f"the {name} program is left out: {failed[name]}")
             for file in set(path.iterdir()) - before:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
     if not programs:

@@ -151,7 +151,18 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any
         captures = {"forward": capture_module(model, example_inputs, dynamic_shapes)}
     for captured in captures.values():
         captured.model = model
+        _fill_mask(captured)
     return captures
+
+
+def _fill_mask(captured: Capture) -> None:
+    """Has a call fill in a mask that it leaves out: in all models of transformers ones say that nothing is padding."""
+    from transformers import PreTrainedModel
+
+    specs = {spec["name"]: spec for spec in captured.inputs}
+    ids, mask = specs.get("input_ids"), specs.get("attention_mask")
+    if ids and mask and mask["shape"] == ids["shape"] and isinstance(captured.model, PreTrainedModel):
+        mask["fill"] = 1
 
 
 def call_example(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -211,7 +222,8 @@ def flatten_output(output: Any) -> tuple[list[Tensor], dict[str, Any]]:
             items = {str(k): walk(v) for k, v in value.items() if v is not None and k != "past_key_values"}
             return {"type": "dict", "items": items}
         if isinstance(value, list | tuple):
-            names = {"names": list(value._fields)} if hasattr(value, "_fields") else {}  # of a NamedTuple
+            of_fields = list(getattr(type(value), "__match_args__", ()))  # a NamedTuple, or of torch.return_types
+            names = {"names": of_fields} if of_fields else {}
             return {"type": "list" if isinstance(value, list) else "tuple", "items": [walk(v) for v in value], **names}
         raise ValueError(
             f"the model puts out a {type(value).__name__}; export tensors, tuples, lists, dicts or dataclasses of them"

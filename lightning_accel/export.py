@@ -77,9 +77,9 @@ def export_model(
         engines: programs to build; the first of torch's own, `"aoti"` and `"portable"`, is the one that `load` takes.
             `"aoti_avx512"` and `"aoti_avx2"` are compiled for other CPUs than this one, for where `"aoti"` cannot run.
             Others (`"onnx"`, `"openvino"`, `"transformers"`, `"gguf"`) are extras of this package. `"auto"` builds all
-            that are installed. Where others are built, all are timed against each other, for `load(directory,
-            engine="fastest")`; one that cannot be built or does not compute what was trained is left out, and the
-            report says why.
+            that are installed, and leaves out `"aoti"` too where it cannot be built. Where others are built, all are
+            timed against each other, for `load(directory, engine="fastest")`; one that cannot be built or does not
+            compute what was trained is left out, and the report says why.
         data: held-out batches for verification and `metric`: mappings of keyword inputs, tensors, or tuples whose
             first item is the input.
         split: where `data` comes from, as the manifest says it.

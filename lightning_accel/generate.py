@@ -186,9 +186,10 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be a probability in (0, 1]; None considers every token")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 penalizes nothing")
-        unused = [f"{name}={value}" for name in ("top_k", "top_p") if (value := getattr(self, name)) is not None]
+        limits = {"top_k": self.top_k, "top_p": self.top_p}
+        unused = [f"{n}={v}" for n, v in limits.items() if v is not None and v != 1]  # 1 is as good as greedy, or none
         if self.temperature == 0 and unused:
-            warn(f"{' and '.join(unused)} without effect: temperature=0 is greedy; write temperature=1.0 to draw")
+            warn(f"{' and '.join(unused)} without effect at temperature=0, where nothing is drawn")
 
 
 def generate(

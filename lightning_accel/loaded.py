@@ -124,17 +124,24 @@ class LoadedModel:
 
     @property
     def input_names(self) -> list[str]:
-        """The inputs of a call, by position; the last of a causal language model may be left out."""
+        """The inputs of a call, by position; `optional_names` may be left out."""
         if self.entry["cache"] is not None:
-            return ["input_ids", "attention_mask"]
+            return ["input_ids", _MASK]
         return [spec["name"] for spec in self.entry["inputs"]]
+
+    @property
+    def optional_names(self) -> list[str]:
+        """The inputs that a call may leave out."""
+        if self.entry["cache"] is not None:
+            return [_MASK]
+        return [spec["name"] for spec in self.entry["inputs"] if "fill" in spec]
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
         """Outputs in the structure that the model had: a tensor, a tuple, a named tuple, or named outputs (`Output`).
 
         A causal language model takes `input_ids` [batch, length] and optionally `attention_mask` [batch, length]
-        and gives logits [batch, length, vocabulary]. Another model that takes both may be called without the mask too,
-        and one that was exported without it takes one of ones: nothing is padding.
+        and gives logits [batch, length, vocabulary]. Another model of transformers that takes both may be called
+        without the mask too, and one that was exported without it takes one of ones: nothing is padding.
 
         Raises:
             ValueError: inputs of another number, name, dtype, device or shape than the program takes.
@@ -142,7 +149,7 @@ class LoadedModel:
         if self.entry["cache"] is not None:
             from . import generate
 
-            return generate.forward(self, **by_name(self.input_names, args, kwargs, optional=1))
+            return generate.forward(self, **by_name(self.input_names, args, kwargs, self.optional_names))
         return structure(self.entry["outputs"], self._run_checked(bind(self.entry["inputs"], args, kwargs)))
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, **options: Any) -> Any:
@@ -159,6 +166,13 @@ class LoadedModel:
         from .text import open_tokenizer
 
         return open_tokenizer(self)
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The tokenizer's configuration, as far as it travels with the model."""
+        from .text import open_config
+
+        return open_config(self)
 
     def generate_text(self, prompt: Any, max_new_tokens: int = 64, **options: Any) -> Any:
         """Continues texts, or answers them; see `lightning_accel.text.generate_text`."""
@@ -271,6 +285,11 @@ class LoadedSeq2Seq(LoadedModel):
         """The inputs of a call, by position."""
         return [*self.encoder.input_names, "decoder_input_ids"]
 
+    @property
+    def optional_names(self) -> list[str]:
+        """The inputs that a call may leave out."""
+        return self.encoder.optional_names
+
     def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
         """Logits of whole answers.
 
@@ -279,7 +298,7 @@ class LoadedSeq2Seq(LoadedModel):
         """
         from . import generate
 
-        given = by_name(self.input_names, args, kwargs)
+        given = by_name(self.input_names, args, kwargs, self.optional_names)
         ids = given.pop("decoder_input_ids")
         return generate.forward_seq2seq(self, given, ids)
 
@@ -288,8 +307,9 @@ class LoadedSeq2Seq(LoadedModel):
         from . import generate
 
         names = self.encoder.input_names
-        named = {name: options.pop(name) for name in names if name in options}
-        return generate.generate_seq2seq(self, by_name(names, source, named), max_new_tokens, **options)
+        named = {name: options.pop(name) for name in dict.fromkeys((*names, _MASK)) if name in options}
+        given = by_name(names, source, named, self.optional_names)
+        return generate.generate_seq2seq(self, given, max_new_tokens, **options)
 
     def new_cache(self, capacity: int, batch: int = 1) -> Any:
         """Not of an encoder-decoder model: each source is a conversation of its own."""
@@ -304,18 +324,23 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Flat, contiguous, checked copies of the inputs in the program's order."""
-    given = by_name([spec["name"] for spec in specs], args, kwargs)
-    for spec in specs:
-        if spec["name"] == _MASK and given.get(_MASK) is None and isinstance(ids := given["input_ids"], Tensor):
-            given[_MASK] = torch.ones_like(ids, dtype=getattr(torch, spec["dtype"]))
+    optional = [spec["name"] for spec in specs if "fill" in spec]
+    given = by_name([spec["name"] for spec in specs], args, kwargs, optional)
+    for spec in (spec for spec in specs if given.get(spec["name"]) is None):
+        ids = given["input_ids"]
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"input 'input_ids' is a {type(ids).__name__}; write torch.tensor(...)")
+        given[spec["name"]] = torch.full_like(ids, spec["fill"], dtype=getattr(torch, spec["dtype"]))
     sizes: dict[str, int] = {}
     return [check_input(spec, given[spec["name"]], sizes) for spec in specs]
 
 
-def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], optional: int = 0) -> dict[str, Any]:
-    """Inputs by name; the last `optional` ones may be left out, and a mask of `input_ids`.
+def by_name(
+    names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Inputs by name, of which the `optional` ones may be left out.
 
-    A mask of ones is dropped where the model takes none: it computes the same without it.
+    A mask of ones is dropped where a model of `input_ids` takes none: it computes the same without it.
 
     Raises:
         ValueError: too many, unknown, given twice or missing.
@@ -325,10 +350,12 @@ def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], option
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name == _MASK and _MASK not in names and "input_ids" in names:
-            if value is None or _is_ones(value, {**given, **kwargs}.get("input_ids")):
+            ids = {**given, **kwargs}.get("input_ids")
+            if value is None or ids is None or _is_ones(value, ids):
                 continue
             raise ValueError(
-                "the model was exported without attention_mask and reads padding as text; export it with "
+                "the model was exported without attention_mask, so a mask can only be a tensor of ones like input_ids, "
+                "as padding would be read as text; export it with "
                 "example_inputs={'input_ids': ids, 'attention_mask': mask}"
             )
         if name not in names or name in given:
@@ -336,8 +363,7 @@ def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], option
                 f"input {name!r} is {'given twice' if name in given else 'unknown'}; the model takes {', '.join(names)}"
             )
         given[name] = value
-    left_out = {_MASK} if given.get("input_ids") is not None else set()
-    missing = [name for name in names[: len(names) - optional] if given.get(name) is None and name not in left_out]
+    missing = [name for name in names if given.get(name) is None and name not in optional]
     if missing:
         raise ValueError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
     return given
@@ -395,11 +421,16 @@ def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
         return None
     items = [structure(item, tensors) for item in spec["items"]]
     if "names" in spec:
-        return _named_tuple(*spec["names"])(*items)
+        return _named(tuple(spec["names"]), items)
     return tuple(items) if kind == "tuple" else items
 
 
 @cache
-def _named_tuple(*names: str) -> type[tuple]:
-    """The class of an output's named tuple."""
-    return namedtuple("Output", names)
+def _named_class(names: tuple[str, ...]) -> Any:
+    """The class of an output's named tuple, whose instances pickle as a call of `_named`."""
+    base: Any = namedtuple("NamedOutput", list(names))  # type: ignore[misc]
+    return type("NamedOutput", (base,), {"__slots__": (), "__reduce__": lambda self: (_named, (names, list(self)))})
+
+
+def _named(names: tuple[str, ...], items: list[Any]) -> tuple:
+    return _named_class(names)(*items)

@@ -43,6 +43,12 @@ def open_tokenizer(model: LoadedModel) -> Any:
     return tokenizer
 
 
+def open_config(model: LoadedModel) -> dict[str, Any]:
+    """The tokenizer's configuration; empty where none travels with the artifact."""
+    there = any(asset["name"] == CONFIG for asset in model.manifest["assets"])
+    return json.loads(model.asset(CONFIG).read_text()) if there else {}
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +255,7 @@ def classify_text(model: LoadedModel, texts: Sequence[str | tuple[str, str]]) ->
     tokenizer, specs = model.tokenizer, {spec["name"]: spec for spec in model.entry["inputs"]}
     limit = specs["input_ids"]["shape"][1]
     limit = limit["max"] if isinstance(limit, dict) else limit
-    side = _config(model).get("truncation_side", "right")
+    side = model.tokenizer_config.get("truncation_side", "right")
     encoded = [_encode(tokenizer, (text,) if isinstance(text, str) else text, limit, side) for text in texts]
     length = max(len(encoding.ids) for encoding in encoded)
     columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
@@ -263,9 +269,3 @@ def classify_text(model: LoadedModel, texts: Sequence[str | tuple[str, str]]) ->
     if "attention_mask" not in specs and len({len(e.ids) for e in encoded}) > 1:
         raise ValueError("texts of different lengths need a model with an attention_mask; classify them one by one")
     return model(**inputs)
-
-
-def _config(model: LoadedModel) -> dict[str, Any]:
-    """The tokenizer's configuration, where it travels with the model."""
-    there = any(asset["name"] == CONFIG for asset in model.manifest["assets"])
-    return json.loads(model.asset(CONFIG).read_text()) if there else {}

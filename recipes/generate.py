@@ -20,8 +20,8 @@ def main() -> None:
 
     model = load(options.artifact)
     print(options.prompt, end="")
-    for piece in model.generate_text(options.prompt, options.tokens, temperature=options.temperature, top_k=40,
-                                     seed=options.seed, stream=True):
+    sampling = {"temperature": options.temperature, "top_k": 40 if options.temperature else None, "seed": options.seed}
+    for piece in model.generate_text(options.prompt, options.tokens, stream=True, **sampling):
         print(piece, end="", flush=True)
     print()
     loaded = [name for name in ("transformers", "lightning", "torchao") if name in sys.modules]

@@ -50,7 +50,7 @@ def run_alone(installed: Path, folder: Path, code: str, *arguments: Any, beside:
         arguments: `sys.argv` from 1 on.
     """
     links = folder / "packages"
-    links.mkdir(exist_ok=True)
+    links.mkdir()
     for name in (*TORCH, *beside):
         origin = Path(importlib.util.find_spec(name).origin)  # type: ignore[union-attr,arg-type]
         origin = origin.parent if origin.name == "__init__.py" else origin

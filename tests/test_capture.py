@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -140,8 +141,28 @@ def test_without_a_mask_nothing_is_padding_and_a_mask_of_ones_says_no_more(tmp_p
     for mask in (padded, ones[:2]):
         with pytest.raises(ValueError, match=r"exported without attention_mask.*example_inputs={'input_ids': ids"):
             loaded["plain"](ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="input 'input_ids' is missing"):
-        loaded["masked"](attention_mask=ones)
+    for model in loaded.values():
+        with pytest.raises(ValueError, match="input 'input_ids' is missing"):
+            model(attention_mask=ones)
+    with pytest.raises(ValueError, match=r"'input_ids' is a list; write torch\.tensor"):
+        loaded["masked"](input_ids=[[1, 2]])
+
+
+def test_a_mask_of_unknown_meaning_is_not_filled_in(portable: Callable[..., LoadedModel]) -> None:
+    class Masked(nn.Module):
+        """As in torch's own layers, 1 says that a key is masked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 8)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.table(input_ids) * ~attention_mask[..., None]
+
+    ids = torch.arange(6)[None]
+    ours = portable(Masked(), {"input_ids": ids, "attention_mask": ids > 3})
+    with pytest.raises(ValueError, match="input 'attention_mask' is missing"):
+        ours(ids)
 
 
 @torch.no_grad()
@@ -319,7 +340,15 @@ def test_dataclasses_come_back_by_name_and_named_tuples_as_such(
     low, high = ours.parts[0]
     assert torch.equal(low, theirs.parts[0].low) and torch.equal(high, theirs.parts[0].high)
     assert ours.parts[0].high is high and isinstance(ours.parts[0], tuple)
+    again = pickle.loads(pickle.dumps(ours.parts[0]))
+    assert type(again) is type(ours.parts[0]) and torch.equal(again.low, low)
     assert problems(artifact.read_manifest(tmp_path / "a")) == []
+
+
+def test_named_results_of_torch_keep_their_names(portable: Callable[..., LoadedModel]) -> None:
+    model = Call(lambda linear, x: linear(x).topk(2))
+    ours, theirs = portable(model, (X,))(X), model(X)
+    assert torch.equal(ours.values, theirs.values) and torch.equal(ours.indices, theirs.indices)
 
 
 @pytest.mark.parametrize(

@@ -346,8 +346,9 @@ def test_auto_leaves_out_a_program_that_cannot_be_compiled_and_a_named_one_raise
 
     monkeypatch.setattr(aoti, "build", fail)
     monkeypatch.setattr(engines, "not_installed", lambda name: None if name in engines.OWN else "not installed")
-    with pytest.warns(UserWarning, match="the aoti program is left out: not built: RuntimeError: no lowering of this"):
+    with pytest.warns(UserWarning, match="the aoti program is left out: not built: RuntimeError: no lower") as said:
         report = export(tiny.mlp(), tmp_path / "a", engines="auto")
+    assert said[0].filename == __file__
     assert [p["engine"] for p in report.manifest["programs"]] == ["portable"]
     assert "engine aoti: not built: RuntimeError: no lowering of this operator" in str(report)
     assert not (tmp_path / "a" / "half.so").exists() and load(tmp_path / "a").engine == "portable"

@@ -267,9 +267,10 @@ def test_top_1_and_a_cold_temperature_are_greedy(loaded: LoadedModel) -> None:
 
 
 def test_limits_of_sampling_without_sampling_are_named(loaded: LoadedModel) -> None:
-    with pytest.warns(UserWarning, match=r"top_k=5 and top_p=0\.9 without effect.*write temperature=1\.0") as said:
+    with pytest.warns(UserWarning, match=r"top_k=5 and top_p=0\.9 without effect at temperature=0") as said:
         tokens = loaded.generate(tiny.ids(2, 6), 4, top_k=5, top_p=0.9, seed=1)
     assert torch.equal(tokens, loaded.generate(tiny.ids(2, 6), 4)) and said[0].filename == __file__
+    assert torch.equal(tokens, loaded.generate(tiny.ids(2, 6), 4, top_k=1, top_p=1.0)), "nothing to warn of"
 
 
 def test_only_the_k_likeliest_are_drawn_in_proportion_and_ties_add_none() -> None:

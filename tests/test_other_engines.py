@@ -105,7 +105,7 @@ def test_4_bits_with_int8_activations_have_a_scale_a_block_in_place_of_one_a_row
 FORKS = """
 import os, sys, torch
 from lightning_accel import load
-x = torch.ones(64, 64)
+x = torch.rand(1024, 512)
 model = load(sys.argv[1], engine=sys.argv[2], threads=2)
 expected = model(x).tolist()
 child = os.fork()
@@ -118,8 +118,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
-def test_a_forked_process_computes_the_same(quantized, engine):
-    command = [sys.executable, "-c", FORKS, str(quantized["int8"]), engine]
+def test_a_forked_process_computes_the_same(tmp_path, engine):
+    wide = tiny.mlp(features=512, hidden=512, classes=512)  # work for several threads
+    export(wide, tmp_path / "m", example_inputs=(torch.rand(4, 512),), engines=(engine,))
+    command = [sys.executable, "-c", FORKS, str(tmp_path / "m"), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["0"], done.stderr
 

@@ -161,6 +161,16 @@ def test_greedy_answers_are_those_of_transformers(pair: tuple[str, Any, LoadedSe
         assert torch.equal(ours.generate(**alone, max_new_tokens=NEW, stop=())[0], expected[row])
 
 
+def test_a_model_without_a_mask_takes_one_of_ones(tmp_path: Path) -> None:
+    model, ids = made("t5"), torch.randint(3, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
+    export_model(model, tmp_path / "m", example_inputs={"input_ids": ids}, engines=("portable",), measure=False)
+    ours, ones = load(tmp_path / "m"), torch.ones_like(ids)
+    expected = ours.generate(ids, max_new_tokens=5, stop=())
+    assert torch.equal(ours.generate(ids, attention_mask=ones, max_new_tokens=5, stop=()), expected)
+    with pytest.raises(ValueError, match="exported without attention_mask, so a mask can only be a tensor of ones"):
+        ours.generate(ids, attention_mask=ones.tril(), max_new_tokens=5, stop=())
+
+
 @torch.no_grad()
 def test_a_source_without_a_mask_has_no_padding(pair: tuple[str, Any, LoadedSeq2Seq]) -> None:
     name, model, ours = pair
@@ -232,7 +242,7 @@ def test_pruned_and_quantized_models_answer_as_their_eager_copies(name: str, sch
 
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_models_trained_for_a_scheme_answer_as_in_training(scheme: str, tmp_path: Path) -> None:
+def test_prepared_models_answer_as_in_training(scheme: str, tmp_path: Path) -> None:
     model, given = made("t5", layers=1), source("t5")
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
     batch = given | {"decoder_input_ids": ids}
@@ -243,7 +253,10 @@ def test_models_trained_for_a_scheme_answer_as_in_training(scheme: str, tmp_path
     export_model(model, tmp_path / "m", example_inputs=given, data=[batch], engines=("portable",), measure=False)
     expected, ours = model(**batch).logits, load(tmp_path / "m")
     assert (ours(**batch) - expected).norm() < 0.02 * expected.norm()
-    assert ours.generate(**given, max_new_tokens=NEW, stop=()).shape == (3, NEW)
+    tokens = ours.generate(**given, max_new_tokens=12, stop=())
+    answers = torch.cat([torch.ones(3, 1, dtype=torch.int64), tokens], 1)  # the answer's first token
+    best = model(**given, decoder_input_ids=answers).logits[:, :-1].argmax(-1)
+    assert (best == tokens).float().mean() > 0.9
 
 
 @pytest.mark.aoti

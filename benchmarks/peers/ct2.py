@@ -24,13 +24,14 @@ from .common import Row, Workloads, built, forward_workload, held
 LOADERS = {"BertModel": BertLoader, "GPT2LMHeadModel": GPT2Loader, "LlamaForCausalLM": LlamaLoader}
 
 
-def _converted(model: nn.Module, folder: Path, kind: str) -> tuple[Path, str]:
-    """The folder of a model in `kind` (int8: weights and activations; float32), and its settings in words."""
-    path = built(folder / f"ct2-{kind}", partial(_convert, model, kind))
-    return path, f"converted with quantization={kind!r}, compute_type={kind!r}, inter_threads=1"
+SETTINGS = "converted with quantization='int8', compute_type='int8', inter_threads=1"
 
 
-def _convert(model: Any, kind: str, path: Path) -> None:
+def _converted(model: nn.Module, folder: Path) -> Path:
+    return built(folder / "ct2-int8", partial(_convert, model))
+
+
+def _convert(model: Any, path: Path) -> None:
     """As ct2-transformers-converter does, with made-up names for the tokens; the loaders take models apart."""
     model = copy.deepcopy(model)
     if isinstance(model.config.__dict__.get("rope_parameters"), dict):  # where the loader looks for it
@@ -42,34 +43,30 @@ def _convert(model: Any, kind: str, path: Path) -> None:
     tokenizer = SimpleNamespace(get_vocab=lambda: names, bos_token="0", eos_token="0", unk_token="0")
     spec = LOADERS[type(model).__name__]()(model, tokenizer)
     spec.validate()
-    spec.optimize(quantization=kind)
+    spec.optimize(quantization="int8")
     path.mkdir()
     spec.save(str(path))
 
 
-def _options(kind: str) -> dict[str, Any]:
-    return {"compute_type": kind, "inter_threads": 1, "intra_threads": torch.get_num_threads()}
+def _options() -> dict[str, Any]:
+    return {"compute_type": "int8", "inter_threads": 1, "intra_threads": torch.get_num_threads()}
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 
 def encoder_rows(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], calibration: Any, folder: Path, kinds: tuple = ("int8",)
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], calibration: Any, folder: Path
 ) -> list[Row]:
     """int8 weights and activations, which need no calibration."""
-    rows = []
-    for kind in kinds:
-        path, settings = _converted(model, folder, kind)
-        told = {"path": str(path), "kind": kind}
-        target = Target("peers.ct2:encoder", {**told, "inputs": str(folder / "inputs.npz")})
-        rows.append(Row(f"ctranslate2 {kind}", target, path, settings, lambda given, told=told: _hidden(**told)(given)))
-    return rows
+    path = _converted(model, folder)
+    target = Target("peers.ct2:encoder", {"path": str(path), "inputs": str(folder / "inputs.npz")})
+    return [Row("ctranslate2 int8", target, path, SETTINGS, lambda given: _hidden(str(path))(given))]
 
 
-def _hidden(path: str, kind: str) -> Any:
+def _hidden(path: str) -> Any:
     """Gives hidden states [B, T, D] of inputs whose padding is at the end."""
-    model = ctranslate2.Encoder(path, **_options(kind))
+    model = ctranslate2.Encoder(path, **_options())
 
     def run(given: Mapping[str, np.ndarray]) -> np.ndarray:
         ids = ctranslate2.StorageView.from_array(given["input_ids"].astype(np.int32))
@@ -79,24 +76,20 @@ def _hidden(path: str, kind: str) -> Any:
     return run
 
 
-def encoder(path: str, kind: str, inputs: str) -> Workloads:
+def encoder(path: str, inputs: str) -> Workloads:
     """Timed in a worker."""
-    run, given = _hidden(path, kind), dict(np.load(inputs))
+    run, given = _hidden(path), dict(np.load(inputs))
     return forward_workload(lambda: run(given))
 
 
 # --- language models --------------------------------------------------------------------------------------------------
 
 
-def causal_rows(model: nn.Module, folder: Path, kinds: tuple = ("int8",)) -> list[Row]:
+def causal_rows(model: nn.Module, folder: Path) -> list[Row]:
     """int8 weights and activations."""
-    rows = []
-    for kind in kinds:
-        path, settings = _converted(model, folder, kind)
-        told = {"path": str(path), "kind": kind}
-        run = partial(run_causal, **told)
-        rows.append(Row(f"ctranslate2 {kind}", Target("peers.ct2:causal", told), path, f"{settings}, greedy", run))
-    return rows
+    path = _converted(model, folder)
+    run, told = partial(run_causal, str(path)), {"path": str(path)}
+    return [Row("ctranslate2 int8", Target("peers.ct2:causal", told), path, f"{SETTINGS}, greedy", run)]
 
 
 def _generate(generator: ctranslate2.Generator, prompt: int, new: int, **options: Any) -> tuple[list[float], Any]:
@@ -115,16 +108,16 @@ def _generate(generator: ctranslate2.Generator, prompt: int, new: int, **options
     return times, result
 
 
-def run_causal(prompt: int, new: int, path: str, kind: str) -> tuple[list[int], list[Any]]:
+def run_causal(path: str, prompt: int, new: int) -> tuple[list[int], list[Any]]:
     """Tokens and the logits behind them."""
-    generator = ctranslate2.Generator(path, **_options(kind))
+    generator = ctranslate2.Generator(path, **_options())
     _, result = _generate(generator, prompt, new, return_logits_vocab=True)
     return list(result.sequences_ids[0]), [np.array(logits).reshape(-1) for logits in result.logits[0]]
 
 
-def causal(path: str, kind: str, prompt: int, new: int) -> Workloads:
+def causal(path: str, prompt: int, new: int) -> Workloads:
     """Timed in a worker, by the time of each token that its search reports."""
-    generator = ctranslate2.Generator(path, **_options(kind))
+    generator = ctranslate2.Generator(path, **_options())
 
     def prefill() -> float:
         start = time.perf_counter()
