@@ -1,4 +1,4 @@
-"""A loaded artifact: checks inputs in Python, runs the program, puts outputs into the structure that the model had.
+"""A loaded artifact, whose programs run one call at a time, with the threads that it was loaded with.
 
 Imports torch and the standard library only.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ._warn import warn
+from .calls import MASK, bind, by_name, structure
 
 Run = Callable[[list[Tensor]], list[Tensor]]
-_MASK = "attention_mask"
-
 
 _forked = False  # in a forked process: the threads of OpenMP are not there, and waiting for them never ends
 _told = False  # that it computes on one thread
@@ -80,19 +78,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_fork)
 
 
-class Output(dict):
-    """Named outputs, as a dict whose keys are attributes too; integers and slices index the values in order."""
-
-    def __getitem__(self, key: Any) -> Any:
-        return tuple(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no output {name!r}; this model has {', '.join(self)}") from None
-
-
 class LoadedModel:
     """An exported model: call it with the inputs that the manifest lists, by position or by name.
 
@@ -126,14 +111,14 @@ class LoadedModel:
     def input_names(self) -> list[str]:
         """The inputs of a call, by position; `optional_names` may be left out."""
         if self.entry["cache"] is not None:
-            return ["input_ids", _MASK]
+            return ["input_ids", MASK]
         return [spec["name"] for spec in self.entry["inputs"]]
 
     @property
     def optional_names(self) -> list[str]:
         """The inputs that a call may leave out."""
         if self.entry["cache"] is not None:
-            return [_MASK]
+            return [MASK]
         return [spec["name"] for spec in self.entry["inputs"] if "fill" in spec]
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
@@ -307,7 +292,7 @@ class LoadedSeq2Seq(LoadedModel):
         from . import generate
 
         names = self.encoder.input_names
-        named = {name: options.pop(name) for name in dict.fromkeys((*names, _MASK)) if name in options}
+        named = {name: options.pop(name) for name in dict.fromkeys((*names, MASK)) if name in options}
         given = by_name(names, source, named, self.optional_names)
         return generate.generate_seq2seq(self, given, max_new_tokens, **options)
 
@@ -320,117 +305,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """Addresses at which the tensor's storage begins and ends."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def bind(specs: list[dict[str, Any]], args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Flat, contiguous, checked copies of the inputs in the program's order."""
-    optional = [spec["name"] for spec in specs if "fill" in spec]
-    given = by_name([spec["name"] for spec in specs], args, kwargs, optional)
-    for spec in (spec for spec in specs if given.get(spec["name"]) is None):
-        ids = given["input_ids"]
-        if not isinstance(ids, Tensor):
-            raise ValueError(f"input 'input_ids' is a {type(ids).__name__}; write torch.tensor(...)")
-        given[spec["name"]] = torch.full_like(ids, spec["fill"], dtype=getattr(torch, spec["dtype"]))
-    sizes: dict[str, int] = {}
-    return [check_input(spec, given[spec["name"]], sizes) for spec in specs]
-
-
-def by_name(
-    names: Sequence[str], args: tuple, kwargs: Mapping[str, Any], optional: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Inputs by name, of which the `optional` ones may be left out.
-
-    A mask of ones is dropped where a model of `input_ids` takes none: it computes the same without it.
-
-    Raises:
-        ValueError: too many, unknown, given twice or missing.
-    """
-    if len(args) > len(names):
-        raise ValueError(f"{len(args)} inputs given, the model takes {len(names)}: {', '.join(names)}")
-    given = dict(zip(names, args, strict=False))
-    for name, value in kwargs.items():
-        if name == _MASK and _MASK not in names and "input_ids" in names:
-            ids = {**given, **kwargs}.get("input_ids")
-            if value is None or ids is None or _is_ones(value, ids):
-                continue
-            raise ValueError(
-                "the model was exported without attention_mask, so a mask can only be a tensor of ones like input_ids, "
-                "as padding would be read as text; export it with "
-                "example_inputs={'input_ids': ids, 'attention_mask': mask}"
-            )
-        if name not in names or name in given:
-            raise ValueError(
-                f"input {name!r} is {'given twice' if name in given else 'unknown'}; the model takes {', '.join(names)}"
-            )
-        given[name] = value
-    missing = [name for name in names if given.get(name) is None and name not in optional]
-    if missing:
-        raise ValueError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
-    return given
-
-
-def _is_ones(mask: Any, ids: Any) -> bool:
-    """Whether a mask [batch, length] covers ids without padding."""
-    tensors = isinstance(mask, Tensor) and isinstance(ids, Tensor)
-    return tensors and mask.device.type == "cpu" and mask.shape == ids.shape and bool((mask == 1).all())
-
-
-def check_input(spec: dict[str, Any], value: Any, sizes: dict[str, int]) -> Tensor:
-    """A contiguous copy of the input, after checking dtype, device and shape; `sizes` collects the named dimensions.
-
-    A copy, because programs write to their inputs: a model that begins with an in-place activation, and compiled
-    residuals.
-    """
-    name = spec["name"]
-    if not isinstance(value, Tensor):
-        raise ValueError(f"input {name!r} is a {type(value).__name__}; write torch.tensor(...)")
-    dtype = getattr(torch, spec["dtype"])
-    if value.dtype != dtype:
-        raise ValueError(f"input {name!r} has dtype {value.dtype}, expected {dtype}; write {name}.to({dtype})")
-    if value.device.type != "cpu":
-        raise ValueError(f"input {name!r} is on {value.device}, the program runs on the CPU; write {name}.cpu()")
-    shape = spec["shape"]
-    expected = "[" + ", ".join(str(d) if isinstance(d, int) else d["name"] for d in shape) + "]"
-    if value.dim() != len(shape):
-        raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {expected}")
-    for size, dim in zip(value.shape, shape, strict=True):
-        if isinstance(dim, int):
-            if size != dim:
-                raise ValueError(f"input {name!r} has shape {list(value.shape)}, expected {expected}")
-            continue
-        if not dim["min"] <= size <= dim["max"]:
-            raise ValueError(f"input {name!r} has {dim['name']} {size}, allowed is {dim['min']} to {dim['max']}")
-        if sizes.setdefault(dim["name"], size) != size:
-            raise ValueError(f"input {name!r} has {dim['name']} {size}, another input has {sizes[dim['name']]}")
-    if "below" in spec and value.numel():
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= spec["below"]:
-            wrong = low if low < 0 else high
-            raise ValueError(f"input {name!r} holds {wrong}, allowed is 0 to {spec['below'] - 1}: rows of an embedding")
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def structure(spec: dict[str, Any], tensors: list[Tensor]) -> Any:
-    """Flat outputs in the structure that the manifest describes."""
-    kind = spec["type"]
-    if kind == "tensor":
-        return tensors[spec["index"]]
-    if kind == "dict":
-        return Output({name: structure(item, tensors) for name, item in spec["items"].items()})
-    if kind == "none":
-        return None
-    items = [structure(item, tensors) for item in spec["items"]]
-    if "names" in spec:
-        return _named(tuple(spec["names"]), items)
-    return tuple(items) if kind == "tuple" else items
-
-
-@cache
-def _named_class(names: tuple[str, ...]) -> Any:
-    """The class of an output's named tuple, whose instances pickle as a call of `_named`."""
-    base: Any = namedtuple("NamedOutput", list(names))  # type: ignore[misc]
-    return type("NamedOutput", (base,), {"__slots__": (), "__reduce__": lambda self: (_named, (names, list(self)))})
-
-
-def _named(names: tuple[str, ...], items: list[Any]) -> tuple:
-    return _named_class(names)(*items)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact, engines
+from .calls import structure
 from .distill import logits_of
 from .generate import forward, forward_seq2seq
-from .loaded import LoadedModel, LoadedSeq2Seq, structure
+from .loaded import LoadedModel, LoadedSeq2Seq
 
 KL_FRACTION = 0.1
 ERROR_FRACTION = 0.5

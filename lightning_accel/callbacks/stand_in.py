@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from ..calls import Output, structure
 from ..capture import flatten_output, input_names, is_causal_lm, is_seq2seq
 from ..distill import logits_of
 from ..inputs import ExampleInputs, split_inputs, with_decoder_inputs, without_labels
-from ..loaded import Output, structure
 
 
 class StandIn(nn.Module):
