@@ -28,7 +28,7 @@ from lightning_accel import QuantConfig, engines, export_model
 from lightning_accel.artifact import MANIFEST
 from lightning_accel.measure import Target, compare
 
-BOTH = ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")
+INT8 = ("int8", f"int8{ATTENTION}", "int8-static", f"int8-static{ATTENTION}")
 PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
 
 
@@ -111,10 +111,10 @@ def _images() -> list[tuple[torch.Tensor]]:
 
 
 MODELS = {
-    "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), BOTH),
-    "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), BOTH),
+    "minilm-1x128": Model(_minilm, lambda: _texts(1, 128), INT8),
+    "minilm-8x128": Model(_minilm, lambda: _texts(8, 128), INT8),
     "smollm2": Model(_smollm2, _brown, ("int8", "int4-int8")),
-    "whisper": Model(_whisper, _speech, BOTH, _hearing),
+    "whisper": Model(_whisper, _speech, INT8, _hearing),
     "efficientnet": Model(_efficientnet, _images, ("int8-static",)),
 }
 
